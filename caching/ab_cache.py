@@ -1,0 +1,29 @@
+"""AB-Cache: Training-Free Acceleration via Adams-Bashforth Inspired Feature Reuse. Paper: https://arxiv.org/abs/2504.10540."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run
+
+from .base import CacheMethod, every
+from .region import Region
+from .sites import model_output
+
+
+class ABCache(CacheMethod):
+    """Compute every `interval` steps, extrapolate the model's output in between on the run's own time grid."""
+
+    method: Literal["ab_cache"] = "ab_cache"
+    interval: int = Field(2, ge=1, description="compute every so many steps")
+    predictor: str = "adams_bashforth"
+    warmup_steps: int = Field(3, ge=0, description="computed steps at the start")
+
+    def regions(self, anatomy: Anatomy) -> list[Region]:
+        return [model_output(anatomy)]
+
+    def mask(self, run: Run) -> list[bool]:
+        return every(self.interval, run, self.warmup_steps)

@@ -1,0 +1,47 @@
+"""fastdiff: make an existing diffusers pipeline faster with one config."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import Config as Config
+    from .errors import FastdiffError as FastdiffError
+    from .pipelines.accelerate import Accelerated as Accelerated
+    from .pipelines.accelerate import accelerate as accelerate
+    from .pipelines.accelerate import restore as restore
+    from .pipelines.loading import load as load
+    from .registry import names as methods
+
+_HOME = {
+    "Accelerated": "pipelines.accelerate:Accelerated",
+    "Config": "config:Config",
+    "FastdiffError": "errors:FastdiffError",
+    "accelerate": "pipelines.accelerate:accelerate",
+    "load": "pipelines.loading:load",
+    "methods": "registry:names",
+    "register_cache": "caching:REGISTRY.register",
+    "register_family": "pipelines.families:register_family",
+    "register_parallel": "parallel:REGISTRY.register",
+    "register_quant": "quant:REGISTRY.register",
+    "restore": "pipelines.accelerate:restore",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when first used, so that `import fastdiff` needs neither torch nor diffusers (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    module, _, path = _HOME[name].partition(":")
+    found: Any = importlib.import_module(f"fastdiff.{module}")
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,218 @@
+"""Where a pipeline is in its denoising loop: which run, which step, how many, which branch.
+
+Derived from the scheduler instance and the calls of the denoiser, never from the pipeline's code, so it holds for any
+loop that calls `scheduler.set_timesteps`, the denoiser, and `scheduler.step`. A "step" is one evaluation of the model
+per branch: Heun has 2n - 1 of them, PNDM n + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .patch import PatchSet
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass of the denoising loop.
+
+    `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
+    lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`.
+    """
+
+    number: int
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    flow: bool
+
+    @property
+    def total(self) -> int:
+        return len(self.timesteps)
+
+    def coordinates(self, kind: str) -> tuple[float, ...]:
+        """Positions of the evaluations on one axis: step, timestep, sigma or logsnr; strictly monotone or steps."""
+        steps = tuple(float(i) for i in range(self.total))
+        if kind == "step":
+            return steps
+        if kind == "timestep":
+            found = self.timesteps
+        elif kind == "sigma":
+            found = self.sigmas
+        else:
+            found = tuple(self._logsnr(s) for s in self.sigmas)
+        repeated = any(a == b for a, b in zip(found, found[1:], strict=False))
+        return steps if repeated else found  # Heun and PNDM visit a time twice
+
+    def _logsnr(self, sigma: float) -> float:
+        sigma = min(max(sigma, 1e-4), 1 - 1e-4 if self.flow else 1e4)
+        return 2 * math.log((1 - sigma) / sigma if self.flow else 1 / sigma)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the denoiser. `branch` counts the calls since the last `scheduler.step` (0 is cond or the batch)."""
+
+    run: Run
+    index: int
+    branch: int
+
+
+@dataclass
+class StepClock:
+    """Attached to a pipeline's scheduler, it watches the denoisers; rooms read `now` inside a denoiser call.
+
+    `on_start` and `on_end` are told of each run (`on_end` also of one cut short), `on_call` and `on_return` of each
+    denoiser call inside a run, `on_tick` of each finished step with its index.
+    """
+
+    pipe: Any
+    on_start: list[Callable[[Run], None]] = field(default_factory=list)
+    on_end: list[Callable[[Run], None]] = field(default_factory=list)
+    on_tick: list[Callable[[int], None]] = field(default_factory=list)
+    on_call: list[Callable[[Step], None]] = field(default_factory=list)
+    on_return: list[Callable[[Step], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run: Run | None = None
+        self.now: Step | None = None
+        self.index = 0
+        self._number = 0
+        self._calls: dict[str, int] = {}
+        self._pending = False
+        self._first_timestep: Any = None
+        self._patches = PatchSet()
+        self._scheduler: Any = None
+
+    def attach(self) -> None:
+        """Listen to the pipeline's scheduler; `detach` puts the scheduler back."""
+        scheduler = self._scheduler = self.pipe.scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+        def began(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self._expect_run()
+            return result
+
+        def ticked(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._tick()
+            return result
+
+        self._patches.set(scheduler, "set_timesteps", began)
+        self._patches.set(scheduler, "step", ticked)
+        if hasattr(scheduler, "scale_model_input"):
+            scale = scheduler.scale_model_input
+
+            def scaled(sample: Any, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
+                if self._pending and self._first_timestep is None:
+                    self._first_timestep = timestep
+                return scale(sample, timestep, *args, **kwargs)
+
+            self._patches.set(scheduler, "scale_model_input", scaled)
+
+    def detach(self) -> None:
+        self._patches.restore()
+        self.abandon()
+
+    def watch(self, denoiser: torch.nn.Module, name: str, patches: PatchSet) -> None:
+        """Wrap the denoiser's forward; install last, so that every other patch runs inside the step it belongs to."""
+        forward = denoiser.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+            try:
+                step = self.now = self._call(name, timestep)
+                if step is None:
+                    return forward(*args, **kwargs)
+                for callback in self.on_call:
+                    callback(step)
+                result = forward(*args, **kwargs)
+                for callback in self.on_return:
+                    callback(step)
+            except BaseException:
+                self.abandon()  # whatever was remembered of this run must not reach the next one
+                raise
+            finally:
+                self.now = None
+            return result
+
+        patches.set(denoiser, "forward", watched)
+
+    def _call(self, denoiser: str, timestep: Any) -> Step | None:
+        """The step that a call belongs to; no device synchronisation after the first call of a run."""
+        if self.pipe.scheduler is not self._scheduler:  # swapped after accelerate: listen to the new one
+            self._patches.restore()
+            self.attach()
+            self._expect_run()
+        if self._pending:
+            self._begin(timestep)
+        if self.run is None:
+            return None
+        branch = self._calls.get(denoiser, 0)
+        self._calls[denoiser] = branch + 1
+        return Step(self.run, self.index, branch)
+
+    def abandon(self) -> None:
+        """Forget the run in progress, after an exception."""
+        run, self.run, self._pending = self.run, None, False
+        if run is not None:
+            for callback in self.on_end:
+                callback(run)
+
+    def _expect_run(self) -> None:
+        self.abandon()
+        self._pending, self._first_timestep = True, None
+
+    def _begin(self, timestep: Any) -> None:
+        scheduler = self._scheduler
+        self._pending = False
+        listed = [float(t) for t in torch.as_tensor(scheduler.timesteps).flatten().tolist()]
+        if not listed:
+            return
+        offset = self._offset(listed, timestep)
+        sigmas, flow = _sigmas(scheduler, listed)
+        self._number += 1
+        self.run = Run(self._number, tuple(listed[offset:]), tuple(sigmas[offset:]), flow)
+        self.index, self._calls = 0, {}
+        for callback in self.on_start:
+            callback(self.run)
+
+    def _offset(self, listed: list[float], timestep: Any) -> int:
+        """Index of the first timestep that is used; img2img starts late in the scheduler's list."""
+        begin = getattr(self._scheduler, "begin_index", None)
+        if begin is not None:
+            return min(int(begin), len(listed) - 1)
+        first = self._first_timestep if self._first_timestep is not None else timestep
+        if first is None:
+            return 0
+        value = float(torch.as_tensor(first).flatten()[0])
+        return listed.index(value) if value in listed else 0
+
+    def _tick(self) -> None:
+        if self.run is None:
+            return
+        for callback in self.on_tick:
+            callback(self.index)
+        self.index += 1
+        self._calls = {}
+        if self.index >= self.run.total:
+            self.abandon()
+
+
+def _sigmas(scheduler: Any, timesteps: list[float]) -> tuple[list[float], bool]:
+    """Noise level at each timestep, and whether it is a flow-matching sigma."""
+    flow = hasattr(scheduler, "scale_noise") or getattr(scheduler.config, "use_flow_sigmas", False) is True
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) >= len(timesteps):
+        return [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[: len(timesteps)]], flow
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return timesteps, flow
+    known = alphas.tolist()
+    kept = [max(known[min(max(int(t), 0), len(known) - 1)], 1e-12) for t in timesteps]
+    return [math.sqrt((1 - a) / a) for a in kept], flow

@@ -1,0 +1,243 @@
+"""ONE config for every lever, and where each of its values came from.
+
+Layers, weakest first: family default, preset, file or dict, `--set`, dedicated flag. A layer that names another
+method drops the fields of the weaker layers' method.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+
+from .anatomy import Family
+from .errors import BadConfig, UnknownName
+from .method import Method, Settings
+from .registry import registry
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHOD_KINDS = ("cache", "parallel", "quant")
+Layer = tuple[str, Mapping[str, Any]]
+
+
+def _method(kind: str) -> BeforeValidator:
+    def resolve(value: Any) -> Any:
+        if value is None or isinstance(value, Method):
+            return value
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{kind} must be a method name or a table with a `method`, got {value!r}")
+        if "method" not in value:
+            raise ValueError(f"[{kind}] needs a `method`; one of {', '.join(registry(kind)) or 'none yet'}")
+        try:
+            cls = registry(kind)[value["method"]]
+        except UnknownName as error:
+            raise ValueError(str(error)) from None
+        return cls.model_validate(value)  # type: ignore[attr-defined]
+
+    return BeforeValidator(resolve)
+
+
+class Attention(Settings):
+    """Which attention kernel the denoiser uses."""
+
+    backend: str | None = Field(None, description="a backend of diffusers' dispatcher, or xformers; None leaves it")
+
+
+class Compile(Settings):
+    """Regional torch.compile of the denoiser's repeated blocks."""
+
+    enabled: bool = Field(False, description="compile the repeated blocks")
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        "default", description="passed to torch.compile"
+    )
+    fullgraph: bool = Field(False, description="fail on a graph break instead of splitting")
+    dynamic: bool | None = Field(None, description="passed to torch.compile")
+
+
+class Config(Settings):
+    """What to do to a pipeline. Round-trips through JSON; every PNG carries it."""
+
+    cache: Annotated[SerializeAsAny[Method] | None, _method("cache")] = None
+    parallel: Annotated[SerializeAsAny[Method] | None, _method("parallel")] = None
+    quant: Annotated[SerializeAsAny[Method] | None, _method("quant")] = None
+    attention: Attention = Attention()
+    compile: Compile = Compile()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise BadConfig(_sentence(error, values)) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadConfig(f"not JSON: {error}") from None
+        return cls(**_table(values, "the config"))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and, for each dotted key that some layer set, the name of that layer."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def presets() -> dict[str, Path]:
+    """Preset files by name."""
+    folder = Path(str(resources.files("fastdiff"))) / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A TOML or JSON file as nested tables."""
+    if not path.is_file():
+        raise BadConfig(f"config file {str(path)!r} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return _table(json.loads(text) if path.suffix == ".json" else tomllib.loads(text), str(path))
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path} cannot be read: {error}") from None
+
+
+def parse_set(assignment: str) -> dict[str, Any]:
+    """`cache.interval=3` as a nested table; the value is JSON or TOML-like, anything else is a string."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(part.isidentifier() for part in key.strip().split(".")):
+        raise BadConfig(f"--set takes section.key=value, for example cache.interval=3, got {assignment!r}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text.strip()
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def layers_of(source: str | Path | Mapping[str, Any] | Config | None) -> list[Layer]:
+    """The layers that a preset name, a path, a dict or a Config stands for."""
+    if source is None:
+        return []
+    if isinstance(source, Config):
+        return [("config", source.model_dump(exclude_none=True))]
+    if isinstance(source, Mapping):
+        return _with_base("dict", dict(source), None)
+    known = presets()
+    if isinstance(source, str) and source in known:
+        return [(f"preset {source}", read_file(known[source]))]
+    if isinstance(source, Path) or str(source).endswith((".toml", ".json")):
+        path = Path(source)
+        return _with_base(f"file {path.name}", read_file(path), path.parent)
+    raise UnknownName("preset", source, known)
+
+
+def _with_base(name: str, values: dict[str, Any], folder: Path | None) -> list[Layer]:
+    """A table may build on a preset or another file through its key `preset`."""
+    base = values.pop("preset", None)
+    if base is None:
+        return [(name, values)]
+    if not isinstance(base, str):
+        raise BadConfig(f"preset must be a name or a path, got {base!r}")
+    if folder is not None and base.endswith((".toml", ".json")):
+        if (folder / base).resolve() == (folder / name.removeprefix("file ")).resolve():
+            raise BadConfig(f"{name} names itself as its preset")
+        return [*layers_of(folder / base), (name, values)]
+    return [*layers_of(base), (name, values)]
+
+
+def resolve(layers: Sequence[Layer], family: Family | None = None, model: str | None = None) -> Resolved:
+    """Merge layers into a Config.
+
+    A layer may hold `family.<name>` tables, which apply where <name> is the kind of denoiser, the family or the
+    model's own name (weakest first).
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, values in layers:
+        values = dict(values)
+        variants = _table(values.pop("family", {}), "family")
+        values.pop("description", None)
+        _merge(merged, values, origin, origins)
+        names = [n for n in (family.kind, family.name) if n] if family else []
+        for name in dict.fromkeys([*names, *([model] if model else [])]):
+            _merge(merged, _table(variants.get(name, {}), name), f"{origin} ({name})", origins)
+    for kind in METHOD_KINDS:
+        _apply_defaults(merged, kind, family, origins)
+    return Resolved(Config(**merged), origins)
+
+
+def _apply_defaults(merged: dict[str, Any], kind: str, family: Family | None, origins: dict[str, str]) -> None:
+    table = merged.get(kind)
+    if family is None or not isinstance(table, dict):
+        return
+    for key, value in family.defaults.get(str(table.get("method")), {}).items():
+        if key not in table:
+            table[key] = value
+            origins[f"{kind}.{key}"] = f"family default ({family.name})"
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
+    for key, value in values.items():
+        if key in METHOD_KINDS and isinstance(value, str):
+            value = {"method": value}
+        if isinstance(value, Method):
+            value = value.model_dump()
+        old = into.get(key)
+        other_method = isinstance(value, Mapping) and isinstance(old, dict) and value.get("method", old.get("method")) != old.get("method")  # fmt: skip
+        if not isinstance(value, Mapping) or not isinstance(old, dict) or other_method:
+            for name in [n for n in origins if n == key or n.startswith(f"{key}.")]:
+                del origins[name]
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+            fields = list(value) if isinstance(value, Mapping) else []
+        else:
+            old.update(value)
+            fields = list(value)
+        for name in fields:
+            origins[f"{key}.{name}"] = origin
+        if not fields:
+            origins[key] = origin
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadConfig(f"{what} must be a table of keys and values, got {type(value).__name__}")
+    return value
+
+
+def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """One sentence for each mistake, with a did-you-mean for keys."""
+    sentences = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parent, _, key = where.rpartition(".")
+            sentences.append(str(UnknownName(f"key in {parent or 'the config'}:", key, _fields(parent, values))))
+        elif item["type"] == "value_error":
+            sentences.append(str(item["ctx"]["error"]))
+        else:
+            sentences.append(f"{where} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(sentences)
+
+
+def _fields(section: str, values: Mapping[str, Any]) -> list[str]:
+    if section in METHOD_KINDS:
+        table = values.get(section)
+        name = table.get("method") if isinstance(table, Mapping) else table
+        return list(registry(section)[str(name)].model_fields)  # type: ignore[attr-defined]
+    model = {"attention": Attention, "compile": Compile}.get(section, Config)
+    return list(model.model_fields)

@@ -1,0 +1,105 @@
+"""What a run did: steps computed and cached, seconds, bytes, memory. Never silent about doing nothing."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+COMPUTED, CACHED = "computed", "cached"
+
+
+@dataclass
+class RunReport:
+    """Filled while the pipeline runs; `str()` is the one-line log, `to_dict()` is what `--json` prints.
+
+    `branches` has one list a branch with "computed" or "cached" for each step; `step_seconds` has one entry a step.
+    """
+
+    total: int = 0
+    branches: dict[int, list[str]] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+    bytes_sent: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_seconds)
+
+    @property
+    def computed(self) -> int:
+        """Steps in which some branch of the denoiser ran in full."""
+        return self.steps - self.cached
+
+    @property
+    def cached(self) -> int:
+        """Steps in which no branch ran in full."""
+        rows = [self.branches[b] for b in sorted(self.branches)]
+        return sum(all(len(r) > i and r[i] == CACHED for r in rows) for i in range(self.steps)) if rows else 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the denoising loop, without text encoding and decoding."""
+        return sum(self.step_seconds)
+
+    def branch_names(self) -> dict[int, str]:
+        if len(self.branches) == 1:
+            return dict.fromkeys(self.branches, "batch")
+        known = ("cond", "uncond")
+        return {b: known[b] if b < len(known) else f"call {b}" for b in self.branches}
+
+    def saved_seconds(self) -> float:
+        """Cached steps times the difference between a computed and a cached step of this very run (medians)."""
+        kinds: dict[str, list[float]] = {COMPUTED: [], CACHED: []}
+        rows = list(self.branches.values())
+        for i, seconds in enumerate(self.step_seconds[1:], 1):  # the first step warms up
+            skipped = bool(rows) and all(len(r) > i and r[i] == CACHED for r in rows)
+            kinds[CACHED if skipped else COMPUTED].append(seconds)
+        if not all(kinds.values()):
+            return 0.0
+        difference = statistics.median(kinds[COMPUTED]) - statistics.median(kinds[CACHED])
+        return max(0.0, difference * len(kinds[CACHED]))
+
+    def to_dict(self) -> dict[str, Any]:
+        names = self.branch_names()
+        return {
+            "steps": self.steps,
+            "computed": self.computed,
+            "cached": self.cached,
+            "seconds": round(self.seconds, 4),
+            "saved_seconds": round(self.saved_seconds(), 4),
+            "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "bytes_sent": self.bytes_sent,
+            "branches": {names[b]: row for b, row in sorted(self.branches.items())},
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "nothing ran yet"
+        parts = [
+            f"{self.steps} steps: {self.computed} computed, {self.cached} cached",
+            f"{self.seconds:.2f} s denoising",
+        ]
+        if saved := self.saved_seconds():
+            parts.append(f"about {saved:.2f} s saved")
+        if self.bytes_sent:
+            parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
+        parts.append(f"peak {self.peak_memory_mb:.0f} MB")
+        return " · ".join([*parts, *self.notes])
+
+
+def peak_memory_mb(device_type: str) -> float:
+    """Peak memory in MB: of the CUDA allocator, or of the process on a CPU (since it started)."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

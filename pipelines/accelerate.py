@@ -1,0 +1,134 @@
+"""`accelerate`: the one place that orders the levers, and the handle that takes them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fastdiff.clock import StepClock
+from fastdiff.config import Config, Resolved, layers_of, resolve
+from fastdiff.errors import FastdiffError, UnsupportedModel
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+from fastdiff.report import RunReport
+
+from .attention import install_backend
+from .compile import compile_blocks
+from .families import Anatomy, anatomies
+from .loading import embedded_name
+
+HANDLE = "_fastdiff"
+
+
+class Accelerated:
+    """What `accelerate` did to a pipeline. `restore()` takes it back; as a context manager it does so at the end."""
+
+    def __init__(self, pipe: DiffusionPipeline, resolved: Resolved) -> None:
+        self.pipe, self.config, self.origins = pipe, resolved.config, resolved.origins
+        self._patches = PatchSet()
+        self.clock = StepClock(pipe)
+        self._recorder = Recorder(self.clock, pipe.device)
+
+    @property
+    def report(self) -> RunReport:
+        """The last run's report."""
+        return self._recorder.report
+
+    @property
+    def active(self) -> bool:
+        return vars(self.pipe).get(HANDLE) is self
+
+    def restore(self) -> None:
+        """Put the pipeline back exactly as it was; does nothing if that has been done.
+
+        Raises NotReversible, and changes nothing, if something else patched the same objects since.
+        """
+        if self.active:
+            self._patches.restore()
+            self.clock.detach()
+
+    def install(self, found: list[Anatomy]) -> None:
+        """All of the config or, on an exception, nothing."""
+        with self._patches as patches:
+            for anatomy in found:
+                self._install_on(anatomy, patches)
+            patches.set(self.pipe, HANDLE, self)
+            patches.call(self.clock.attach, self.clock.detach)
+
+    def _install_on(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        config = self.config
+        if config.attention.backend is not None:
+            install_backend(anatomy.denoiser, config.attention.backend, patches)
+        if config.compile.enabled:
+            compile_blocks(anatomy, config.compile, patches)
+        if config.cache is not None:
+            from fastdiff.caching.session import Session
+
+            Session(config.cache, anatomy, self.clock, self._recorder).attach(patches)  # type: ignore[arg-type]
+        self.clock.watch(anatomy.denoiser, anatomy.component, patches)
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        levers = {k: v["method"] for k, v in self.config.model_dump(exclude_none=True).items() if "method" in v}
+        state = "" if self.active else ", restored"
+        return f"<fastdiff {type(self.pipe).__name__} {levers or 'nothing enabled'}{state}: {self.report}>"
+
+
+def accelerate(
+    pipe: DiffusionPipeline, config: str | Path | Mapping[str, Any] | Config | None = None, **levers: Any
+) -> Accelerated:
+    """Patch a live pipeline.
+
+    config: preset name, path of a .toml or .json file, dict or Config. Keywords (`cache=`, `parallel=`, `quant=`,
+    `attention=`, `compile=`; a method name or a table) override it. A pipeline that is accelerated already is
+    restored first.
+
+    Raises BadConfig for a config that means nothing, UnsupportedModel for a method the model cannot use,
+    BackendUnavailable for what this machine cannot run; the pipeline is then as it was.
+    """
+    found = anatomies(pipe)
+    resolved = resolve_for(pipe, config, levers, found[0])
+    handle = Accelerated(pipe, resolved)
+    previous = vars(pipe).get(HANDLE)
+    if previous is not None:
+        previous.restore()
+    _refuse_shared(found)
+    try:
+        handle.install(found)
+    except FastdiffError:
+        if previous is not None:
+            previous.install(found)
+        raise
+    return handle
+
+
+def resolve_for(
+    pipe: DiffusionPipeline, config: str | Path | Mapping[str, Any] | Config | None, levers: Mapping[str, Any], anatomy: Anatomy
+) -> Resolved:  # fmt: skip
+    """Layers of `config` and keywords, merged for this pipeline's family."""
+    layers = [*layers_of(config), *([("keyword", levers)] if levers else [])]
+    return resolve(layers, anatomy.family, embedded_name(pipe))
+
+
+def _refuse_shared(found: list[Anatomy]) -> None:
+    for anatomy in found:
+        if "forward" in vars(anatomy.denoiser) and getattr(anatomy.denoiser.forward, "__name__", "") == "watched":
+            raise UnsupportedModel(
+                f"this {anatomy.component} is shared with a pipeline that is accelerated already; it is fast here too. "
+                "To change its settings, restore() the other handle first"
+            )
+
+
+def restore(pipe: DiffusionPipeline) -> None:
+    """Put a pipeline back exactly as it was before `accelerate`; does nothing if it is not accelerated."""
+    handle = vars(pipe).get(HANDLE)
+    if handle is not None:
+        handle.restore()

@@ -1,0 +1,101 @@
+"""Loading: embedded models, local directories, hub ids. Safetensors only, checked before anything is built."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from fastdiff.errors import BadModel, UnknownName
+
+EMBEDDED = Path(__file__).parent / "shapes" / "models"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def embedded() -> dict[str, Path]:
+    """Directories of the models that come with fastdiff, by name."""
+    return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
+
+
+def embedded_name(pipe: DiffusionPipeline) -> str | None:
+    """The name of the embedded model that a pipeline was loaded from, if any."""
+    path = getattr(pipe.config, "_name_or_path", None)
+    return next((name for name, folder in embedded().items() if str(folder) == str(path)), None)
+
+
+def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None) -> DiffusionPipeline:
+    """A stock diffusers pipeline.
+
+    model: `shapes-unet` or `shapes-dit` (come with fastdiff, work offline), a local directory, or a hub id.
+    dtype: default float32 on a CPU, bfloat16 on a GPU. device: default CUDA where there is one.
+
+    Raises BadModel for a path that does not exist, is no pipeline, is truncated, or holds pickles only.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    source = _source(str(model))
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, **options)
+    except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
+        raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+    return pipe.to(device)
+
+
+def _source(model: str) -> str:
+    known = embedded()
+    if model in known:
+        return str(known[model])
+    path = Path(model).expanduser()
+    if path.exists():
+        check_directory(path)
+        return str(path)
+    if _HUB_ID.fullmatch(model) and model.count("/") == 1 and not model.endswith((".toml", ".json", ".safetensors")):
+        return model
+    if "/" in model or model.startswith((".", "~")):
+        raise BadModel(f"model directory {model!r} does not exist")
+    raise UnknownName("model", model, [*known, "<a directory>", "<a hub id like org/name>"])
+
+
+def check_directory(path: Path) -> None:
+    """Refuse a directory that is no pipeline, or whose weights are truncated, corrupt, or pickles."""
+    if not path.is_dir():
+        raise BadModel(f"{str(path)!r} is a file; give the pipeline's directory, the one that holds model_index.json")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise BadModel(f"{str(path)!r} is no diffusers pipeline: it has no model_index.json")
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(components, dict) or "_class_name" not in components:
+            raise ValueError("it names no pipeline class")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadModel(f"{str(index)!r} is not a pipeline index: {error}") from None
+    for folder in (path / name for name in components if (path / name).is_dir()):
+        files = [f for f in sorted(folder.iterdir()) if f.is_file()]
+        weights = [f for f in files if f.suffix == ".safetensors"]
+        pickles = [f.name for f in files if f.suffix in _PICKLES]
+        if pickles and not weights:
+            raise BadModel(
+                f"{folder.name} in {str(path)!r} has its weights as pickles only ({', '.join(pickles)}), which can run "
+                "code when read; convert them to safetensors"
+            )
+        for file in weights:
+            _check_weights(file)
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadModel(f"{str(file)!r} is truncated or corrupt: {error}; fetch it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
