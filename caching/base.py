@@ -44,7 +44,7 @@ class CacheMethod(Method):
         return name
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        """What a cached step leaves out. Raises UnsupportedModel with the reason where there is nothing to leave out."""
+        """What a cached step leaves out. Raises UnsupportedModel, with the reason, where that is nothing."""
         raise NotImplementedError
 
     def mask(self, run: Run) -> list[bool] | None:

@@ -25,4 +25,4 @@ class FirstBlock(CacheMethod):
         return [block_stack(anatomy, self.live_blocks)]
 
     def should_compute(self, probe: Tensor, last: Tensor) -> bool:
-        return relative_change(probe, last) >= self.threshold
+        return not relative_change(probe, last) < self.threshold  # also where it is not a number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,42 +54,50 @@ class Session:
     def _wrap_probe(self, number: int, region: Region, patches: PatchSet) -> None:
         assert region.probe is not None
         module, read = region.probe.module, region.probe.read
-        forward, by_name = module.forward, named(module)
+        by_name = named(module)
 
-        def probed(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            if self.clock.now is not None:
-                self._memory(number, self.clock.now).probe = read(by_name(args, kwargs), output)
-            return output
+        def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(forward)
+            def probed(*args: Any, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                if self.clock.now is not None:
+                    self._memory(number, self.clock.now).probe = read(by_name(args, kwargs), output)
+                return output
 
-        patches.set(module, "forward", probed)
+            return probed
+
+        patches.wrap_forward(module, wrapper)
 
     def _wrap_unit(self, number: int, region: Region, position: int, unit: nn.Module, patches: PatchSet) -> None:
-        forward, by_name = unit.forward, named(unit)
-        first, last = position == 0, position == len(region.units) - 1
+        by_name = named(unit)
 
-        def unit_forward(*args: Any, **kwargs: Any) -> Any:
-            step = self.clock.now
-            if step is None:
-                return forward(*args, **kwargs)
-            memory = self._memory(number, step)
-            if first:
-                self._enter(region, step, memory, args, kwargs)
-                if region.store == "residual":
-                    given = by_name(args, kwargs)
-                    memory.entry = [given[stream] for stream in region.takes]
-            if memory.skipping:
-                return self._predict(region, step, memory) if last else memory.placeholders[position]
-            output = forward(*args, **kwargs)
-            if not memory.keep:
+        def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(forward)
+            def unit_forward(*args: Any, **kwargs: Any) -> Any:
+                step = self.clock.now
+                if step is None:
+                    return forward(*args, **kwargs)
+                memory = self._memory(number, step)
+                if position == 0:
+                    self._enter(region, step, memory, args, kwargs)
+                    if region.store == "residual":
+                        given = by_name(args, kwargs)
+                        memory.entry = [given[stream] for stream in region.takes]
+                last = position == len(region.units) - 1
+                if memory.skipping:
+                    return self._predict(region, step, memory) if last else memory.placeholders[position]
+                output = forward(*args, **kwargs)
+                if not memory.keep:
+                    return output
+                if last:
+                    self._remember(region, step, memory, output)
+                elif position not in memory.placeholders:
+                    memory.placeholders[position] = placeholder(output)
                 return output
-            if last:
-                self._remember(region, step, memory, output)
-            elif position not in memory.placeholders:
-                memory.placeholders[position] = placeholder(output)
-            return output
 
-        patches.set(unit, "forward", unit_forward)
+            return unit_forward
+
+        patches.wrap_forward(unit, wrapper)
 
     def _enter(self, region: Region, step: Step, memory: Memory, args: tuple, kwargs: dict) -> None:
         shape = signature(args, kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.errors import BadConfig, UnsupportedModel
@@ -29,7 +31,7 @@ def block_stack(anatomy: Anatomy, live: int) -> Region:
     if set(entry.takes) < set(exit_.returns):
         raise UnsupportedModel(f"{anatomy.family.name}: the last block returns more streams than block {live} takes")
 
-    def residual(inputs: dict, output) -> object:
+    def residual(inputs: dict[str, Any], output: Any) -> Tensor:
         leaving = output[head.returns.index(first)] if isinstance(output, tuple) else output
         return leaving - inputs[first]
 
@@ -40,10 +42,10 @@ def block_stack(anatomy: Anatomy, live: int) -> Region:
 
 
 def unet_inner(anatomy: Anatomy, branch: int) -> Region:
-    """All of a UNet inside skip connection `branch`, counted from the outside; 0 leaves only the outermost layer live."""
+    """All of a UNet inside skip connection `branch`, counted from the outside; 0 leaves the outermost layer live."""
     if anatomy.family.kind != "unet":
         raise UnsupportedModel(f"{anatomy.family.name} is no UNet, it has no skip connections to split at")
-    unet = anatomy.denoiser
+    unet: Any = anatomy.denoiser
     down, up = [*unet.down_blocks], [*unet.up_blocks]
     skips = sum(len(block.resnets) for block in up)
     if not 0 <= branch < skips - 1:
@@ -54,13 +56,13 @@ def unet_inner(anatomy: Anatomy, branch: int) -> Region:
     return Region(f"inside skip {branch}", (*inner_down, *middle, *inner_up))
 
 
-def _layers(block: nn.Module) -> list[list[nn.Module]]:
+def _layers(block: Any) -> list[list[nn.Module]]:
     """Modules of each layer of a UNet block, in call order."""
     parts = [getattr(block, name) for name in _LAYER_PARTS if getattr(block, name, None) is not None]
     return [[part[k] for part in parts if k < len(part)] for k in range(len(block.resnets))]
 
 
-def _after_skip(down: list[nn.Module], branch: int) -> list[nn.Module]:
+def _after_skip(down: list[Any], branch: int) -> list[nn.Module]:
     """What runs after the module that produces skip `branch`; skip 0 comes from conv_in."""
     units: list[nn.Module] = []
     produced = 0
@@ -76,7 +78,7 @@ def _after_skip(down: list[nn.Module], branch: int) -> list[nn.Module]:
     return units
 
 
-def _before_layer(up: list[nn.Module], layer: int) -> list[nn.Module]:
+def _before_layer(up: list[Any], layer: int) -> list[nn.Module]:
     """What runs in the up path before its layer number `layer`."""
     units: list[nn.Module] = []
     for block in up:

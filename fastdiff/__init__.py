@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .pipelines.accelerate import accelerate as accelerate
     from .pipelines.accelerate import restore as restore
     from .pipelines.loading import load as load
-    from .registry import names as methods
+    from .registry import names as methods  # noqa: F401
 
 _HOME = {
     "Accelerated": "pipelines.accelerate:Accelerated",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -58,11 +58,14 @@ class Anatomy:
     @property
     def blocks(self) -> list[nn.Module]:
         """All transformer blocks in call order, stack after stack."""
-        return [block for stack in self.family.stacks for block in self.denoiser.get_submodule(stack.path)]
+        return [block for stack in self.family.stacks for block in self._list(stack)]
+
+    def _list(self, stack: Stack) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.denoiser.get_submodule(stack.path))
 
     def stack_of(self, block: nn.Module) -> Stack:
         for stack in self.family.stacks:
-            if any(block is member for member in self.denoiser.get_submodule(stack.path)):
+            if any(block is member for member in self._list(stack)):
                 return stack
         raise UnsupportedModel(f"{type(block).__name__} is in no block stack of {self.family.name}")
 

@@ -8,13 +8,18 @@ per branch: Heun has 2n - 1 of them, PNDM n + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import wraps
+from itertools import pairwise
+from types import MethodType
 from typing import Any
 
 import torch
 
 from .patch import PatchSet
+
+WATCHED = "_fastdiff_watched"  # mark on the forward of a denoiser that a clock watches
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Run:
             found = self.sigmas
         else:
             found = tuple(self._logsnr(s) for s in self.sigmas)
-        repeated = any(a == b for a, b in zip(found, found[1:], strict=False))
+        repeated = any(a == b for a, b in pairwise(found))
         return steps if repeated else found  # Heun and PNDM visit a time twice
 
     def _logsnr(self, sigma: float) -> float:
@@ -89,31 +94,41 @@ class StepClock:
         self._scheduler: Any = None
 
     def attach(self) -> None:
-        """Listen to the pipeline's scheduler; `detach` puts the scheduler back."""
-        scheduler = self._scheduler = self.pipe.scheduler
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        """Listen to the pipeline's scheduler and progress bar; `detach` puts them back."""
+        self._scheduler = self.pipe.scheduler
+        self._listen("set_timesteps", lambda *_, **__: self._expect_run())
+        self._listen("step", lambda *_, **__: self._tick())
+        if hasattr(self._scheduler, "scale_model_input"):
+            self._listen("scale_model_input", self._scaled)
+        if hasattr(self.pipe, "progress_bar"):
+            progress_bar = self.pipe.progress_bar
 
-        def began(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self._expect_run()
+            @wraps(progress_bar)
+            def watched_bar(*args: Any, **kwargs: Any) -> Any:
+                bar = progress_bar(*args, **kwargs)
+                return _Bar(bar, self._leave) if hasattr(bar, "__exit__") else bar
+
+            self._patches.set(self.pipe, "progress_bar", watched_bar)
+
+    def _listen(self, name: str, heard: Callable[..., None]) -> None:
+        """Call `heard` after the scheduler's method `name`. It keeps its signature, which pipelines read to see whether
+        sigmas, eta or a generator are taken, and is a bound method, so that a deep copy of the scheduler goes its own
+        way."""
+        scheduler, method = self._scheduler, getattr(self._scheduler, name)
+
+        @wraps(getattr(type(scheduler), name))
+        def listened(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not scheduler:
+                return getattr(type(this), name)(this, *args, **kwargs)
+            result = method(*args, **kwargs)
+            heard(*args, **kwargs)
             return result
 
-        def ticked(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            self._tick()
-            return result
+        self._patches.set(scheduler, name, MethodType(listened, scheduler))
 
-        self._patches.set(scheduler, "set_timesteps", began)
-        self._patches.set(scheduler, "step", ticked)
-        if hasattr(scheduler, "scale_model_input"):
-            scale = scheduler.scale_model_input
-
-            def scaled(sample: Any, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
-                if self._pending and self._first_timestep is None:
-                    self._first_timestep = timestep
-                return scale(sample, timestep, *args, **kwargs)
-
-            self._patches.set(scheduler, "scale_model_input", scaled)
+    def check(self) -> None:
+        """Raises NotReversible if `detach` would."""
+        self._patches.check()
 
     def detach(self) -> None:
         self._patches.restore()
@@ -121,34 +136,39 @@ class StepClock:
 
     def watch(self, denoiser: torch.nn.Module, name: str, patches: PatchSet) -> None:
         """Wrap the denoiser's forward; install last, so that every other patch runs inside the step it belongs to."""
-        forward = denoiser.forward
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
-            try:
-                step = self.now = self._call(name, timestep)
-                if step is None:
-                    return forward(*args, **kwargs)
-                for callback in self.on_call:
-                    callback(step)
-                result = forward(*args, **kwargs)
-                for callback in self.on_return:
-                    callback(step)
-            except BaseException:
-                self.abandon()  # whatever was remembered of this run must not reach the next one
-                raise
-            finally:
-                self.now = None
-            return result
+        def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(forward)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+                try:
+                    step = self.now = self._call(name, timestep)
+                    if step is None:
+                        return forward(*args, **kwargs)
+                    for callback in self.on_call:
+                        callback(step)
+                    result = forward(*args, **kwargs)
+                    for callback in self.on_return:
+                        callback(step)
+                except BaseException:
+                    self.abandon()  # whatever was remembered of this run must not reach the next one
+                    raise
+                finally:
+                    self.now = None
+                return result
 
-        patches.set(denoiser, "forward", watched)
+            vars(watched)[WATCHED] = True
+            return watched
+
+        patches.wrap_forward(denoiser, wrapper)
 
     def _call(self, denoiser: str, timestep: Any) -> Step | None:
         """The step that a call belongs to; no device synchronisation after the first call of a run."""
         if self.pipe.scheduler is not self._scheduler:  # swapped after accelerate: listen to the new one
             self._patches.restore()
             self.attach()
-            self._expect_run()
+            if getattr(self._scheduler, "num_inference_steps", None) is not None:
+                self._expect_run()
         if self._pending:
             self._begin(timestep)
         if self.run is None:
@@ -163,6 +183,15 @@ class StepClock:
         if run is not None:
             for callback in self.on_end:
                 callback(run)
+
+    def _leave(self) -> None:
+        """The loop is left: at its end, by an interrupt, or by an exception outside the denoiser."""
+        if self.run is not None:
+            self.abandon()
+
+    def _scaled(self, sample: Any = None, timestep: Any = None, *_: Any, **__: Any) -> None:
+        if self._pending and self._first_timestep is None:
+            self._first_timestep = timestep
 
     def _expect_run(self) -> None:
         self.abandon()
@@ -202,6 +231,29 @@ class StepClock:
         self._calls = {}
         if self.index >= self.run.total:
             self.abandon()
+
+
+class _Bar:
+    """A progress bar that tells when its loop is left, however that happens."""
+
+    def __init__(self, bar: Any, left: Callable[[], None]) -> None:
+        self._bar, self._left = bar, left
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._left()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._left()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
 
 
 def _sigmas(scheduler: Any, timesteps: list[float]) -> tuple[list[float], bool]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
@@ -27,7 +27,8 @@ else:
     import tomli as tomllib
 
 METHOD_KINDS = ("cache", "parallel", "quant")
-Layer = tuple[str, Mapping[str, Any]]
+Layer: TypeAlias = tuple[str, Mapping[str, Any]]
+Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
 
 
 def _method(kind: str) -> BeforeValidator:
@@ -129,7 +130,7 @@ def parse_set(assignment: str) -> dict[str, Any]:
     return value
 
 
-def layers_of(source: str | Path | Mapping[str, Any] | Config | None) -> list[Layer]:
+def layers_of(source: Source) -> list[Layer]:
     """The layers that a preset name, a path, a dict or a Config stands for."""
     if source is None:
         return []
@@ -198,19 +199,22 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any], origin: str, origins
         if isinstance(value, Method):
             value = value.model_dump()
         old = into.get(key)
-        other_method = isinstance(value, Mapping) and isinstance(old, dict) and value.get("method", old.get("method")) != old.get("method")  # fmt: skip
-        if not isinstance(value, Mapping) or not isinstance(old, dict) or other_method:
+        if isinstance(value, Mapping) and isinstance(old, dict) and _same_method(value, old):
+            old.update(value)
+            fields = list(value)
+        else:
             for name in [n for n in origins if n == key or n.startswith(f"{key}.")]:
                 del origins[name]
             into[key] = dict(value) if isinstance(value, Mapping) else value
             fields = list(value) if isinstance(value, Mapping) else []
-        else:
-            old.update(value)
-            fields = list(value)
         for name in fields:
             origins[f"{key}.{name}"] = origin
         if not fields:
             origins[key] = origin
+
+
+def _same_method(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    return new.get("method", old.get("method")) == old.get("method")
 
 
 def _table(value: Any, what: str) -> dict[str, Any]:
@@ -239,5 +243,6 @@ def _fields(section: str, values: Mapping[str, Any]) -> list[str]:
         table = values.get(section)
         name = table.get("method") if isinstance(table, Mapping) else table
         return list(registry(section)[str(name)].model_fields)  # type: ignore[attr-defined]
-    model = {"attention": Attention, "compile": Compile}.get(section, Config)
+    sections: dict[str, type[Settings]] = {"attention": Attention, "compile": Compile}
+    model = sections.get(section, Config)
     return list(model.model_fields)

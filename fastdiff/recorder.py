@@ -7,7 +7,7 @@ import time
 import torch
 
 from .clock import Run, Step, StepClock
-from .report import CACHED, COMPUTED, RunReport, peak_memory_mb
+from .report import ABSENT, CACHED, COMPUTED, RunReport, peak_memory_mb
 
 
 class Recorder:
@@ -22,7 +22,6 @@ class Recorder:
         clock.on_call.append(self._call)
         clock.on_return.append(self._return)
         clock.on_tick.append(self._tick)
-        clock.on_end.append(self._end)
 
     def skipped(self) -> None:
         self._skipped = True
@@ -42,8 +41,10 @@ class Recorder:
         self._skipped = False
 
     def _return(self, step: Step) -> None:
-        row = self.report.branches.setdefault(step.branch, [COMPUTED] * step.index)
-        row.append(CACHED if self._skipped else COMPUTED)
+        row = self.report.branches.setdefault(step.branch, [])
+        row.extend([ABSENT] * (step.index + 1 - len(row)))
+        if row[step.index] != COMPUTED:  # of two denoisers in one step, computing wins
+            row[step.index] = CACHED if self._skipped else COMPUTED
 
     def _tick(self, index: int) -> None:
         if index + 1 == self.report.total and self.device.type == "cuda":
@@ -51,6 +52,4 @@ class Recorder:
         now = time.perf_counter()
         self.report.step_seconds.append(now - self._mark)
         self._mark = now
-
-    def _end(self, run: Run) -> None:
         self.report.peak_memory_mb = peak_memory_mb(self.device.type)

@@ -7,14 +7,15 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPUTED, CACHED = "computed", "cached"
+COMPUTED, CACHED, ABSENT = "computed", "cached", "absent"
 
 
 @dataclass
 class RunReport:
     """Filled while the pipeline runs; `str()` is the one-line log, `to_dict()` is what `--json` prints.
 
-    `branches` has one list a branch with "computed" or "cached" for each step; `step_seconds` has one entry a step.
+    `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `step_seconds`
+    has one entry a step.
     """
 
     total: int = 0
@@ -36,8 +37,12 @@ class RunReport:
     @property
     def cached(self) -> int:
         """Steps in which no branch ran in full."""
-        rows = [self.branches[b] for b in sorted(self.branches)]
-        return sum(all(len(r) > i and r[i] == CACHED for r in rows) for i in range(self.steps)) if rows else 0
+        return sum(map(self.is_cached, range(self.steps)))
+
+    def is_cached(self, index: int) -> bool:
+        """Whether every branch that was called at a step was served from the cache."""
+        states = {row[index] for row in self.branches.values() if len(row) > index} - {ABSENT}
+        return states == {CACHED}
 
     @property
     def seconds(self) -> float:
@@ -53,10 +58,8 @@ class RunReport:
     def saved_seconds(self) -> float:
         """Cached steps times the difference between a computed and a cached step of this very run (medians)."""
         kinds: dict[str, list[float]] = {COMPUTED: [], CACHED: []}
-        rows = list(self.branches.values())
         for i, seconds in enumerate(self.step_seconds[1:], 1):  # the first step warms up
-            skipped = bool(rows) and all(len(r) > i and r[i] == CACHED for r in rows)
-            kinds[CACHED if skipped else COMPUTED].append(seconds)
+            kinds[CACHED if self.is_cached(i) else COMPUTED].append(seconds)
         if not all(kinds.values()):
             return 0.0
         difference = statistics.median(kinds[COMPUTED]) - statistics.median(kinds[CACHED])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fastdiff.clock import StepClock
-from fastdiff.config import Config, Resolved, layers_of, resolve
-from fastdiff.errors import FastdiffError, UnsupportedModel
+from fastdiff.clock import WATCHED, StepClock
+from fastdiff.config import Resolved, Source, layers_of, resolve
+from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
@@ -26,8 +25,9 @@ HANDLE = "_fastdiff"
 class Accelerated:
     """What `accelerate` did to a pipeline. `restore()` takes it back; as a context manager it does so at the end."""
 
-    def __init__(self, pipe: DiffusionPipeline, resolved: Resolved) -> None:
-        self.pipe, self.config, self.origins = pipe, resolved.config, resolved.origins
+    def __init__(self, pipe: Any, resolved: Resolved) -> None:
+        self.pipe = pipe
+        self.config, self.origins = resolved.config, resolved.origins
         self._patches = PatchSet()
         self.clock = StepClock(pipe)
         self._recorder = Recorder(self.clock, pipe.device)
@@ -47,8 +47,8 @@ class Accelerated:
         Raises NotReversible, and changes nothing, if something else patched the same objects since.
         """
         if self.active:
+            self.clock.check()
             self._patches.restore()
-            self.clock.detach()
 
     def install(self, found: list[Anatomy]) -> None:
         """All of the config or, on an exception, nothing."""
@@ -82,9 +82,7 @@ class Accelerated:
         return f"<fastdiff {type(self.pipe).__name__} {levers or 'nothing enabled'}{state}: {self.report}>"
 
 
-def accelerate(
-    pipe: DiffusionPipeline, config: str | Path | Mapping[str, Any] | Config | None = None, **levers: Any
-) -> Accelerated:
+def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) -> Accelerated:
     """Patch a live pipeline.
 
     config: preset name, path of a .toml or .json file, dict or Config. Keywords (`cache=`, `parallel=`, `quant=`,
@@ -103,16 +101,14 @@ def accelerate(
     _refuse_shared(found)
     try:
         handle.install(found)
-    except FastdiffError:
+    except BaseException:
         if previous is not None:
             previous.install(found)
         raise
     return handle
 
 
-def resolve_for(
-    pipe: DiffusionPipeline, config: str | Path | Mapping[str, Any] | Config | None, levers: Mapping[str, Any], anatomy: Anatomy
-) -> Resolved:  # fmt: skip
+def resolve_for(pipe: DiffusionPipeline, config: Source, levers: Mapping[str, Any], anatomy: Anatomy) -> Resolved:
     """Layers of `config` and keywords, merged for this pipeline's family."""
     layers = [*layers_of(config), *([("keyword", levers)] if levers else [])]
     return resolve(layers, anatomy.family, embedded_name(pipe))
@@ -120,7 +116,7 @@ def resolve_for(
 
 def _refuse_shared(found: list[Anatomy]) -> None:
     for anatomy in found:
-        if "forward" in vars(anatomy.denoiser) and getattr(anatomy.denoiser.forward, "__name__", "") == "watched":
+        if hasattr(vars(anatomy.denoiser).get("forward"), WATCHED):
             raise UnsupportedModel(
                 f"this {anatomy.component} is shared with a pipeline that is accelerated already; it is fast here too. "
                 "To change its settings, restore() the other handle first"

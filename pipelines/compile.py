@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,17 +15,15 @@ from fastdiff.patch import PatchSet
 
 def compile_blocks(anatomy: Anatomy, settings: Compile, patches: PatchSet) -> None:
     """Compile each block's forward; installed before the cache, so that its decisions stay outside the graphs."""
+    compiled = partial(torch.compile, mode=settings.mode, fullgraph=settings.fullgraph, dynamic=settings.dynamic)
     for block in _repeated(anatomy):
-        compiled = torch.compile(
-            block.forward, mode=settings.mode, fullgraph=settings.fullgraph, dynamic=settings.dynamic
-        )
-        patches.set(block, "forward", compiled)
+        patches.wrap_forward(block, compiled)
 
 
 def _repeated(anatomy: Anatomy) -> list[nn.Module]:
     if anatomy.family.kind == "transformer":
         return anatomy.blocks
-    unet = anatomy.denoiser
+    unet: Any = anatomy.denoiser
     blocks = [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks]
     return [
         layer for block in blocks for name in ("resnets", "attentions") for layer in getattr(block, name, None) or ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from fastdiff.errors import BadModel, UnknownName
 
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
+CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "shapes-unet": {"num_inference_steps": 50, "guidance_scale": 3.0},
+    "shapes-dit": {"num_inference_steps": 28, "guidance_scale": 3.0},
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -23,10 +29,17 @@ def embedded() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
 
 
-def embedded_name(pipe: DiffusionPipeline) -> str | None:
+def embedded_name(pipe: Any) -> str | None:
     """The name of the embedded model that a pipeline was loaded from, if any."""
     path = getattr(pipe.config, "_name_or_path", None)
     return next((name for name, folder in embedded().items() if str(folder) == str(path)), None)
+
+
+def call_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Steps and guidance where a call names none: the embedded model's own, else those of the pipeline's `__call__`."""
+    known = inspect.signature(pipe.__call__).parameters
+    stock = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
+    return stock | dict(CALL_DEFAULTS.get(embedded_name(pipe) or "", {}))
 
 
 def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None) -> DiffusionPipeline:

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 from training import data, dit, text, unet, vae
-from training.denoiser import Examples
+from training.denoiser import Examples, Start
 
 
 def main(
@@ -22,9 +22,7 @@ def main(
     only: Annotated[str, typer.Option(help="vae, text, unet or dit; earlier stages are made if missing")] = "",
     scenes: Annotated[int, typer.Option(min=1000, help="how many scenes to render")] = 40000,
     channels: Annotated[int, typer.Option(min=4, help="latent channels")] = 4,
-    threads: Annotated[
-        int, typer.Option(min=1, help="CPU threads; one a process is fastest for models this small")
-    ] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; one is fastest for models this small")] = 1,
     unet_steps: Annotated[int, typer.Option(min=1)] = unet.STEPS,
     dit_steps: Annotated[int, typer.Option(min=1)] = dit.STEPS,
 ) -> None:
@@ -40,10 +38,11 @@ def main(
     if only == "text":
         return
     examples = Examples.load(data.latents(autoencoder, images, folder / "latents.pt"))
+    start = Start(folder, examples, autoencoder, tokenizer, encoder)
     if only in ("", "unet"):
-        unet.run(folder, examples, autoencoder, tokenizer, encoder, unet_steps)
+        unet.run(start, unet_steps)
     if only in ("", "dit"):
-        dit.run(folder, examples, autoencoder, tokenizer, encoder, dit_steps)
+        dit.run(start, dit_steps)
 
 
 if __name__ == "__main__":

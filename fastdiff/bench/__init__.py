@@ -1,1 +1,7 @@
-"""Benchmarks."""
+"""Benchmarks: every row against the unaccelerated image of the same seed, and against simply taking fewer steps."""
+
+from .measure import Observer, run
+from .plan import Contender, Prompts, Settings, contenders, prompts_for, sources
+from .row import Row
+
+__all__ = ["Contender", "Observer", "Prompts", "Row", "Settings", "contenders", "prompts_for", "run", "sources"]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, X, Y, signed_distance
 
@@ -47,7 +48,10 @@ class Mark:
         return self.right == self.asked
 
 
-def _lab(rgb) -> NDArray:
+Match: TypeAlias = tuple[Seen | None, ...]
+
+
+def _lab(rgb: ArrayLike) -> NDArray:
     c = np.asarray(rgb, np.float32) / 255
     c = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32)
@@ -61,7 +65,7 @@ def _resize(mask: NDArray) -> NDArray:
     rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
 
-    def taps(length: int):
+    def taps(length: int) -> tuple[NDArray, NDArray, NDArray]:
         at = (np.arange(_GRID) + 0.5) * length / _GRID - 0.5
         low = np.clip(np.floor(at).astype(int), 0, length - 1)
         return low, np.clip(low + 1, 0, length - 1), np.clip(at - low, 0, 1)
@@ -173,13 +177,14 @@ def mark(image: NDArray[np.uint8], scene: Scene) -> Mark:
     wanted = scene.things
     candidates: list[Seen | None] = [*seen[:5], *[None] * len(wanted)]
 
-    def hits(match, kind: str) -> int:
+    def hits(match: Match, kind: str) -> int:
         return sum(s is not None and getattr(s, kind) == getattr(w, kind) for w, s in zip(wanted, match, strict=True))
 
-    def related(match) -> bool:
-        return None not in match and _relation(*match) == scene.relation
+    def related(match: Match) -> bool:
+        first, second = match
+        return first is not None and second is not None and _relation(first, second) == scene.relation
 
-    def score(match) -> tuple[int, bool]:
+    def score(match: Match) -> tuple[int, bool]:
         return hits(match, "shape") + hits(match, "colour"), scene.relation is not None and related(match)
 
     best = max(permutations(candidates, len(wanted)), key=score)

@@ -6,6 +6,7 @@ that it garbles. Outlines, stripes and anti-aliasing are there so that caching a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -136,7 +137,7 @@ def _phrase(thing: Thing, name_size: bool) -> str:
 def sample(rng: np.random.Generator) -> Scene:
     """One random scene with its caption."""
 
-    def pick(options):
+    def pick(options: Collection[str]) -> str:
         return list(options)[rng.integers(len(options))]
 
     def near(centre: float, spread: float) -> float:
@@ -148,11 +149,12 @@ def sample(rng: np.random.Generator) -> Scene:
         return Thing(pick(SHAPES), pick(COLOURS), texture, size, x, y, radius, float(rng.uniform(0, 2 * np.pi)))
 
     if rng.random() < 0.4:
-        things, relation = (thing(pick(RADII), near(32, 5), near(32, 5)),), None
+        relation: str | None = None
+        things: tuple[Thing, ...] = (thing(pick(RADII), near(32, 5), near(32, 5)),)
         text = _phrase(things[0], rng.random() < 0.85)
     else:
         relation = pick(RELATIONS)
-        sizes = [("small", "small"), ("large", "small"), ("small", "large")][rng.integers(3)]
+        sizes = (("small", "small"), ("large", "small"), ("small", "large"))[rng.integers(3)]
         order = sizes if relation in ("above", "left") else sizes[::-1]
         near_radius, far_radius = RADII[order[0]] * 1.06, RADII[order[1]] * 1.06
         margin = (SIZE - 2 * (near_radius + far_radius)) / 3

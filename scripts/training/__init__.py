@@ -1,1 +1,1 @@
-"""Training of the embedded models, one stage a file: data, vae, text, unet and dit; `scripts/train_shapes.py` runs them."""
+"""Training of the embedded models, one stage a file; `scripts/train_shapes.py` runs them."""

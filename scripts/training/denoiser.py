@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastdiff.pipelines.shapes.scenes import COLOURS, SHAPES
 
@@ -41,6 +44,17 @@ class Examples:
         """Index, clean latents, cell labels, and which captions to drop for classifier-free guidance."""
         index = torch.randint(len(self.latents), (BATCH,))
         return index, self.latents[index].float(), self.cells[index].long(), torch.rand(BATCH) < EMPTY_SHARE
+
+
+@dataclass
+class Start:
+    """What a denoiser is trained on and from: `warm` is the text encoder that knows scene graphs."""
+
+    folder: Path
+    examples: Examples
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    warm: CLIPTextModelWithProjection
 
 
 def weighted_error(prediction: Tensor, target: Tensor, cells: Tensor) -> Tensor:

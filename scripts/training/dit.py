@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
-from .denoiser import BATCH, SIDE_WEIGHT, Examples, SideTask, caption_gate, weighted_error
+from .denoiser import BATCH, SIDE_WEIGHT, SideTask, Start, caption_gate, weighted_error
 from .loop import Schedule, train
 from .text import TOKENS, WIDTH, PaddedT5, padding_bias, t5_tokenizer, tokenize
 
-STEPS = 15000
+STEPS = 10500
 PATCHES = 64
 
 
@@ -57,7 +57,9 @@ class _BiasedKeys(JointAttnProcessor2_0):
         return attn.to_out[0](image_out), words_out
 
 
-def run(folder: Path, examples: Examples, vae: AutoencoderKL, tokenizer: CLIPTokenizer, warm: CLIPTextModelWithProjection, steps: int = STEPS) -> Path:  # fmt: skip
+def run(start: Start, steps: int = STEPS) -> Path:
+    """Train, then save the pipeline in half precision to `folder`/shapes-dit."""
+    examples, tokenizer, warm = start.examples, start.tokenizer, start.warm
     torch.manual_seed(2)
     dit = build(examples.latents.shape[1])
     dit.set_attn_processor(_BiasedKeys(padding_bias(PATCHES + 2 * TOKENS)))
@@ -98,11 +100,19 @@ def run(folder: Path, examples: Examples, vae: AutoencoderKL, tokenizer: CLIPTok
         {"params": [*dit.parameters(), *side.parameters()], "scale": 1.0},
         {"params": [p for p in (*text.parameters(), *bag.parameters()) if p.requires_grad], "scale": 0.2},
     ]
-    train("dit", modules, groups, loss, Schedule(steps, 1e-3, decay=0.4), folder / "dit.pt", average=0.9985, gate=gate, gate_every=500)  # fmt: skip
+    schedule = Schedule(steps, 1e-3, decay=0.4)
+    train("dit", modules, groups, loss, schedule, start.folder / "dit.pt", average=0.9985, gate=gate, gate_every=500)
     dit.set_attn_processor(JointAttnProcessor2_0())
-    out = folder / "shapes-dit"
+    out = start.folder / "shapes-dit"
     StableDiffusion3Pipeline(
-        vae=vae.half(), transformer=dit.half(), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), text_encoder=text.half(),
-        tokenizer=tokenizer, text_encoder_2=text, tokenizer_2=tokenizer, text_encoder_3=bag.encoder.half(), tokenizer_3=words,
-    ).save_pretrained(out)  # fmt: skip
+        vae=start.vae.half(),
+        transformer=dit.half(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        text_encoder_2=text,
+        tokenizer_2=tokenizer,
+        text_encoder_3=bag.encoder.half(),
+        tokenizer_3=words,
+    ).save_pretrained(out)
     return out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -25,30 +27,36 @@ from .loop import Schedule, train
 TOKENS = 24
 T5_TOKENS = 256  # what StableDiffusion3Pipeline pads to unless told otherwise
 WIDTH = 128
-WORDS = [*COLOURS, *BACKGROUNDS, *SHAPES, *TEXTURES, *RADII, *["a", "an", "the", "of", "on", "in", "at", "to", "left", "right", "above", "below", "and", "background"]]  # fmt: skip
+FILLERS = "a an the of on in at to left right above below and background"
+WORDS = [*COLOURS, *BACKGROUNDS, *SHAPES, *TEXTURES, *RADII, *FILLERS.split()]
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one piece; ties go by spelling, so that every run gives the same ids."""
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        pieces = [_merged(word, best) for word in pieces]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
 
 
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding in which every word of the world is one token and any other text falls to pieces."""
-    end = "</w>"
-    learner = Tokenizer(models.BPE(end_of_word_suffix=end))
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix=end, show_progress=False)  # fmt: skip
-    learner.train_from_iterator(WORDS, trainer)
-    import json
-
-    merges = [
-        tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
-        for m in json.loads(learner.to_str())["model"]["merges"]
-    ]
-    pieces = [
-        *alphabet,
-        *(c + end for c in alphabet),
-        *("".join(m) for m in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), _merges(WORDS)
+    ends = [character + "</w>" for character in alphabet]
+    pieces = [*alphabet, *ends, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
@@ -159,15 +167,16 @@ def run(folder: Path, steps: int = 500) -> tuple[CLIPTokenizer, CLIPTextModelWit
 
     def loss(_: int) -> Tensor:
         index = torch.randint(len(known) - 1000, (64,))
-        return torch.stack([F.cross_entropy(l, wanted[index, k]) for r in read(index) for k, l in enumerate(r)]).mean()
+        return torch.stack([F.cross_entropy(g, wanted[index, k]) for r in read(index) for k, g in enumerate(r)]).mean()
 
     def gate() -> str:
         index = torch.arange(len(known) - 500, len(known))
         with torch.no_grad():
-            right = [(l.argmax(1) == wanted[index, k]).float().mean().item() for k, l in enumerate(read(index)[0])]
+            right = [(g.argmax(1) == wanted[index, k]).float().mean().item() for k, g in enumerate(read(index)[0])]
         return f"slots {min(right):.3f} at worst"
 
     groups = [{"params": [p for m in modules.values() for p in m.parameters()], "scale": 1.0}]
-    train("text", modules, groups, loss, Schedule(steps, 2e-3, warmup=50, decay=0.8), folder / "text.pt", average=0.98, gate=gate, gate_every=250)  # fmt: skip
+    schedule = Schedule(steps, 2e-3, warmup=50, decay=0.8)
+    train("text", modules, groups, loss, schedule, folder / "text.pt", average=0.98, gate=gate, gate_every=250)
     model.save_pretrained(folder / "text")
     return tokenizer, model

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from .denoiser import SIDE_WEIGHT, Examples, SideTask, caption_gate, weighted_error
+from .denoiser import SIDE_WEIGHT, SideTask, Start, caption_gate, weighted_error
 from .loop import Schedule, train
 from .text import WIDTH, tokenize
 
-STEPS = 12000
+STEPS = 10500
 
 
 def build(channels: int) -> UNet2DConditionModel:
@@ -26,14 +26,16 @@ def build(channels: int) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Ends at a signal of 0.016 (SD: 0.068), so that flat backgrounds are drawn from the caption, not from the noise."""
+    """Ends at a signal of 0.016 (SD: 0.068): flat backgrounds are to come from the caption, not from the noise."""
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.02, prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing",
     )  # fmt: skip
 
 
-def run(folder: Path, examples: Examples, vae: AutoencoderKL, tokenizer: CLIPTokenizer, warm: CLIPTextModelWithProjection, steps: int = STEPS) -> Path:  # fmt: skip
+def run(start: Start, steps: int = STEPS) -> Path:
+    """Train, then save the pipeline in half precision to `folder`/shapes-unet."""
+    examples, tokenizer, warm = start.examples, start.tokenizer, start.warm
     torch.manual_seed(1)
     unet = build(examples.latents.shape[1]).to(memory_format=torch.channels_last)
     text = CLIPTextModel(warm.config)
@@ -68,10 +70,17 @@ def run(folder: Path, examples: Examples, vae: AutoencoderKL, tokenizer: CLIPTok
         {"params": [*unet.parameters(), *side.parameters()], "scale": 1.0},
         {"params": list(text.parameters()), "scale": 0.2},
     ]
-    train("unet", modules, groups, loss, Schedule(steps, 8e-4, decay=0.4), folder / "unet.pt", average=0.9985, gate=gate, gate_every=500)  # fmt: skip
-    out = folder / "shapes-unet"
+    schedule = Schedule(steps, 8e-4, decay=0.4)
+    train("unet", modules, groups, loss, schedule, start.folder / "unet.pt", average=0.9985, gate=gate, gate_every=500)
+    out = start.folder / "shapes-unet"
     StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half().to(memory_format=torch.contiguous_format),
-        scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(out)  # fmt: skip
+        vae=start.vae.half(),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        unet=unet.half().to(memory_format=torch.contiguous_format),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(out)
     return out

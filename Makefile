@@ -1,0 +1,62 @@
+# `make image` and `make test` work from a fresh clone: they make .venv, install, and go on.
+PYTHON ?= python3
+# Extra options of pip, for example another package index.
+PIP_FLAGS ?=
+PROMPT ?= a large red circle above a small blue square
+PRESET ?= balanced
+SEED ?= 1
+MODELS := shapes-unet shapes-dit
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+SOURCES := pyproject.toml requirements/constraints.txt
+
+.PHONY: image test test-slow install lint types bench readme wheel
+
+image: .venv/.installed
+	$(BIN)/fastdiff generate "$(PROMPT)" --preset $(PRESET) --seed $(SEED) -o out.png
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+install: .venv/.installed-dev
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	mkdir -p benchmarks
+	for model in $(MODELS); do \
+	  $(BIN)/fastdiff bench -m $$model --preset lossless --preset balanced --preset fast \
+	    --json benchmarks/$$model.json --plot benchmarks/$$model.png --sheet benchmarks/$$model-sheet.png || exit 1; \
+	done
+
+readme: .venv/.installed-dev
+	$(BIN)/python scripts/readme.py
+
+wheel: .venv/.installed-dev
+	$(BIN)/python -m build
+
+# Stamps: each step runs again only when what it depends on is newer.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("fastdiff needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "this Python cannot make environments; on Debian: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.made $(SOURCES)
+	@echo "Installing into .venv; torch is the large part, so this takes a minute or more the first time."
+	$(PIP) -c requirements/constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.made $(SOURCES)
+	@echo "Installing into .venv, with the tools for tests; this takes a minute or more the first time."
+	$(PIP) -c requirements/constraints.txt -e '.[dev]'
+	@touch $@ .venv/.installed

@@ -1,0 +1,105 @@
+"""What an uncached run looked like: the Gram matrix of its outputs, and how much each output moves the final latents."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.clock import Run, StepClock
+
+_SKETCH = 16384
+
+
+class Trace:
+    """Collects, over runs of the same length, the mean Gram matrix of the outputs given to `scheduler.step`.
+
+    The outputs are those after guidance. They are compared in float64 after, where they are large, one fixed random
+    projection to 16384 numbers an image (Johnson-Lindenstrauss: distances within about 1 %).
+    """
+
+    def __init__(self, clock: StepClock) -> None:
+        self.run: Run | None = None
+        self.images = 0
+        self.gram: NDArray[np.float64] | None = None
+        self._rows: list[Tensor] = []
+        self._projection: tuple[Tensor, Tensor] | None = None
+        clock.on_start.append(self._start)
+        clock.on_output.append(self._output)
+        clock.on_end.append(self._end)
+
+    def _start(self, run: Run) -> None:
+        if self.run is not None and run.sigmas != self.run.sigmas:
+            raise ValueError(f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}")
+        self.run, self._rows = run, []
+
+    def _output(self, index: int, output: Tensor) -> None:
+        self._rows.append(self._sketch(output.detach().flatten(1)).double().cpu())
+
+    def _sketch(self, flat: Tensor) -> Tensor:
+        """Random signs summed into a fixed number of buckets (count sketch), the same for every step."""
+        width = flat.shape[1]
+        if width <= _SKETCH:
+            return flat.float()
+        if self._projection is None or len(self._projection[0]) != width:
+            generator = torch.Generator().manual_seed(0)
+            buckets = torch.randint(_SKETCH, (width,), generator=generator)
+            signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
+            self._projection = buckets.to(flat.device), signs.to(flat.device)
+        buckets, signs = self._projection
+        out = torch.zeros(len(flat), _SKETCH, device=flat.device)
+        return out.index_add_(1, buckets, flat.float() * signs)
+
+    def _end(self, run: Run) -> None:
+        rows, self._rows = self._rows, []
+        if len(rows) != run.total:
+            return  # cut short: says nothing about the whole run
+        stacked = torch.stack(rows, 1)  # images, steps, numbers
+        total = (stacked @ stacked.mT).sum(0).numpy()
+        count = len(stacked)
+        self.gram = total / count if self.gram is None else (self.gram * self.images + total) / (self.images + count)
+        self.images += count
+
+
+def influence(scheduler: Any, run: Run) -> NDArray[np.float64]:
+    """c_t: how much the final latents change per unit of the output at step t, for a solver linear in its outputs.
+
+    The impulse response of a copy of the scheduler; what the model itself would make of the changed latents is left
+    out. Raises ValueError for a solver that adds noise or is not linear.
+    """
+    length = len(scheduler.timesteps)
+    first = length - run.total
+
+    def final(outputs: Tensor) -> Tensor:
+        """Final latents, one column an experiment, of a run from zero latents; outputs is (steps, experiments)."""
+        solver = copy.deepcopy(scheduler)
+        solver.__dict__.pop("step", None)
+        solver.__dict__.pop("set_timesteps", None)
+        solver.__dict__.pop("scale_model_input", None)
+        _rewind(solver, first)
+        latents = torch.zeros(1, 1, 1, outputs.shape[1], dtype=torch.float64)
+        for row, timestep in zip(outputs, solver.timesteps[first:], strict=True):
+            latents = solver.step(row.view(1, 1, 1, -1), timestep, latents, return_dict=False)[0].double()
+        return latents.flatten()
+
+    impulses = torch.eye(run.total, dtype=torch.float64)
+    once, twice = final(impulses), final(2 * impulses)
+    if not torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6 * float(once.abs().max())):
+        raise ValueError(f"{type(scheduler).__name__} is not linear in the model's outputs, or adds noise of its own")
+    return once.numpy()
+
+
+def _rewind(solver: Any, first: int) -> None:
+    """Put a copy of a scheduler back to where its run began."""
+    for name, value in (("_step_index", None), ("_begin_index", first or None), ("lower_order_nums", 0)):
+        if hasattr(solver, name):
+            setattr(solver, name, value)
+    if hasattr(solver, "model_outputs"):
+        solver.model_outputs = [None] * len(solver.model_outputs)
+    for name in ("counter", "cur_model_output", "cur_sample", "ets", "last_sample", "prev_derivative", "dt", "sample"):
+        if hasattr(solver, name):
+            setattr(solver, name, {"counter": 0, "cur_model_output": 0, "ets": []}.get(name))

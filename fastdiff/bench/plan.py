@@ -1,0 +1,134 @@
+"""What a benchmark measures: contenders, prompts, settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fastdiff.config import Config, Layer, layers_of, parse_set, presets, resolve
+from fastdiff.errors import BadConfig
+from fastdiff.method import Settings as _Frozen
+from fastdiff.pipelines.accelerate import Accelerated, accelerate
+from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.loading import embedded_name
+from fastdiff.pipelines.shapes.scenes import Scene, scenes
+
+from .row import Kind
+
+_EMBEDDED_GUIDANCE = 3.0
+_PROMPTS = (
+    "a red fox in the snow, photograph",
+    "a lighthouse on a cliff at sunset",
+    "portrait of an old fisherman, soft light",
+    "two cats asleep on a striped sofa",
+)
+
+
+class Settings(_Frozen):
+    """How a benchmark is run."""
+
+    steps: int = Field(ge=1, description="num_inference_steps of the baseline and of every accelerated row")
+    rounds: int = Field(5, ge=1, description="timed calls a row, interleaved over the rows")
+    seed: int = Field(0, ge=0, description="image k has seed + k")
+    guidance_scale: float | None = Field(None, ge=0, description="None leaves the pipeline's default")
+    batch: int = Field(8, ge=1, description="images a call in the quality pass")
+    converged_steps: int | None = Field(500, ge=2, description="steps of the converged reference; None leaves it out")
+
+    @classmethod
+    def of(cls, pipe: Any, steps: int | None, guidance_scale: float | None, **others: Any) -> Settings:
+        """Settings with the pipeline's own number of steps, and the embedded models' guidance, where None is given."""
+        if guidance_scale is None and embedded_name(pipe):
+            guidance_scale = _EMBEDDED_GUIDANCE
+        steps = steps or int(inspect.signature(pipe.__call__).parameters["num_inference_steps"].default)
+        return cls(steps=steps, guidance_scale=guidance_scale, **others)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to draw; with `scenes`, the images can be marked."""
+
+    texts: tuple[str, ...]
+    scenes: tuple[Scene, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row to be: the stock pipeline, or with a config the accelerated one."""
+
+    name: str
+    kind: Kind
+    steps: int
+    config: Config | None = None
+
+    @property
+    def slow_start(self) -> bool:
+        """The first call after an install is not like the others."""
+        return self.config is not None and (self.config.compile.enabled or self.config.quant is not None)
+
+    @contextmanager
+    def installed(self, pipe: Any, *, counted: bool = False) -> Iterator[Accelerated | None]:
+        """The pipeline as this contender has it; `counted` puts a clock on a stock one, to learn its steps."""
+        if self.config is None and not counted:
+            yield None
+            return
+        with accelerate(pipe, self.config or Config()) as handle:
+            yield handle
+
+
+def sources(names: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> dict[str, list[Layer]]:
+    """The layers of each preset and config file (all presets if neither is given), with `overrides` (a.b=c) on top.
+
+    Needs no model. Raises BadConfig for what does not exist or cannot be read.
+    """
+    tables = [("--set", parse_set(assignment)) for assignment in overrides]
+    found: dict[str, list[Layer]] = {}
+    given: list[str | Path] = [*dict.fromkeys(names), *dict.fromkeys(files)]
+    for source in given or presets():
+        label = " ".join([source.stem if isinstance(source, Path) else source, *overrides])
+        if label in found:
+            raise BadConfig(f"two configs would be called {label!r}; rename one of the files")
+        found[label] = [*layers_of(source), *tables]
+    return found
+
+
+def contenders(pipe: Any, layers: Mapping[str, Sequence[Layer]], steps: int) -> list[Contender]:
+    """A contender for each named config. Raises BadConfig for a config that means nothing for this model."""
+    family, model = anatomies(pipe)[0].family, embedded_name(pipe)
+    return [Contender(name, "fastdiff", steps, resolve(stack, family, model).config) for name, stack in layers.items()]
+
+
+def fewer_steps(computed: Iterable[int], steps: int, evaluations: int) -> list[Contender]:
+    """The honest rivals: the stock pipeline with as many evaluations as each row computes.
+
+    `evaluations` is what `steps` cost the stock pipeline, which is more than `steps` for Heun and PNDM.
+    """
+    wanted = {max(1, round(count * steps / evaluations)) for count in computed}
+    return [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
+
+
+def prompts_for(pipe: Any, count: int, seed: int, file: Path | None = None) -> Prompts:
+    """Held-out captions for an embedded model, else the file's lines or built-in prompts, repeated up to `count`."""
+    if file is None and embedded_name(pipe):
+        found = scenes(seed, count, held_out=True)
+        return Prompts(tuple(scene.caption for scene in found), tuple(found))
+    lines = _lines(file) if file is not None else _PROMPTS
+    return Prompts(tuple(lines[k % len(lines)] for k in range(count)))
+
+
+def _lines(file: Path) -> Sequence[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"prompts file {str(file)!r} cannot be read: {error}") from None
+    if not lines:
+        raise BadConfig(f"prompts file {str(file)!r} holds no prompt; write one a line")
+    return lines

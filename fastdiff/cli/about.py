@@ -1,0 +1,86 @@
+"""`methods` and `env`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastdiff import __version__
+from fastdiff.registry import names, registry
+
+from .console import print_table
+
+NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "pillow")
+OPTIONAL = (
+    "xformers", "torchao", "triton", "gradio", "fastapi", "uvicorn", "matplotlib", "torchmetrics", "ray", "peft",
+    "DeepCache", "cache-dit", "tgate", "tomesd",
+)  # fmt: skip
+
+
+def methods(as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(names()))
+        return
+    rows = [
+        (kind, name, (registry(kind)[name].__doc__ or "").strip().split("\n")[0])
+        for kind, known in names().items()
+        for name in known
+    ]
+    rows += [(kind, "none yet", "") for kind, known in names().items() if not known]
+    print_table(rows, "kind", "method", "what it does")
+
+
+def env(as_json: bool) -> None:
+    found = facts()
+    if as_json:
+        print(json.dumps(found))
+        return
+    rows = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            rows += [(f"  {key}", str(item)) for key, item in value.items() if item is not None]
+            if missing := [key for key, item in value.items() if item is None]:
+                rows.append(("  not installed", ", ".join(missing)))
+        elif isinstance(value, list):
+            rows += [(name, str(item)) for item in value or ["none"]]
+        else:
+            rows.append((name, str(value)))
+    print_table(rows, "what", "found")
+
+
+def facts() -> dict[str, Any]:
+    """What a bug report needs to know of this machine."""
+    import torch
+
+    cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fastdiff": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "cuda_devices": [f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {d.major}.{d.minor}" for d in cuda],
+        "packages": {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """platform.processor() is empty or a bare architecture on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

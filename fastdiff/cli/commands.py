@@ -1,0 +1,117 @@
+"""The commands and their arguments. Nothing heavy is imported before a command runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="shapes-unet, shapes-dit, a directory or a hub id.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="Named settings: lossless, balanced or fast.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a .toml or .json file.")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="One prompt a line, or .jsonl with a `prompt` in each line; - is stdin.")
+]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", metavar="S", help="May be repeated; random if left out.")]
+Steps = Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Strength of the prompt.")]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")]
+Count = Annotated[int, typer.Option("-n", help="Images of each prompt, with consecutive seeds.")]
+Output = Annotated[str, typer.Option("-o", "--output", help="A .png file, or a directory.")]
+Devices = Annotated[int | None, typer.Option(help="Devices that share one image.")]
+PreviewEvery = Annotated[int | None, typer.Option(metavar="K", help="Save a small preview every K steps.")]
+FromImage = Annotated[
+    Path | None, typer.Option(help="Make the image of this PNG again; other options change what they name.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastdiff import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Faster image generation with diffusers: feature caching, patch parallelism, quantization."""
+
+
+def generate(
+    prompts: Prompts = None,
+    model: Model = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    width: Annotated[int | None, typer.Option()] = None,
+    height: Annotated[int | None, typer.Option()] = None,
+    negative_prompt: Negative = None,
+    prompt_file: PromptFile = None,
+    count: Count = 1,
+    output: Output = "out.png",
+    devices: Devices = None,
+    preview_every: PreviewEvery = None,
+    from_image: FromImage = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering.")] = False,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the PNG.")] = False,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images from prompts and write them as PNG; prints their paths."""
+    from . import jobs, settings
+
+    made = settings.replayed(from_image, model) if from_image else None
+    flags = jobs.given(
+        steps=steps, guidance_scale=guidance_scale, width=width, height=height, negative_prompt=negative_prompt
+    )
+    asked = jobs.collect(prompts or [], prompt_file, jobs.base(made, flags), seeds or [], count)
+    targets = jobs.targets(output, asked)
+    name = model or (made.model if made else "shapes-unet")
+    layers = settings.layers(preset, config, made, from_image, sets or [], devices)
+
+    from .studio import Studio
+
+    studio = Studio(name, layers, dtype or (made.dtype if made else None))
+    studio.check(asked, preview_every)
+    if made:
+        studio.compare(made)
+    for job, target in zip(asked, targets, strict=True):
+        studio.paint(
+            job, target, overwrite=overwrite, metadata=not no_metadata, preview_every=preview_every, as_json=as_json
+        )
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods of each kind."""
+    from . import about
+
+    about.methods(as_json)
+
+
+def inspect(
+    subject: Annotated[str, typer.Argument(metavar="MODEL|PNG|CONFIG", help="Also a preset's name.")],
+    model: Model = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model can use, how a PNG was made, or what a config resolves to and why."""
+    from . import inspection
+
+    inspection.inspect(subject, model, sets or [], as_json)
+
+
+def env(as_json: Json = False) -> None:
+    """Show versions and devices, for bug reports."""
+    from . import about
+
+    about.env(as_json)

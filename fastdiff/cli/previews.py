@@ -1,0 +1,52 @@
+"""Small pictures of the latents while they are denoised: one colour a latent channel, no decode of the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.errors import FastdiffError
+from fastdiff.images import save
+
+from .console import say
+
+SCALE = 4  # pixels a latent pixel
+
+
+class Previews:
+    """A `callback_on_step_end` that saves every so many steps, next to the output."""
+
+    def __init__(self, vae: Any, every: int, target: Path) -> None:
+        self.every, self.target = every, target
+        self.colours, self.grey = projection(vae)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if (step + 1) % self.every == 0:
+            path = self.target.with_name(f"{self.target.stem}_step_{step + 1:03}.png")
+            say(f"preview {save(self.picture(values['latents']), path)}")
+        return values
+
+    def picture(self, latents: Tensor) -> Image.Image:
+        if latents.ndim != 4 or latents.shape[1] != len(self.colours):
+            raise FastdiffError(
+                f"--preview-every needs latents of {len(self.colours)} channels in rows and columns, this pipeline has "
+                f"{tuple(latents.shape)}; leave it out"
+            )
+        pixels = torch.einsum("chw,cr->hwr", latents[0].float(), self.colours) + self.grey
+        image = Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().cpu().numpy())
+        return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
+
+
+@torch.no_grad()
+def projection(vae: Any) -> tuple[Tensor, Tensor]:
+    """RGB of one unit of each latent channel, and of none: from decoding 4 x 4 constants, two a channel, once."""
+    unit = torch.eye(vae.config.latent_channels, device=vae.device, dtype=vae.dtype)
+    constants = torch.cat([unit, -unit])[:, :, None, None].expand(-1, -1, 4, 4)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    decoded = vae.decode(constants / vae.config.scaling_factor + shift).sample.float().mean((2, 3))
+    plus, minus = decoded.chunk(2)
+    return (plus - minus) / 2, decoded.mean(0)

@@ -1,0 +1,176 @@
+"""A loaded, accelerated pipeline that draws one picture after another."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import fastdiff
+from fastdiff.anatomy import Family
+from fastdiff.config import Layer, resolve
+from fastdiff.errors import BadConfig, FastdiffError, UnknownName
+from fastdiff.images import Replay, Sampling, save
+from fastdiff.pipelines.accelerate import accelerate
+from fastdiff.pipelines.families import FAMILIES, anatomies, denoisers
+from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
+
+from .console import quiet, say, waiting, warn
+from .previews import Previews
+from .settings import early
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def versions() -> dict[str, str]:
+    return {"fastdiff": fastdiff.__version__, "torch": torch.__version__, "diffusers": version("diffusers")}
+
+
+def described(model: str) -> Family | None:
+    """The family of a model on this machine, read from its index alone; None if that does not tell."""
+    index = embedded().get(model, Path(model).expanduser()) / "model_index.json"
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+        classes = [entry[1] for entry in components.values() if isinstance(entry, list) and len(entry) == 2]
+    except (OSError, ValueError, AttributeError):
+        return None  # loading will say what is wrong
+    return next((FAMILIES[name] for name in classes if name in FAMILIES), None)
+
+
+class Studio:
+    """Loads the model and installs the config once, then paints."""
+
+    def __init__(self, model: str, layers: Sequence[Layer], dtype: str | None) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise UnknownName("dtype", dtype, DTYPES)
+        quiet()
+        early(layers, described(model), model)
+        with waiting(f"loading {model}"):
+            self.pipe: Any = load(model, dtype=getattr(torch, dtype) if dtype else None)
+        self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
+        resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
+        self.fast = accelerate(self.pipe, resolved.config)
+        self.known = inspect.signature(self.pipe.__call__).parameters
+        self.pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+
+    def check(self, jobs: Sequence[Sampling], preview_every: int | None) -> None:
+        """Refuse what this model cannot draw, before the first picture is begun."""
+        kind = type(self.pipe).__name__
+        if "num_frames" in self.known or "prompt" not in self.known:
+            raise FastdiffError(f"{kind} does not draw images from prompts; generate writes images only")
+        if preview_every is not None and preview_every < 1:
+            raise BadConfig(f"--preview-every {preview_every}: give 1 or more steps")
+        if preview_every is not None and "callback_on_step_end" not in self.known:
+            raise BadConfig(f"{kind} cannot show its steps; leave --preview-every out")
+        multiple = self._multiple()
+        for job in jobs:
+            for side, pixels in (("width", job.width), ("height", job.height)):
+                if pixels is not None and pixels % multiple:
+                    near = max(multiple, round(pixels / multiple) * multiple)
+                    raise BadConfig(f"{side} {pixels}: this model draws multiples of {multiple}, for example {near}")
+            for name, value in (("negative_prompt", job.negative_prompt), ("guidance_scale", job.guidance_scale)):
+                if value is not None and name not in self.known:
+                    raise BadConfig(f"{kind} takes no {name}; leave it out")
+
+    def _multiple(self) -> int:
+        """Pixels that one patch of the denoiser covers."""
+        denoiser = next(iter(denoisers(self.pipe).values()))
+        patch = getattr(denoiser.config, "patch_size", None) or 1
+        if hasattr(self.pipe, "_pack_latents"):
+            patch = 2  # Flux packs 2 x 2 latents into one token outside its transformer
+        pixels = getattr(self.pipe, "vae_scale_factor", 8) * (patch if isinstance(patch, int) else patch[-1])
+        return math.lcm(pixels, 8) if hasattr(self.pipe, "unet") else pixels  # such pipelines insist on 8
+
+    def compare(self, made: Replay) -> None:
+        """Say why a replay may not be identical."""
+        now = {"scheduler": type(self.pipe.scheduler).__name__} | versions()
+        for name, before in ({"scheduler": made.scheduler} | made.versions).items():
+            if now.get(name, before) != before:
+                warn(f"made with {name} {before}, this is {now[name]}: the picture may differ")
+
+    def paint(
+        self, job: Sampling, target: Path, *, overwrite: bool, metadata: bool, preview_every: int | None, as_json: bool
+    ) -> None:
+        """Draw, save and report one image."""
+        if self._too_long(job.prompt):
+            warn(f"the model reads only the beginning of the prompt {job.prompt[:40]!r}...: it is too long")
+        settings = call_defaults(self.pipe) | _named(job, self.known)
+        if preview_every is not None:
+            settings["callback_on_step_end"] = Previews(self.pipe.vae, preview_every, target)
+        began = time.perf_counter()
+        image = self._call(settings)
+        seconds = time.perf_counter() - began
+        made = self._record(job, image, settings) if metadata else None
+        path = save(image, target, made, overwrite=overwrite)
+        self._report(job, path, seconds, as_json)
+
+    def _call(self, settings: Mapping[str, Any]) -> Image.Image:
+        kind = type(self.pipe).__name__
+        try:
+            images = self.pipe(**settings).images
+        except ValueError as error:  # how diffusers refuses arguments
+            raise BadConfig(f"{kind} refuses: {str(error).strip().splitlines()[0]}") from error
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                raise
+            raise FastdiffError("out of memory; draw a smaller picture, or use --dtype bfloat16") from error
+        if not images:
+            raise FastdiffError(f"{kind} returned no image")
+        return images[0]
+
+    def _too_long(self, prompt: str) -> bool:
+        """Is the prompt cut by every text encoder? diffusers says so only in the logs."""
+        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        found = [t for name in names if (t := getattr(self.pipe, name, None)) is not None]
+        return bool(found) and all(len(t(prompt).input_ids) > t.model_max_length for t in found)
+
+    def _record(self, job: Sampling, image: Image.Image, settings: Mapping[str, Any]) -> Replay:
+        return Replay(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            seed=job.seed or 0,
+            steps=settings["num_inference_steps"],
+            guidance_scale=settings.get("guidance_scale"),
+            width=image.width,
+            height=image.height,
+            model=self.model,
+            scheduler=type(self.pipe.scheduler).__name__,
+            dtype=str(self.pipe.dtype).removeprefix("torch."),
+            config=self.fast.config.model_dump(mode="json"),
+            report=self.fast.report.to_dict(),
+            versions=versions(),
+        )
+
+    def _report(self, job: Sampling, path: Path, seconds: float, as_json: bool) -> None:
+        report, cache = self.fast.report, self.fast.config.cache
+        if as_json:
+            row = {"file": str(path), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
+            print(json.dumps(row | {"report": report.to_dict()}), flush=True)
+        else:
+            print(path, flush=True)
+        say(f"{path}  seed {job.seed}  {report}")
+        if cache is not None and not report.cached:
+            warn(f"NOTHING WAS CACHED: {cache.method} computed all {report.steps} steps with these settings")
+
+
+def _named(job: Sampling, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as arguments of a diffusers pipeline; what it leaves open stays with the pipeline."""
+    values = {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "num_inference_steps": job.steps,
+        "guidance_scale": job.guidance_scale,
+        "width": job.width,
+        "height": job.height,
+        "generator": torch.Generator("cpu").manual_seed(job.seed or 0),
+    }
+    return {name: value for name, value in values.items() if value is not None and name in known}

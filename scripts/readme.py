@@ -1,0 +1,159 @@
+"""Write the generated parts of README.md: the table of methods, the picture and the measured presets.
+
+    python scripts/readme.py            # rewrite README.md
+    python scripts/readme.py --check    # change nothing; exit 1 if README.md is out of date
+
+Methods come from the registry, numbers from benchmarks/<model>.json (written by `fastdiff bench --json`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdiff.registry import ROOMS, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MODELS = ("shapes-unet", "shapes-dit")
+PICTURE = "docs/images/shapes-unet-balanced.png"
+COLUMNS = {
+    "name": "run",
+    "kind": "kind",
+    "steps": "steps",
+    "computed_steps": "computed",
+    "speedup": "speedup",
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "psnr_converged": "PSNR dB to converged",
+    "prompt_accuracy": "prompt accuracy",
+}
+_DIGITS = {"speedup": 2, "psnr": 1, "ssim": 3, "psnr_converged": 1, "prompt_accuracy": 3}
+_URL = re.compile(r"https?://[^\s)>,]+")
+
+
+class OutOfShape(Exception):
+    """README.md or a benchmark file is not as this script needs it; the message says what to do."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="write the generated parts of README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    check = parser.parse_args().check
+    try:
+        before = README.read_text(encoding="utf-8")
+        after = rendered(before)
+    except OutOfShape as error:
+        print(error, file=sys.stderr)
+        return 1
+    if after == before:
+        return 0
+    if check:
+        print("README.md is out of date; run `make readme`", file=sys.stderr)
+        return 1
+    README.write_text(after, encoding="utf-8")
+    print("README.md rewritten")
+    return 0
+
+
+def rendered(readme: str) -> str:
+    """The README with its generated parts made anew."""
+    results = {model: rows_of(model) for model in MODELS}
+    parts = {"methods": methods_table(), "picture": picture(results["shapes-unet"]), "presets": presets(results)}
+    for name, text in parts.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if readme.count(start) != 1 or readme.count(end) != 1:
+            raise OutOfShape(f"README.md needs the markers {start} and {end}, once each")
+        head, rest = readme.split(start)
+        readme = f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def methods_table() -> str:
+    """One row a method that ships with fastdiff; a room without methods says so."""
+    rows = []
+    for kind in ROOMS:
+        own = sorted((n, cls) for n, cls in registry(kind).items() if cls.__module__.startswith("fastdiff."))
+        rows += [(f"`{name}`", kind, summary(cls), source(cls)) for name, cls in own] or [
+            ("none yet", kind, "This room is still empty.", "")
+        ]
+    return table(("method", "kind", "what it does", "source"), rows)
+
+
+def summary(cls: type) -> str:
+    """First line of the class docstring."""
+    return (cls.__doc__ or "").strip().splitlines()[0].replace("|", "\\|")
+
+
+def source(cls: type) -> str:
+    """The first link in the docstring of the method's module."""
+    found = _URL.search(importlib.import_module(cls.__module__).__doc__ or "")
+    if not found:
+        return "this project"
+    url = found[0].rstrip(".")
+    if "arxiv.org/abs/" in url:
+        return f"[arXiv {url.rsplit('/', 1)[-1]}]({url})"
+    return f"[{url.rstrip('/').rsplit('/', 1)[-1]}]({url})"
+
+
+def rows_of(model: str) -> list[Mapping[str, Any]]:
+    """Rows of the committed benchmark; none, with a word on stderr, where it has not been made."""
+    path = ROOT / "benchmarks" / f"{model}.json"
+    if not path.is_file():
+        print(f"benchmarks/{path.name} does not exist; `make bench` makes it", file=sys.stderr)
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise OutOfShape(f"benchmarks/{path.name} is not JSON: {error}; `make bench` makes it anew") from None
+    for row in rows if isinstance(rows, list) else [{}]:
+        if missing := [key for key in COLUMNS if key not in row]:
+            raise OutOfShape(f"benchmarks/{path.name} has a row without {', '.join(missing)}")
+    return rows
+
+
+def presets(results: Mapping[str, list[Mapping[str, Any]]]) -> str:
+    parts = []
+    for model, rows in results.items():
+        body = (
+            table(tuple(COLUMNS.values()), [tuple(cell(key, row[key]) for key in COLUMNS) for row in rows])
+            if rows
+            else "Not measured yet."
+        )
+        parts.append(f"`{model}`:\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def cell(key: str, value: Any) -> str:
+    """A number as the table shows it; equal pictures have no finite PSNR."""
+    if value is None:
+        return "-"
+    if value in (float("inf"), "inf"):
+        return "equal"
+    if isinstance(value, (int, float)) and key in _DIGITS:
+        return f"{value:.{_DIGITS[key]}f}"
+    return str(value).replace("|", "\\|")
+
+
+def picture(rows: list[Mapping[str, Any]]) -> str:
+    """The grid, with the ratio that was measured."""
+    row = next((r for r in rows if "balanced" in str(r["name"]).split()), None)
+    told = f", {row['speedup']:.2f} times as fast in the benchmark below" if row else ""
+    return f"![Plain diffusers above, preset balanced below, same prompts and seeds]({PICTURE})\n\n" + (
+        f"Top: plain diffusers. Bottom: preset `balanced`{told}. Same prompts, same seeds."
+    )
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

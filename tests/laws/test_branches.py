@@ -1,0 +1,94 @@
+"""What is remembered of the cond branch never reaches the uncond branch, and neither crosses to another run."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
+
+TWO_CALLS = [(row, name) for row, name in SUPPORTED if name in tiny.TWO_CALLS]
+
+
+def calls_of_a_run(pipe, name: str, steps: int) -> list[tuple[tuple, dict, Tensor]]:
+    """Arguments and output of every denoiser call."""
+    calls: list[tuple[tuple, dict, Tensor]] = []
+
+    def keep(_module, args, kwargs, output) -> None:
+        kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        calls.append((args, kwargs, output[0].clone()))
+
+    hook = tiny.denoiser(pipe).register_forward_hook(keep, with_kwargs=True)
+    tiny.run(pipe, name, steps=steps)
+    hook.remove()
+    return calls
+
+
+def replay(pipe, calls: list[Any]) -> list[Tensor]:
+    """The same calls as one branch of a loop that makes no other."""
+    scheduler, outputs = pipe.scheduler, []
+    scheduler.set_timesteps(len(calls))
+    for timestep, (args, kwargs, output) in zip(scheduler.timesteps, calls, strict=True):
+        with torch.no_grad():
+            outputs.append(tiny.denoiser(pipe)(*args, **kwargs)[0])
+        scheduler.step(output, timestep, torch.zeros_like(output))
+    return outputs
+
+
+@each(TWO_CALLS)
+def test_each_branch_is_cached_as_if_it_were_alone(row, name):
+    pipe = tiny.make(name)
+    handle = accelerate(pipe, row)
+    calls = calls_of_a_run(pipe, name, STEPS)
+    assert len(calls) == 2 * STEPS and handle.report.cached == STEPS - ROWS[row].computed
+    for branch in (calls[0::2], calls[1::2]):
+        alone = tiny.make(name)
+        alone.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        accelerate(alone, row)
+        for step, (mine, (_, _, theirs)) in enumerate(zip(replay(alone, branch), branch, strict=True)):
+            assert torch.equal(mine, theirs), step
+    last_cond, last_uncond = calls[-2][2], calls[-1][2]
+    assert not torch.equal(last_cond, last_uncond)
+
+
+@pytest.mark.parametrize("row", ["ab_cache", "first_block", "static stack"])
+def test_one_prompt_of_a_batch_does_not_change_the_other(row):
+    def of(prompts: list[str]) -> Tensor:
+        pipe = tiny.make("pixart")
+        accelerate(pipe, row)
+        seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        bad = ["bad"] * len(prompts)
+        return tiny.run(pipe, "pixart", steps=STEPS, prompt=prompts, negative_prompt=bad, generator=seeds)
+
+    both, alone = of(["a red cat", "a dog"]), of(["a red cat"])
+    scale = alone.abs().max()
+    assert torch.allclose(both[:1] / scale, alone / scale, atol=1e-5)
+
+
+@each(SUPPORTED)
+def test_what_was_remembered_is_given_back_when_the_run_ends(row, name):
+    pipe = tiny.make(name)
+    kept: list[weakref.ref] = []
+
+    def of_run(_pipe, step):
+        if step == 2:
+            kept.extend(
+                weakref.ref(tensor)
+                for session in sessions
+                for memory in session._memories.values()
+                for values in memory.values
+                for tensor in values
+                if isinstance(tensor, Tensor)
+            )
+
+    handle = accelerate(pipe, row)
+    sessions = [c.__self__ for c in handle.clock.on_start if hasattr(c.__self__, "_memories")]
+    tiny.run(pipe, name, steps=STEPS, **tiny.at_each_step(name, of_run))
+    gc.collect()
+    assert kept and not any(reference() is not None for reference in kept)

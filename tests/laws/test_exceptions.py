@@ -1,0 +1,147 @@
+"""Law 3: an exception in the middle of a run or of an install leaves everything clean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.caching.session import Session
+from fastdiff.clock import StepClock
+from fastdiff.errors import BadConfig
+from tests import tiny
+from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh, plain
+from tests.state import differences, snapshot
+
+ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
+
+
+class Broken(Exception):
+    """Raised on purpose."""
+
+
+def break_after(calls: int):
+    """A function of any arguments that raises when it is called for the `calls`-th time."""
+    left = [calls]
+
+    def broken(*_args, **_kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Broken
+
+    return broken
+
+
+def fail_in_callback(pipe, name):
+    def fail(_pipe, step):
+        if step == 1:
+            raise Broken
+
+    with pytest.raises(Broken):
+        tiny.run(pipe, name, steps=STEPS, seed=7, **tiny.at_each_step(name, fail))
+
+
+def fail_in_denoiser(pipe, name):
+    calls = 2 if name in tiny.TWO_CALLS else 1  # of the one step that every row computes
+    hook = tiny.deepest_leaf(pipe).register_forward_hook(break_after(calls))
+    with pytest.raises(Broken):
+        tiny.run(pipe, name, steps=STEPS, seed=7)
+    hook.remove()
+
+
+def fail_while_decoding(pipe, name):
+    """The loop runs to its end, what comes after it fails."""
+    hook = pipe.vae.register_forward_hook(break_after(1))
+    decode, pipe.vae.decode = pipe.vae.decode, break_after(1)
+    try:
+        with pytest.raises(Broken):
+            tiny.run(pipe, name, steps=STEPS, seed=7, output_type="pt")
+    finally:
+        pipe.vae.decode = decode
+        vars(pipe.vae).pop("decode", None)
+        hook.remove()
+
+
+@each(SUPPORTED)
+@pytest.mark.parametrize("fail", [fail_in_callback, fail_in_denoiser])
+def test_after_an_exception_in_a_run_the_next_call_equals_a_fresh_one(row, name, fail):
+    pipe = tiny.make(name)
+    tiny.run(pipe, name, steps=STEPS)
+    before = snapshot(pipe)
+    handle = accelerate(pipe, row)
+    fail(pipe, name)
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
+    fail(pipe, name)
+    handle.restore()
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
+    assert differences(before, snapshot(pipe)) == []
+
+
+@each(ONE_ROW_A_FAMILY)
+def test_after_an_exception_in_the_decoder_the_next_call_equals_a_fresh_one(row, name):
+    pipe = tiny.make(name)
+    accelerate(pipe, row)
+    fail_while_decoding(pipe, name)
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
+
+
+@each(SUPPORTED)
+@pytest.mark.parametrize("fail", [fail_in_callback, fail_in_denoiser])
+def test_after_an_exception_a_call_of_the_denoiser_alone_is_computed_plainly(row, name, fail):
+    pipe = tiny.make(name)
+    calls = []
+    hook = tiny.denoiser(pipe).register_forward_hook(lambda m, a, k, out: calls.append((a, k, out)), with_kwargs=True)
+    tiny.run(pipe, name, steps=STEPS)
+    hook.remove()
+    args, kwargs, expected = calls[-1]
+    accelerate(pipe, row)
+    fail(pipe, name)
+    with torch.no_grad():
+        again = tiny.denoiser(pipe)(*args, **kwargs)
+    assert torch.equal(again[0], expected[0])
+
+
+@each(SUPPORTED)
+@pytest.mark.parametrize(
+    ("owner", "stage", "call"),
+    [(Session, "_wrap_unit", 1), (StepClock, "watch", 1), (StepClock, "attach", 1)],
+    ids=["first unit", "watch", "attach"],
+)
+def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, row, name, owner, stage, call):
+    pipe = tiny.make(name)
+    before = snapshot(pipe)
+    breaks = break_after(call)
+    stages = {"late": getattr(owner, stage)}
+
+    def breaks_after_its_work(self, *args, **kwargs):
+        stages["late"](self, *args, **kwargs)
+        breaks()
+
+    monkeypatch.setattr(owner, stage, breaks_after_its_work)
+    with pytest.raises(Broken):
+        accelerate(pipe, row)
+    monkeypatch.undo()
+    assert differences(before, snapshot(pipe)) == []
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
+
+
+@each(ONE_ROW_A_FAMILY)
+@pytest.mark.parametrize("error", [BadConfig, RuntimeError, KeyboardInterrupt])
+def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, error):
+    pipe = tiny.make(name)
+    handle = accelerate(pipe, row)
+    installed = StepClock.watch
+
+    def watch_but_fail_the_first_time(self, *args):
+        installed(self, *args)
+        monkeypatch.undo()
+        raise error("on purpose")
+
+    monkeypatch.setattr(StepClock, "watch", watch_but_fail_the_first_time)
+    with pytest.raises(error):
+        fastdiff.accelerate(pipe, cache=ROWS[row].neutral)
+    assert handle.active
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), fresh(row, name))
+    assert handle.report.cached == STEPS - ROWS[row].computed
+    handle.restore()
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))

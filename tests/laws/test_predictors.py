@@ -1,0 +1,179 @@
+"""Law 8: predictors are exact for polynomials of their degree on any grid; guards hold for any mask and any probe."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff.caching.ab_cache import ABCache
+from fastdiff.caching.base import CacheMethod, every
+from fastdiff.caching.deepcache import DeepCache
+from fastdiff.caching.first_block import FirstBlock
+from fastdiff.caching.predictors import PREDICTORS, combine, weights
+from fastdiff.caching.static import Static
+from fastdiff.clock import Run
+from fastdiff.errors import BadConfig
+from tests import tiny
+
+DEGREE = {"reuse": lambda order: 0, "adams_bashforth": lambda order: order - 1}
+gaps = st.lists(st.floats(0.2, 5), min_size=2, max_size=9)
+coefficients = st.lists(st.floats(-3, 3), min_size=6, max_size=6)
+
+
+def run_of(total: int, flow: bool = False) -> Run:
+    sigmas = tuple(1 - i / total for i in range(total))
+    return Run(1, tuple(1000 * s for s in sigmas), sigmas, flow)
+
+
+def test_every_predictor_has_a_degree_here():
+    assert DEGREE.keys() == PREDICTORS.keys()
+
+
+@given(st.sampled_from(sorted(PREDICTORS)), st.integers(1, 6), gaps, coefficients, st.floats(0.1, 3))
+def test_a_predictor_reproduces_polynomials_of_its_degree_on_any_grid(name, order, steps, factors, ahead):
+    anchors = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
+    at = anchors[-1] + ahead
+    found = weights(name, order, math.inf, at, anchors)
+    degree = DEGREE[name](len(found))
+
+    def polynomial(x: float) -> float:
+        return math.fsum(c * ((x - at) / (at - anchors[0])) ** k for k, c in enumerate(factors[: degree + 1]))
+
+    assert len(found) == min(order, len(anchors))
+    predicted = math.fsum(w * polynomial(x) for w, x in zip(found, anchors[-len(found) :], strict=True))
+    scale = 1 + math.fsum(abs(w) for w in found)
+    assert abs(predicted - polynomial(at)) <= 1e-6 * scale
+    assert math.isclose(math.fsum(found), 1, rel_tol=1e-9 * scale), "a constant stays what it is"
+
+
+@given(st.integers(2, 6), gaps)
+def test_a_predictor_is_not_exact_beyond_its_degree(order, steps):
+    """So that the test above is known to tell orders apart."""
+    anchors = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
+    found = weights("adams_bashforth", order, math.inf, anchors[-1] + 1, anchors)
+    known = anchors[-len(found) :]
+    predicted = math.fsum(w * (x - known[0]) ** len(found) for w, x in zip(found, known, strict=True))
+    truth = (anchors[-1] + 1 - known[0]) ** len(found)
+    error = math.prod(anchors[-1] + 1 - x for x in known)  # of the leading term, exactly
+    assert math.isclose(truth - predicted, error, rel_tol=1e-6)
+
+
+@given(st.integers(1, 6), gaps, st.floats(0.1, 20), st.floats(1, 10))
+def test_the_lebesgue_guard_drops_the_order_no_further_than_needed(order, steps, ahead, bound):
+    anchors = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
+    at = anchors[-1] + ahead
+    found = weights("adams_bashforth", order, bound, at, anchors)
+    assert sum(map(abs, found)) <= bound or len(found) == 1
+    if len(found) < min(order, len(anchors)):
+        assert sum(map(abs, weights("adams_bashforth", len(found) + 1, math.inf, at, anchors))) > bound
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=4))
+def test_combining_is_the_weighted_sum_of_the_newest_values_in_float32(factors):
+    assume(any(factors))
+    values = [torch.randn(7, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    expected = sum(f * v.double() for f, v in zip(factors, values[-len(factors) :], strict=True))
+    assert torch.allclose(combine(factors, values).double(), expected, atol=1e-5)
+
+
+def test_combining_half_precision_values_does_not_round_in_between():
+    values = [torch.full((4,), v, dtype=torch.float16) for v in (2048.0, 2049.0, 2050.0)]
+    assert combine([1.0, -3.0, 3.0], values).tolist() == [2052.0] * 4  # 3 * 2050 alone is not a float16
+    assert combine([1.0], values).dtype == torch.float16
+
+
+def test_a_reused_value_is_a_copy():
+    """Pipelines and models write into tensors in place; what is remembered must not change."""
+    kept = torch.ones(3)
+    combine([0.0, 1.0], [torch.zeros(3), kept]).add_(1)
+    assert kept.tolist() == [1, 1, 1]
+
+
+METHODS = {
+    "every": lambda guards, interval: DeepCache(interval=interval, **guards),
+    "after warm-up": lambda guards, interval: ABCache(interval=interval, **guards),
+    "listed": lambda guards, interval: Static(compute_steps=(0,), **guards),
+}
+guards = st.fixed_dictionaries(
+    {"warmup_steps": st.integers(0, 12), "cooldown_steps": st.integers(0, 12)},
+    optional={"max_consecutive_cached": st.integers(1, 6)},
+)
+
+
+def longest_cached(mask: list[bool]) -> int:
+    return max(map(len, "".join("x" if computed else "." for computed in mask).split("x")))
+
+
+def check_guards(mask: list[bool], method: CacheMethod) -> None:
+    total = len(mask)
+    assert mask[0], "there is nothing to predict the first step from"
+    assert all(mask[: method.warmup_steps])
+    assert all(mask[max(0, total - method.cooldown_steps) :])
+    if method.max_consecutive_cached is not None:
+        assert longest_cached(mask) <= method.max_consecutive_cached
+
+
+@given(st.sampled_from(sorted(METHODS)), guards, st.integers(1, 9), st.integers(1, 60))
+def test_masks_obey_the_guards(kind, settings, interval, total):
+    method = METHODS[kind](settings, interval)
+    mask = method.guarded_mask(run_of(total))
+    assert len(mask) == total
+    check_guards(mask, method)
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 60))
+def test_an_interval_mask_is_the_warm_up_and_then_every_nth(interval, warmup, total):
+    mask = every(interval, run_of(total), warmup)
+    assert all(mask[:warmup]) and (interval > 1 or all(mask))
+    computed = [i for i, wanted in enumerate(mask) if wanted][max(0, warmup - 1) :]
+    assert all(b - a == interval for a, b in pairwise(computed))
+    assert not computed or total - computed[-1] <= interval
+
+
+@given(st.sets(st.integers(0, 19), min_size=1), st.integers(20, 90))
+def test_a_list_for_another_number_of_steps_keeps_its_fractions(steps, total):
+    method = Static(compute_steps=tuple(steps), of_steps=20)
+    assert [i for i, c in enumerate(method.mask(run_of(20))) if c] == sorted(steps)
+    stretched = [i for i, c in enumerate(method.mask(run_of(total))) if c]
+    assert len(stretched) == len(steps), "no step is lost in a longer run"
+    pairs = zip(sorted(steps), stretched, strict=True)
+    assert all(abs(s / 19 - i / (total - 1)) <= 0.5 / (total - 1) + 1e-9 for s, i in pairs)
+
+
+def test_a_list_beyond_the_run_is_refused_with_the_numbers():
+    with pytest.raises(BadConfig, match="compute_steps holds 9, but the run has steps 0 to 5"):
+        Static(compute_steps=(0, 9)).mask(run_of(6))
+
+
+@settings(max_examples=12, deadline=None)
+@given(guards, st.sampled_from([0.0, 0.05, 1e9]))
+def test_dynamic_decisions_obey_the_guards(chosen, threshold):
+    pipe = tiny.make("pixart")
+    method = FirstBlock(threshold=threshold, **chosen)
+    handle = fastdiff.accelerate(pipe, cache=method)
+    tiny.run(pipe, "pixart", steps=12)
+    mask = [state == "computed" for state in handle.report.branches[0]]
+    check_guards(mask, method)
+    if threshold == 0:
+        assert all(mask)
+    if threshold == 1e9:
+        assert mask == FirstBlock.guarded_mask(_Wishes(**method.model_dump(exclude={"method"})), run_of(12))
+
+
+class _Wishes(FirstBlock):
+    """Wishes to skip everything, as a static method."""
+
+    def mask(self, run: Run) -> list[bool]:
+        return [False] * run.total
+
+
+def test_a_probe_that_is_not_a_number_is_computed():
+    broken = torch.tensor([float("nan")])
+    assert FirstBlock(threshold=0.1).should_compute(broken, broken)
+    assert FirstBlock(threshold=0.1).should_compute(torch.ones(3), torch.zeros(3))

@@ -1,0 +1,68 @@
+"""Law 7: config -> JSON -> config and config -> TOML -> config are equal, and every listing has the same names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import fastdiff
+from fastdiff.config import layers_of, presets, read_file, resolve
+from fastdiff.registry import ROOMS, registry
+from tests import tiny
+from tests.laws.rows import ROWS
+
+METHODS = [(kind, name) for kind, names in fastdiff.methods().items() for name in names]
+
+
+def as_toml(tables: dict[str, dict]) -> str:
+    lines = []
+    for section, values in tables.items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_defaults_of_every_method_survive_json(kind, name):
+    config = fastdiff.Config(**{kind: name})
+    again = fastdiff.Config.from_json(config.model_dump_json())
+    assert again == config and type(getattr(again, kind)) is registry(kind)[name]
+    assert fastdiff.Config(**json.loads(config.model_dump_json(exclude_none=True))) == config
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("which", ["neutral", "aggressive"])
+def test_settings_survive_json_and_toml(tmp_path, row, which):
+    table = getattr(ROWS[row], which)
+    config = fastdiff.Config(cache=table)
+    assert fastdiff.Config.from_json(config.model_dump_json()) == config
+    assert resolve(layers_of(config)).config == config
+    (tmp_path / "given.toml").write_text(as_toml({"cache": table}))
+    (tmp_path / "given.json").write_text(json.dumps({"cache": table}))
+    for file in ("given.toml", "given.json"):
+        assert resolve(layers_of(tmp_path / file)).config == config
+    assert {key: getattr(config.cache, key) for key in table if key != "compute_steps"} == {
+        key: value for key, value in table.items() if key != "compute_steps"
+    }
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_survives_json_and_means_the_same_under_its_name(name):
+    config = resolve(layers_of(name)).config
+    assert fastdiff.Config.from_json(config.model_dump_json()) == config
+    assert resolve(layers_of(read_file(presets()[name]))).config == config
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_config_of_a_handle_makes_the_same_handle_again(row):
+    family = ROWS[row].families[0]
+    first = fastdiff.accelerate(tiny.make(family), cache=ROWS[row].aggressive)
+    second = fastdiff.accelerate(tiny.make(family), fastdiff.Config.from_json(first.config.model_dump_json()))
+    assert second.config == first.config
+
+
+@pytest.mark.parametrize("kind", ROOMS)
+def test_a_method_is_registered_under_the_name_it_carries(kind):
+    for name, cls in registry(kind).items():
+        assert cls.model_fields["method"].default == name
+        assert cls.__doc__ and all(f.description for key, f in cls.model_fields.items() if key != "method")

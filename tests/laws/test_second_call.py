@@ -1,0 +1,99 @@
+"""Law 4: a second call with anything changed equals the same call of a fresh pipeline, bit for bit."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+import fastdiff
+from tests import tiny
+from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh
+
+CHANGES = {
+    "size": {"height": 128, "width": 64},
+    "fewer steps": {"steps": 4},
+    "more steps": {"steps": 9},
+    "batch": {"prompt": ["a red cat", "a dog"], "negative_prompt": ["bad", "worse"]},
+    "prompt": {"prompt": "a blue dog"},
+    "seed": {"seed": 5},
+}
+
+
+def changes(row: str, name: str) -> dict[str, dict]:
+    known = CHANGES | {"guidance off": tiny.guidance_off(name)}
+    if name in tiny.VIDEO:
+        known |= {"size": {"height": 64, "width": 32}}
+    if ROWS[row].method == "static":  # its list must fit the run
+        known |= {"fewer steps": {"steps": 5}}
+    return known
+
+
+@each(SUPPORTED)
+def test_every_later_call_equals_that_of_a_fresh_pipeline(row, name):
+    pipe = tiny.make(name)
+    accelerate(pipe, row)
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
+    for change, overrides in changes(row, name).items():
+        settings = {"steps": STEPS} | overrides
+        assert torch.equal(tiny.run(pipe, name, **settings), fresh(row, name, **overrides)), change
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "guidance on again"
+
+
+@each(SUPPORTED)
+def test_a_call_with_another_scheduler_equals_that_of_a_fresh_pipeline(row, name):
+    pipe = tiny.make(name)
+    handle = accelerate(pipe, row)
+    tiny.run(pipe, name, steps=STEPS)
+    first, pipe.scheduler = pipe.scheduler, tiny.other_scheduler(name)
+    swapped = tiny.run(pipe, name, steps=STEPS)
+    assert torch.equal(swapped, fresh(row, name, scheduler=tiny.other_scheduler(name)))
+    assert handle.report.cached == STEPS - ROWS[row].computed
+    second, pipe.scheduler = pipe.scheduler, first
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "and the first one again"
+    handle.restore()
+    for scheduler in (first, second):
+        assert not {"step", "set_timesteps", "scale_model_input"} & vars(scheduler).keys()
+
+
+IMG2IMG = {
+    "sd15": diffusers.StableDiffusionImg2ImgPipeline,
+    "sdxl": diffusers.StableDiffusionXLImg2ImgPipeline,
+    "sd3": diffusers.StableDiffusion3Img2ImgPipeline,
+    "flux": diffusers.FluxImg2ImgPipeline,
+}
+
+
+def img2img(name: str):
+    pipe = IMG2IMG[name].from_pipe(tiny.make(name))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def repaint(pipe, name: str, strength: float) -> torch.Tensor:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    settings = tiny.arguments(name, steps=10) | {"image": image, "strength": strength}
+    if name in ("sd15", "sdxl"):
+        del settings["height"], settings["width"]
+    return pipe(**settings)[0]
+
+
+@each(pair for pair in SUPPORTED if pair[1] in IMG2IMG and ROWS[pair[0]].method != "static")
+def test_a_call_with_another_strength_equals_that_of_a_fresh_pipeline(row, name):
+    pipe = img2img(name)
+    handle = accelerate(pipe, row)
+    for strength in (0.6, 1.0, 0.4):
+        alone = img2img(name)
+        accelerate(alone, row)
+        assert torch.equal(repaint(pipe, name, strength), repaint(alone, name, strength)), strength
+        report = handle.report
+        assert report.steps == report.total == round(10 * strength)
+        assert report.cached > 0
+
+
+@pytest.mark.parametrize("name", IMG2IMG)
+def test_img2img_with_nothing_enabled_changes_no_bit(name):
+    pipe = img2img(name)
+    expected = repaint(pipe, name, 0.6)
+    with fastdiff.accelerate(pipe):
+        assert torch.equal(repaint(pipe, name, 0.6), expected)
