@@ -19,7 +19,7 @@ class ABCache(CacheMethod):
 
     method: Literal["ab_cache"] = "ab_cache"
     interval: int = Field(2, ge=1, description="compute every so many steps")
-    predictor: str = "adams_bashforth"
+    predictor: str = Field("adams_bashforth", description="how a skipped value is made")
     warmup_steps: int = Field(3, ge=0, description="computed steps at the start")
 
     def regions(self, anatomy: Anatomy) -> list[Region]:

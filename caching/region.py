@@ -69,7 +69,7 @@ def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
 
 
 def placeholder(output: Any) -> Any:
-    """The same structure with one-element tensors expanded to the same shapes: for outputs that nobody reads."""
+    """The same structure with one-element tensors expanded to the same shapes: what `unread` needs to know."""
 
     def empty(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -77,6 +77,11 @@ def placeholder(output: Any) -> Any:
         return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
 
     return pytree.tree_map(empty, output)
+
+
+def unread(form: Any) -> Any:
+    """Fresh memory for outputs that nobody reads, but that some models write into (FreeU, T2I adapters)."""
+    return pytree.tree_map_only(Tensor, torch.empty_like, form)
 
 
 def signature(args: tuple, kwargs: dict) -> Any:

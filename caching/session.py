@@ -16,7 +16,7 @@ from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
 from .predictors import combine, weights
-from .region import Memory, Region, named, placeholder, signature
+from .region import Memory, Region, named, placeholder, signature, unread
 
 
 class Session:
@@ -42,11 +42,12 @@ class Session:
         self._memories = {}
         self._mask = self.method.guarded_mask(run)
         self._coordinates = run.coordinates(self.method.coordinate)
-        if self._mask is not None and all(self._mask):
-            self.recorder.note(f"{self.method.method} skips nothing in {run.total} steps with these settings")
 
     def _end(self, run: Run) -> None:
         self._memories = {}
+        report = self.recorder.report
+        if report.steps == run.total and not report.cached:
+            self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
 
     def _memory(self, number: int, step: Step) -> Memory:
         return self._memories.setdefault((number, step.branch), Memory())
@@ -85,7 +86,7 @@ class Session:
                         memory.entry = [given[stream] for stream in region.takes]
                 last = position == len(region.units) - 1
                 if memory.skipping:
-                    return self._predict(region, step, memory) if last else memory.placeholders[position]
+                    return self._predict(region, step, memory) if last else unread(memory.placeholders[position])
                 output = forward(*args, **kwargs)
                 if not memory.keep:
                     return output

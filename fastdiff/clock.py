@@ -50,8 +50,9 @@ class Run:
             found = self.sigmas
         else:
             found = tuple(self._logsnr(s) for s in self.sigmas)
-        repeated = any(a == b for a, b in pairwise(found))
-        return steps if repeated else found  # Heun and PNDM visit a time twice
+        falls = [a > b for a, b in pairwise(found)]
+        monotone = (all(falls) or not any(falls)) and len(set(found)) == len(found)
+        return found if monotone else steps  # Heun and PNDM visit a time twice
 
     def _logsnr(self, sigma: float) -> float:
         sigma = min(max(sigma, 1e-4), 1 - 1e-4 if self.flow else 1e4)

@@ -41,6 +41,8 @@ def _method(kind: str) -> BeforeValidator:
             raise ValueError(f"{kind} must be a method name or a table with a `method`, got {value!r}")
         if "method" not in value:
             raise ValueError(f"[{kind}] needs a `method`; one of {', '.join(registry(kind)) or 'none yet'}")
+        if not isinstance(value["method"], str):
+            raise ValueError(f"{kind}.method must be a name, got {value['method']!r}")
         try:
             cls = registry(kind)[value["method"]]
         except UnknownName as error:
@@ -130,24 +132,26 @@ def parse_set(assignment: str) -> dict[str, Any]:
     return value
 
 
-def layers_of(source: Source) -> list[Layer]:
-    """The layers that a preset name, a path, a dict or a Config stands for."""
+def layers_of(source: Source, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The layers that a preset name, a path, a dict or a Config stands for; `above` are the files that build on it."""
     if source is None:
         return []
     if isinstance(source, Config):
-        return [("config", source.model_dump(exclude_none=True))]
+        return [("config", {key: value for key, value in source.model_dump().items() if value is not None})]
     if isinstance(source, Mapping):
-        return _with_base("dict", dict(source), None)
+        return _with_base("dict", dict(source), None, above)
     known = presets()
     if isinstance(source, str) and source in known:
         return [(f"preset {source}", read_file(known[source]))]
     if isinstance(source, Path) or str(source).endswith((".toml", ".json")):
         path = Path(source)
-        return _with_base(f"file {path.name}", read_file(path), path.parent)
+        if path.resolve() in above:
+            raise BadConfig(f"{path} builds on itself: " + " -> ".join(file.name for file in (*above, path)))
+        return _with_base(f"file {path.name}", read_file(path), path.parent, (*above, path.resolve()))
     raise UnknownName("preset", source, known)
 
 
-def _with_base(name: str, values: dict[str, Any], folder: Path | None) -> list[Layer]:
+def _with_base(name: str, values: dict[str, Any], folder: Path | None, above: tuple[Path, ...]) -> list[Layer]:
     """A table may build on a preset or another file through its key `preset`."""
     base = values.pop("preset", None)
     if base is None:
@@ -155,10 +159,8 @@ def _with_base(name: str, values: dict[str, Any], folder: Path | None) -> list[L
     if not isinstance(base, str):
         raise BadConfig(f"preset must be a name or a path, got {base!r}")
     if folder is not None and base.endswith((".toml", ".json")):
-        if (folder / base).resolve() == (folder / name.removeprefix("file ")).resolve():
-            raise BadConfig(f"{name} names itself as its preset")
-        return [*layers_of(folder / base), (name, values)]
-    return [*layers_of(base), (name, values)]
+        return [*layers_of(folder / base, above), (name, values)]
+    return [*layers_of(base, above), (name, values)]
 
 
 def resolve(layers: Sequence[Layer], family: Family | None = None, model: str | None = None) -> Resolved:

@@ -35,6 +35,9 @@ class Registry(Mapping[str, type]):
             found = self._table[name] = getattr(importlib.import_module(module), attribute)
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,6 +94,10 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
     BackendUnavailable for what this machine cannot run; the pipeline is then as it was.
     """
     found = anatomies(pipe)
+    for anatomy in found:
+        if not anatomy.recognised:
+            name = type(anatomy.denoiser).__name__
+            warnings.warn(f"{name} is not described; fastdiff goes by its structure", stacklevel=2)
     resolved = resolve_for(pipe, config, levers, found[0])
     handle = Accelerated(pipe, resolved)
     previous = vars(pipe).get(HANDLE)

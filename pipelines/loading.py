@@ -35,7 +35,7 @@ def embedded_name(pipe: Any) -> str | None:
     return next((name for name, folder in embedded().items() if str(folder) == str(path)), None)
 
 
-def call_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
+def call_defaults(pipe: Any) -> dict[str, Any]:
     """Steps and guidance where a call names none: the embedded model's own, else those of the pipeline's `__call__`."""
     known = inspect.signature(pipe.__call__).parameters
     stock = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
@@ -89,6 +89,10 @@ def check_directory(path: Path) -> None:
             raise ValueError("it names no pipeline class")
     except (ValueError, UnicodeDecodeError) as error:
         raise BadModel(f"{str(index)!r} is not a pipeline index: {error}") from None
+    named = [name for name, parts in components.items() if isinstance(parts, list) and parts and parts[0] is not None]
+    missing = [name for name in named if not (path / name).is_dir()]
+    if missing:
+        raise BadModel(f"{str(path)!r} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
     for folder in (path / name for name in components if (path / name).is_dir()):
         files = [f for f in sorted(folder.iterdir()) if f.is_file()]
         weights = [f for f in files if f.suffix == ".safetensors"]

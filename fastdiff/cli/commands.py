@@ -68,15 +68,18 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw images from prompts and write them as PNG; prints their paths."""
-    from . import jobs, settings
+    from . import jobs
 
-    made = settings.replayed(from_image, model) if from_image else None
+    made = jobs.replayed(from_image, model) if from_image else None
     flags = jobs.given(
         steps=steps, guidance_scale=guidance_scale, width=width, height=height, negative_prompt=negative_prompt
     )
     asked = jobs.collect(prompts or [], prompt_file, jobs.base(made, flags), seeds or [], count)
     targets = jobs.targets(output, asked)
     name = model or (made.model if made else "shapes-unet")
+
+    from . import settings  # from here on torch is needed
+
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
 
     from .studio import Studio
@@ -85,6 +88,7 @@ def generate(
     studio.check(asked, preview_every)
     if made:
         studio.compare(made)
+    jobs.make_folder(targets[0].parent)
     for job, target in zip(asked, targets, strict=True):
         studio.paint(
             job, target, overwrite=overwrite, metadata=not no_metadata, preview_every=preview_every, as_json=as_json

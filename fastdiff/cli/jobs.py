@@ -14,15 +14,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastdiff.errors import BadConfig, FastdiffError, UnknownName
-from fastdiff.images import Replay, Sampling, numbered, sentence
+from fastdiff.images import Replay, Sampling, numbered, read, sentence
 
 MAX_COUNT = 10_000
-FLAGS = {"steps": "--steps", "guidance_scale": "--guidance-scale"}
 
 
 def given(**flags: Any) -> dict[str, Any]:
     """Only the flags that were used."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def replayed(image: Path, model: str | None) -> Replay:
+    """The settings in a PNG; a model from somebody's local directory must be named again."""
+    made = read(image)
+    if made.local and model is None:
+        raise BadConfig(
+            f"{image.name} was made with a model in a local directory, {made.model[2:]!r}; say where it is with -m"
+        )
+    return made
 
 
 def base(made: Replay | None, flags: dict[str, Any]) -> dict[str, Any]:
@@ -90,10 +99,9 @@ def _parse(where: str, line: str) -> dict[str, Any]:
 
 
 def targets(output: str, jobs: Sequence[Sampling]) -> list[Path]:
-    """A path for each image, all different; the folder exists and can be written to."""
+    """A path for each image, all different, where files can be written; a folder to make is made by `make_folder`."""
     path = Path(output).expanduser()
     if output.endswith("/") or path.is_dir():
-        _make(path)
         names = [path / f"{_slug(job.prompt)}_seed_{job.seed}.png" for job in jobs]
     elif path.suffix.lower() != ".png":
         raise BadConfig(f"-o {output}: end the name in .png, or in / for a directory")
@@ -115,11 +123,10 @@ def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "image"
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Called when nothing is left to refuse, so that a mistake leaves no empty folder behind."""
     try:
         folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise FastdiffError(f"-o {folder}: {str(folder.parent)!r} does not exist; create it first") from None
     except OSError as error:
         raise FastdiffError(f"-o {folder}: cannot be created: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""The layers of config that a command line names, weakest first, and the replay of a PNG."""
+"""The layers of config that a command line names, weakest first."""
 
 from __future__ import annotations
 
@@ -8,18 +8,8 @@ from pathlib import Path
 from fastdiff.anatomy import Family
 from fastdiff.config import Layer, Resolved, layers_of, parse_set, resolve
 from fastdiff.errors import BadConfig
-from fastdiff.images import Replay, read
+from fastdiff.images import Replay
 from fastdiff.registry import registry
-
-
-def replayed(image: Path, model: str | None) -> Replay:
-    """The settings in a PNG; a model from somebody's local directory must be named again."""
-    made = read(image)
-    if made.local and model is None:
-        raise BadConfig(
-            f"{image.name} was made with a model in a local directory, {made.model[2:]!r}; say where it is with -m"
-        )
-    return made
 
 
 def layers(

@@ -46,6 +46,11 @@ def described(model: str) -> Family | None:
     return next((FAMILIES[name] for name in classes if name in FAMILIES), None)
 
 
+def _load(model: str, dtype: torch.dtype | None) -> Any:
+    with waiting(f"loading {model}"):
+        return load(model, dtype=dtype)
+
+
 class Studio:
     """Loads the model and installs the config once, then paints."""
 
@@ -54,8 +59,7 @@ class Studio:
             raise UnknownName("dtype", dtype, DTYPES)
         quiet()
         early(layers, described(model), model)
-        with waiting(f"loading {model}"):
-            self.pipe: Any = load(model, dtype=getattr(torch, dtype) if dtype else None)
+        self.pipe = _load(model, getattr(torch, dtype) if dtype else None)
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)

@@ -14,7 +14,7 @@ from .denoiser import BATCH, SIDE_WEIGHT, SideTask, Start, caption_gate, weighte
 from .loop import Schedule, train
 from .text import TOKENS, WIDTH, PaddedT5, padding_bias, t5_tokenizer, tokenize
 
-STEPS = 10500
+STEPS = 8500
 PATCHES = 64
 
 

@@ -13,7 +13,7 @@ from .denoiser import SIDE_WEIGHT, SideTask, Start, caption_gate, weighted_error
 from .loop import Schedule, train
 from .text import WIDTH, tokenize
 
-STEPS = 10500
+STEPS = 9000
 
 
 def build(channels: int) -> UNet2DConditionModel:

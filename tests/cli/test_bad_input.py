@@ -30,7 +30,7 @@ USAGE = {
     "no images": (["generate", "x", "-n", "0"], "-n 0: give 1 to 10000"),
     "no parallel method": (["generate", "x", "--devices", "4"], "--devices 4: fastdiff has no parallel method yet"),
     "no devices": (["generate", "x", "--devices", "0"], "--devices 0: give 1 or more"),
-    "unknown preset": (["generate", "x", "--preset", "balancd"], "did you mean 'balanced'?"),
+    "unknown preset": (["generate", "x", "--preset", "balancd", "-o", "new/"], "did you mean 'balanced'?"),
     "preset and config": (["generate", "x", "--preset", "fast", "--config", "c.toml"], "exclude each other"),
     "no config file": (["generate", "x", "--config", "none.toml"], "'none.toml' does not exist"),
     "no assignment": (["generate", "x", "--set", "cache"], "--set takes section.key=value"),
@@ -53,7 +53,7 @@ USAGE = {
 FAILURE = {
     "no model directory": (["generate", "x", "-m", "./none"], "model directory './none' does not exist"),
     "no output directory": (["generate", "x", "-o", "none/x.png"], "output directory 'none' does not exist"),
-    "no parent": (["generate", "x", "-o", "none/new/"], "'none' does not exist; create it first"),
+    "no parent": (["generate", "x", "-o", "none/new/"], "output directory 'none' does not exist"),
     "no image": (["generate", "--from-image", "none.png"], "'none.png' does not exist"),
     "no image to inspect": (["inspect", "none.png"], "'none.png' does not exist"),
 }

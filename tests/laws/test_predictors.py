@@ -83,8 +83,8 @@ def test_combining_is_the_weighted_sum_of_the_newest_values_in_float32(factors):
 
 
 def test_combining_half_precision_values_does_not_round_in_between():
-    values = [torch.full((4,), v, dtype=torch.float16) for v in (2048.0, 2049.0, 2050.0)]
-    assert combine([1.0, -3.0, 3.0], values).tolist() == [2052.0] * 4  # 3 * 2050 alone is not a float16
+    values = [torch.full((4,), v, dtype=torch.float16) for v in (2048.0, 2048.0, 2050.0)]
+    assert combine([1.0, -3.0, 3.0], values).tolist() == [2054.0] * 4  # 3 * 2050 is no float16
     assert combine([1.0], values).dtype == torch.float16
 
 

@@ -71,6 +71,27 @@ def test_the_report_is_right_when_guidance_is_dropped_halfway(row, name):
     assert executions.counts["deep"] == sum(line.count("computed") for line in handle.report.branches.values())
 
 
+@each((row, name) for row, name in SUPPORTED if ROWS[row].method != "static" and name in ("sd15", "pixart"))
+def test_a_loop_of_one_s_own_is_accelerated_whether_it_takes_tuples_or_objects(row, name):
+    latents = []
+    for as_object in (False, True):
+        pipe = tiny.make(name)
+        handle = accelerate(pipe, row)
+        pipe.scheduler.set_timesteps(STEPS)
+        x = torch.ones(1, 4, 8, 8)
+        text = {"encoder_hidden_states": torch.ones(1, 4, 32)}
+        if name == "pixart":
+            text["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        for t in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                out = tiny.denoiser(pipe)(x, timestep=t.expand(1), return_dict=as_object, **text)
+            noise = (out.sample if as_object else out[0])[:, :4]
+            x = pipe.scheduler.step(noise, t, x, return_dict=False)[0]
+        assert (handle.report.computed, handle.report.cached) == (ROWS[row].computed, STEPS - ROWS[row].computed)
+        latents.append(x)
+    assert torch.equal(*latents)
+
+
 # DeepCache against an oracle that knows only the published layout of diffusers' UNets
 
 
