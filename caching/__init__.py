@@ -5,6 +5,7 @@ from fastdiff.registry import Registry
 METHODS = {
     "ab_cache": "fastdiff.caching.ab_cache:ABCache",
     "deepcache": "fastdiff.caching.deepcache:DeepCache",
+    "dp": "fastdiff.caching.dp:DP",
     "first_block": "fastdiff.caching.first_block:FirstBlock",
     "static": "fastdiff.caching.static:Static",
 }

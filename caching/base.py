@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from fastdiff.clock import Run
 from fastdiff.errors import UnknownName
 from fastdiff.method import Method
 
-from .predictors import PREDICTORS
+from .predictors import PREDICTORS, weights
 from .region import Region
 
 
@@ -54,6 +55,15 @@ class CacheMethod(Method):
     def should_compute(self, probe: Tensor, last: Tensor) -> bool:
         """Dynamic methods: is this step too different from the last computed one?"""
         raise NotImplementedError
+
+    def weights(self, run: Run, index: int, anchors: Sequence[int]) -> list[float]:
+        """Factors of the newest values, computed at the steps `anchors`, that make the value of step `index`."""
+        axis = run.coordinates(self.coordinate)
+        return weights(self.predictor, self.order, self.lebesgue_max, axis[index], [axis[a] for a in anchors])
+
+    def notes(self, run: Run) -> list[str]:
+        """What the report should say of a run that begins."""
+        return []
 
     def guarded(self, wanted: bool, index: int, total: int, cached_in_row: int) -> bool:
         """The method's wish, overruled by warm-up, cool-down and the longest run of cached steps."""

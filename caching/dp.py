@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from .sites import model_output
 
 
 class Plan(Settings):
-    """What calibration found. `weights[step]` are the (computed step, weight) pairs that make a skipped step's output."""
+    """What calibration found. `weights[step]` are the (computed step, factor) pairs that make a skipped output."""
 
     version: Literal[1] = 1
     denoiser: str = Field(max_length=200, description="class and configuration the trace was made on")
@@ -28,7 +28,7 @@ class Plan(Settings):
     guidance_scale: float | None = None
     sigmas: tuple[float, ...] = Field(max_length=10_000)
     compute: tuple[int, ...] = Field(min_length=1, max_length=10_000)
-    weights: dict[int, tuple[tuple[int, float], ...]] = {}
+    weights: Mapping[int, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
 
     @field_validator("compute")
     @classmethod
@@ -49,7 +49,7 @@ class DP(CacheMethod):
     predictor: str = "adams_bashforth"
     computed_steps: int = Field(20, ge=1, description="steps to compute; what calibrate plans for")
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
-    ridge: float | None = Field(1e-4, ge=0, description="pull of fitted weights towards Lagrange's; None for Lagrange")
+    ridge: float | None = Field(None, ge=0, description="fit weights, pulled this much to Lagrange's; None: Lagrange")
     plan: Plan | None = Field(None, description="what calibrate found, or the path of its file")
 
     @field_validator("plan", mode="before")

@@ -19,7 +19,12 @@ Floats = NDArray[np.float64]
 
 
 def step_weights(
-    gram: Floats, at: int, anchors: Sequence[int], coordinates: Sequence[float], lebesgue_max: float, ridge: float | None
+    gram: Floats,
+    at: int,
+    anchors: Sequence[int],
+    coordinates: Sequence[float],
+    lebesgue_max: float,
+    ridge: float | None,
 ) -> Floats:
     """Weights of the values at `anchors` that predict the one at `at`.
 
@@ -27,7 +32,9 @@ def step_weights(
     trace, min_w |sum_j w_j f_j - f|^2 + ridge * tr(G)/k * |w - w_Lagrange|^2, in closed form.
     """
     prior = np.zeros(len(anchors))
-    lagrange = weights("adams_bashforth", len(anchors), lebesgue_max, coordinates[at], [coordinates[a] for a in anchors])
+    lagrange = weights(
+        "adams_bashforth", len(anchors), lebesgue_max, coordinates[at], [coordinates[a] for a in anchors]
+    )
     prior[len(anchors) - len(lagrange) :] = lagrange
     if ridge is None:
         return prior
@@ -36,9 +43,7 @@ def step_weights(
     return np.linalg.solve(known + strength * np.eye(len(anchors)), gram[anchors, at] + strength * prior)
 
 
-def group_cost(
-    gram: Floats, influence: Floats, errors: Sequence[tuple[int, Sequence[int], Floats]]
-) -> float:
+def group_cost(gram: Floats, influence: Floats, errors: Sequence[tuple[int, Sequence[int], Floats]]) -> float:
     """|sum_t c_t (prediction_t - f_t)|^2 over one group of predicted steps; c_t is `influence`."""
     direction = np.zeros(len(gram))
     for at, anchors, found in errors:
@@ -112,11 +117,11 @@ def optimal_steps(costs: Floats, budget: int, forced: Sequence[int] = (0,)) -> l
         came_from.append(reached.argmin(0))
         best = reached.min(0)
     ends = best + allowed[:, :, total]
-    i, j = np.unravel_index(int(ends.argmin()), ends.shape)
+    i, j = (int(x) for x in np.unravel_index(int(ends.argmin()), ends.shape))
     if not np.isfinite(ends[i, j]):
         raise ValueError(f"a budget of {budget} computed steps leaves groups longer than allowed; compute more steps")
-    chosen = [int(j)]
+    chosen = [j]
     for previous in reversed(came_from):
-        chosen.append(int(i))
-        i, j = previous[i, j], i
+        chosen.append(i)
+        i, j = int(previous[i, j]), i
     return sorted(set(chosen))

@@ -15,7 +15,7 @@ from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
-from .predictors import combine, weights
+from .predictors import combine
 from .region import Memory, Region, named, placeholder, signature, unread
 
 
@@ -27,7 +27,6 @@ class Session:
         self.regions = method.regions(anatomy)
         self._memories: dict[tuple[int, int], Memory] = {}
         self._mask: list[bool] | None = None
-        self._coordinates: tuple[float, ...] = ()
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
@@ -41,7 +40,8 @@ class Session:
     def _start(self, run: Run) -> None:
         self._memories = {}
         self._mask = self.method.guarded_mask(run)
-        self._coordinates = run.coordinates(self.method.coordinate)
+        for note in self.method.notes(run):
+            self.recorder.note(note)
 
     def _end(self, run: Run) -> None:
         self._memories = {}
@@ -137,9 +137,7 @@ class Session:
         del memory.indices[: -self.method.order], memory.values[: -self.method.order]
 
     def _predict(self, region: Region, step: Step, memory: Memory) -> Any:
-        method = self.method
-        anchors = [self._coordinates[i] for i in memory.indices]
-        factors = weights(method.predictor, method.order, method.lebesgue_max, self._coordinates[step.index], anchors)
+        factors = self.method.weights(step.run, step.index, memory.indices)
         leaves = [
             combine(factors, column) if isinstance(column[-1], Tensor) else column[-1]
             for column in zip(*memory.values, strict=True)

@@ -19,7 +19,9 @@ class Static(CacheMethod):
     """An explicit list of steps to compute; the rest is predicted at the chosen site."""
 
     method: Literal["static"] = "static"
-    compute_steps: tuple[int, ...] = Field((), description="steps to compute, counted from 0; step 0 always is")
+    compute_steps: tuple[int, ...] = Field(
+        min_length=1, description="steps to compute, counted from 0; step 0 always is"
+    )
     of_steps: int | None = Field(
         None, ge=1, description="run length the list was made for; other lengths use the same fractions of the run"
     )

@@ -1,4 +1,4 @@
-"""What an uncached run looked like: the Gram matrix of its outputs, and how much each output moves the final latents."""
+"""What an uncached run looked like: the Gram matrix of its outputs, and how much each moves the final latents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Trace:
 
     def _start(self, run: Run) -> None:
         if self.run is not None and run.sigmas != self.run.sigmas:
-            raise ValueError(f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}")
+            raise ValueError(
+                f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}"
+            )
         self.run, self._rows = run, []
 
     def _output(self, index: int, output: Tensor) -> None:
@@ -77,9 +79,6 @@ def influence(scheduler: Any, run: Run) -> NDArray[np.float64]:
     def final(outputs: Tensor) -> Tensor:
         """Final latents, one column an experiment, of a run from zero latents; outputs is (steps, experiments)."""
         solver = copy.deepcopy(scheduler)
-        solver.__dict__.pop("step", None)
-        solver.__dict__.pop("set_timesteps", None)
-        solver.__dict__.pop("scale_model_input", None)
         _rewind(solver, first)
         latents = torch.zeros(1, 1, 1, outputs.shape[1], dtype=torch.float64)
         for row, timestep in zip(outputs, solver.timesteps[first:], strict=True):

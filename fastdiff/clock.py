@@ -73,7 +73,7 @@ class StepClock:
     """Attached to a pipeline's scheduler, it watches the denoisers; rooms read `now` inside a denoiser call.
 
     `on_start` and `on_end` are told of each run (`on_end` also of one cut short), `on_call` and `on_return` of each
-    denoiser call inside a run, `on_tick` of each finished step with its index.
+    denoiser call inside a run, `on_output` of what the solver was given at a step, `on_tick` of each finished step.
     """
 
     pipe: Any
@@ -82,6 +82,7 @@ class StepClock:
     on_tick: list[Callable[[int], None]] = field(default_factory=list)
     on_call: list[Callable[[Step], None]] = field(default_factory=list)
     on_return: list[Callable[[Step], None]] = field(default_factory=list)
+    on_output: list[Callable[[int, Any], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.run: Run | None = None
@@ -98,7 +99,7 @@ class StepClock:
         """Listen to the pipeline's scheduler and progress bar; `detach` puts them back."""
         self._scheduler = self.pipe.scheduler
         self._listen("set_timesteps", lambda *_, **__: self._expect_run())
-        self._listen("step", lambda *_, **__: self._tick())
+        self._listen("step", lambda output=None, *_, model_output=None, **__: self._tick(output, model_output))
         if hasattr(self._scheduler, "scale_model_input"):
             self._listen("scale_model_input", self._scaled)
         if hasattr(self.pipe, "progress_bar"):
@@ -223,9 +224,11 @@ class StepClock:
         value = float(torch.as_tensor(first).flatten()[0])
         return listed.index(value) if value in listed else 0
 
-    def _tick(self) -> None:
+    def _tick(self, output: Any, named_output: Any) -> None:
         if self.run is None:
             return
+        for listener in self.on_output:
+            listener(self.index, named_output if output is None else output)
         for callback in self.on_tick:
             callback(self.index)
         self.index += 1
@@ -262,7 +265,11 @@ def _sigmas(scheduler: Any, timesteps: list[float]) -> tuple[list[float], bool]:
     flow = hasattr(scheduler, "scale_noise") or getattr(scheduler.config, "use_flow_sigmas", False) is True
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
-        return [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[: len(timesteps)]], flow
+        found = [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[: len(timesteps)]]
+        if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: every other evaluation lies between two of its sigmas
+            between = scheduler.sigmas_interpol.tolist()
+            found[1::2] = between[1 : len(found) : 2]
+        return found, flow
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return timesteps, flow

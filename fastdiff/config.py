@@ -39,7 +39,7 @@ def _method(kind: str) -> BeforeValidator:
             value = {"method": value}
         if not isinstance(value, Mapping):
             raise ValueError(f"{kind} must be a method name or a table with a `method`, got {value!r}")
-        if "method" not in value:
+        if not isinstance(value.get("method"), str):
             raise ValueError(f"[{kind}] needs a `method`; one of {', '.join(registry(kind)) or 'none yet'}")
         if not isinstance(value["method"], str):
             raise ValueError(f"{kind}.method must be a name, got {value['method']!r}")
@@ -78,7 +78,7 @@ class Config(Settings):
     attention: Attention = Attention()
     compile: Compile = Compile()
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

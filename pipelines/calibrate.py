@@ -71,5 +71,3 @@ def _weights(costs: Costs, steps: Sequence[int]) -> dict[int, tuple[tuple[int, f
         for at, anchors, values in costs.predictions(previous, step, end):
             found[at] = tuple((int(a), float(w)) for a, w in zip(anchors, values, strict=True))
     return found
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from fastdiff.errors import BadConfig
 from fastdiff.method import Settings as _Frozen
 from fastdiff.pipelines.accelerate import Accelerated, accelerate
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.loading import embedded_name
+from fastdiff.pipelines.loading import call_defaults, embedded_name
 from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
 from .row import Kind
 
-_EMBEDDED_GUIDANCE = 3.0
 _PROMPTS = (
     "a red fox in the snow, photograph",
     "a lighthouse on a cliff at sunset",
@@ -43,10 +41,10 @@ class Settings(_Frozen):
     @classmethod
     def of(cls, pipe: Any, steps: int | None, guidance_scale: float | None, **others: Any) -> Settings:
         """Settings with the pipeline's own number of steps, and the embedded models' guidance, where None is given."""
-        if guidance_scale is None and embedded_name(pipe):
-            guidance_scale = _EMBEDDED_GUIDANCE
-        steps = steps or int(inspect.signature(pipe.__call__).parameters["num_inference_steps"].default)
-        return cls(steps=steps, guidance_scale=guidance_scale, **others)
+        usual = call_defaults(pipe)
+        if guidance_scale is None:
+            guidance_scale = usual.get("guidance_scale")
+        return cls(steps=steps or usual["num_inference_steps"], guidance_scale=guidance_scale, **others)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_the_rows_that_skip_differ_from_plain_diffusers_but_not_wildly(row):
     name = ROWS[row].families[0]
     plain, pipe = tiny.run(tiny.make(name), name, steps=30), tiny.make(name)
     settings = {"compute_steps": list(range(0, 30, 2))} if ROWS[row].method == "static" else {}
-    settings |= {"threshold": 0.02} if ROWS[row].method == "first_block" else {}
+    settings |= {"max_consecutive_cached": 1} if ROWS[row].method == "first_block" else {}
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].aggressive | settings)
     cached = tiny.run(pipe, name, steps=30)
     assert handle.report.cached > 5
