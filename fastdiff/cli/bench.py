@@ -57,6 +57,9 @@ def bench(
     import fastdiff
     from fastdiff.bench import Settings, contenders, prompts_for, run, sources
 
+    from .console import quiet
+
+    quiet()
     layers = sources(preset or [], config or [], set_ or [])
     if threads is not None:
         torch.set_num_threads(threads)
