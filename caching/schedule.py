@@ -8,120 +8,118 @@ the T x T Gram matrix of the outputs, so a trace is kilobytes whatever the resol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .predictors import weights
-
 Floats = NDArray[np.float64]
-
-
-def step_weights(
-    gram: Floats,
-    at: int,
-    anchors: Sequence[int],
-    coordinates: Sequence[float],
-    lebesgue_max: float,
-    ridge: float | None,
-) -> Floats:
-    """Weights of the values at `anchors` that predict the one at `at`.
-
-    ridge None: Lagrange on the run's own grid, order dropped beyond `lebesgue_max`. Else the least-squares fit to the
-    trace, min_w |sum_j w_j f_j - f|^2 + ridge * tr(G)/k * |w - w_Lagrange|^2, in closed form.
-    """
-    prior = np.zeros(len(anchors))
-    lagrange = weights(
-        "adams_bashforth", len(anchors), lebesgue_max, coordinates[at], [coordinates[a] for a in anchors]
-    )
-    prior[len(anchors) - len(lagrange) :] = lagrange
-    if ridge is None:
-        return prior
-    known = gram[np.ix_(anchors, anchors)]
-    strength = ridge * np.trace(known) / len(anchors)
-    return np.linalg.solve(known + strength * np.eye(len(anchors)), gram[anchors, at] + strength * prior)
-
-
-def group_cost(gram: Floats, influence: Floats, errors: Sequence[tuple[int, Sequence[int], Floats]]) -> float:
-    """|sum_t c_t (prediction_t - f_t)|^2 over one group of predicted steps; c_t is `influence`."""
-    direction = np.zeros(len(gram))
-    for at, anchors, found in errors:
-        direction[at] -= influence[at]
-        np.add.at(direction, list(anchors), influence[at] * found)
-    return max(0.0, float(direction @ gram @ direction))
+Predict = Callable[[int, Sequence[int]], Sequence[float]]
+Weights = tuple[tuple[int, float], ...]
 
 
 class Costs:
-    """C[i, j, k]: cost of predicting steps j+1 .. k-1 when the last computed ones are i < j (i == j: only j)."""
+    """What it costs to skip the steps between two computed ones: |sum_t c_t (prediction_t - f_t)|^2 over the group.
+
+    gram: inner products of the outputs f. predict: what the predictor makes at a step of the values computed at given
+    steps, as factors of the newest of them. influence: c, 1 if None. ridge: None takes those factors p as they are;
+    else the least-squares fit to the trace, min_w |sum_j w_j f_j - f|^2 + ridge * tr(G)/n * |w - p|^2, in closed form.
+    longest: most steps skipped in a row.
+    """
 
     def __init__(
         self,
         gram: Floats,
-        coordinates: Sequence[float],
+        predict: Predict,
         influence: Floats | None = None,
         *,
-        lebesgue_max: float = 6.0,
         ridge: float | None = None,
         longest: int = 8,
     ) -> None:
-        self.gram, self.coordinates = gram, coordinates
+        self.gram, self.predict, self.ridge = gram, predict, ridge
         self.total = len(gram)
         self.influence = np.ones(self.total) if influence is None else influence
-        self.lebesgue_max, self.ridge, self.longest = lebesgue_max, ridge, longest
+        self.longest = min(longest, self.total - 1)
 
-    def predictions(self, i: int, j: int, k: int) -> list[tuple[int, Sequence[int], Floats]]:
-        """(step, anchors, weights) for each step of the group."""
-        anchors = [j] if i == j else [i, j]
-        return [
-            (t, anchors, step_weights(self.gram, t, anchors, self.coordinates, self.lebesgue_max, self.ridge))
-            for t in range(j + 1, k)
-        ]
+    def weights(self, at: int, previous: int | None, last: int) -> Weights:
+        """(computed step, factor) pairs that make the value of step `at` where `previous` and `last` were computed."""
+        known = [last] if previous is None else [previous, last]
+        factors: Floats = np.asarray(self.predict(at, known), dtype=np.float64)
+        known = known[len(known) - len(factors) :]
+        if self.ridge is not None:
+            block = self.gram[np.ix_(known, known)]
+            pull = self.ridge * float(np.trace(block)) / len(known)
+            wanted = self.gram[known, at] + pull * factors
+            factors = np.linalg.lstsq(block + pull * np.eye(len(known)), wanted, rcond=None)[0].astype(np.float64)
+        return tuple((step, float(factor)) for step, factor in zip(known, factors, strict=True) if factor)
 
-    def __call__(self, i: int, j: int, k: int) -> float:
-        if k - j - 1 > self.longest:
-            return float("inf")
-        return group_cost(self.gram, self.influence, self.predictions(i, j, k))
+    def groups(self, previous: int | None, last: int, end: int) -> Floats:
+        """Costs of skipping last+1 .. k-1, for k = last+1 (nothing skipped, 0), ..., end."""
+        errors = np.zeros((end - last, self.total))
+        for row, at in enumerate(range(last + 1, end), 1):
+            errors[row, at] = -self.influence[at]
+            for step, factor in self.weights(at, previous, last):
+                errors[row, step] += self.influence[at] * factor
+        summed = errors.cumsum(0)
+        return np.maximum(0.0, ((summed @ self.gram) * summed).sum(1))
 
     def table(self) -> Floats:
-        """All costs, (T, T, T + 1); infinite where a group would be longer than `longest`."""
-        out = np.full((self.total, self.total, self.total + 1), np.inf)
+        """All costs: [j, a, b] is the group after step j where j - a was computed before it (a = 0: none) and j + b is
+        computed next (or the run ends there); infinite where a step is skipped that may not be."""
+        width = self.longest + 1
+        out = np.full((self.total, width + 1, width + 1), np.inf)
         for j in range(self.total):
-            for i in range(j + 1):
-                for k in range(j + 1, min(self.total, j + self.longest + 1) + 1):
-                    out[i, j, k] = self(i, j, k)
+            end = min(self.total, j + width)
+            for a in range(1, min(j, width) + 1) if j else (0,):
+                out[j, a, 1 : end - j + 1] = self.groups(j - a if a else None, j, end)
         return out
 
+    def error(self, steps: Sequence[int]) -> float:
+        """Predicted error of the final latents for these computed steps, relative to what the outputs make of them."""
+        cost = sum(float(self.groups(previous, last, end)[-1]) for previous, last, end in spans(steps, self.total))
+        whole = float(self.influence @ self.gram @ self.influence)
+        return float(np.sqrt(cost / whole)) if whole > 0 else 0.0
 
-def optimal_steps(costs: Floats, budget: int, forced: Sequence[int] = (0,)) -> list[int]:
-    """`budget` steps to compute, at least those in `forced`, at the least sum of group costs; O(budget T^3).
 
-    costs: (T, T, T + 1) as `Costs.table` makes it. Raises ValueError if the budget is below what is forced or what
-    the longest group allows.
+def spans(steps: Sequence[int], total: int) -> Iterator[tuple[int | None, int, int]]:
+    """For each computed step the one before it, if any, itself, and the next one or the end of the run."""
+    yield from zip([None, *steps[:-1]], steps, [*steps[1:], total], strict=True)
+
+
+def fewest(total: int, longest: int, forced: Sequence[int]) -> int:
+    """How many steps must be computed, at least those in `forced` and 0, with at most `longest` skipped in a row."""
+    must = sorted({0, *forced})
+    return len(must) + sum((end - step - 1) // (longest + 1) for _, step, end in spans(must, total))
+
+
+def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = ()) -> list[int]:
+    """`budget` steps to compute, among them 0 and those in `forced`, at the least sum of group costs.
+
+    table: as `Costs.table` makes it; O(budget T longest^2). Raises ValueError for a budget that is not possible.
     """
-    total = len(costs)
-    must = np.zeros(total + 1, bool)
-    must[list({0, *forced})] = True
-    if not must.sum() <= budget <= total:
-        raise ValueError(f"a budget of {budget} computed steps: between {int(must.sum())} and {total} are possible")
-    allowed = costs.copy()
-    for j in range(total):
-        later = np.flatnonzero(must[j + 1 : total])
-        if len(later):
-            allowed[:, j, j + 2 + later[0] :] = np.inf
-    best = np.full((total, total), np.inf)  # best[i, j]: computed steps end with i, j
+    total, width = len(table), table.shape[1] - 1
+    least = fewest(total, width - 1, forced)
+    if not least <= budget <= total:
+        raise ValueError(f"{budget} computed steps are not possible in a run of {total}; give {least} to {total}")
+    allowed = table.copy()
+    for step in forced:
+        for b in range(2, width + 1):
+            allowed[max(0, step - b + 1) : step, :, b] = np.inf
+    best = np.full((total, width + 1), np.inf)  # best[j, a]: the last computed steps are j - a and j
     best[0, 0] = 0.0
     came_from: list[NDArray[np.intp]] = []
     for _ in range(budget - 1):
-        reached = best[:, :, None] + allowed[:, :, :total]
-        came_from.append(reached.argmin(0))
-        best = reached.min(0)
-    ends = best + allowed[:, :, total]
-    i, j = (int(x) for x in np.unravel_index(int(ends.argmin()), ends.shape))
-    if not np.isfinite(ends[i, j]):
-        raise ValueError(f"a budget of {budget} computed steps leaves groups longer than allowed; compute more steps")
+        reached = best[:, :, None] + allowed
+        before, best = reached.min(1), np.full_like(best, np.inf)
+        came_from.append(reached.argmin(1))
+        for b in range(1, min(width, total - 1) + 1):
+            best[b:, b] = before[: total - b, b]
+    ends = np.full_like(best, np.inf)
+    for j in range(max(0, total - width), total):
+        ends[j] = best[j] + allowed[j, :, total - j]
+    j, a = (int(x) for x in np.unravel_index(int(ends.argmin()), ends.shape))
     chosen = [j]
-    for previous in reversed(came_from):
-        chosen.append(i)
-        i, j = int(previous[i, j]), i
-    return sorted(set(chosen))
+    for origin in reversed(came_from):
+        chosen.append(j - a)
+        j, a = j - a, int(origin[j - a, a])
+    return sorted(chosen)

@@ -19,11 +19,14 @@ class Trace:
     """Collects, over runs of the same length, the mean Gram matrix of the outputs given to `scheduler.step`.
 
     The outputs are those after guidance. They are compared in float64 after, where they are large, one fixed random
-    projection to 16384 numbers an image (Johnson-Lindenstrauss: distances within about 1 %).
+    projection to 16384 numbers an image (Johnson-Lindenstrauss: distances within about 1 %). `solver` is a copy of
+    the scheduler as it was when the last run began.
     """
 
     def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
         self.run: Run | None = None
+        self.solver: Any = None
         self.images = 0
         self.gram: NDArray[np.float64] | None = None
         self._rows: list[Tensor] = []
@@ -38,6 +41,7 @@ class Trace:
                 f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}"
             )
         self.run, self._rows = run, []
+        self.solver = copy.deepcopy(self.clock.pipe.scheduler)
 
     def _output(self, index: int, output: Tensor) -> None:
         self._rows.append(self._sketch(output.detach().flatten(1)).double().cpu())
@@ -67,38 +71,29 @@ class Trace:
         self.images += count
 
 
-def influence(scheduler: Any, run: Run) -> NDArray[np.float64]:
+def influence(solver: Any, run: Run) -> NDArray[np.float64]:
     """c_t: how much the final latents change per unit of the output at step t, for a solver linear in its outputs.
 
-    The impulse response of a copy of the scheduler; what the model itself would make of the changed latents is left
-    out. Raises ValueError for a solver that adds noise or is not linear.
+    solver: a scheduler as it was when the run began (`Trace.solver`); it is copied, not changed. c is its impulse
+    response; what the model itself would make of the changed latents is left out. Raises ValueError for a solver that
+    adds noise or is not linear.
     """
-    length = len(scheduler.timesteps)
-    first = length - run.total
+    name = type(solver).__name__
 
     def final(outputs: Tensor) -> Tensor:
         """Final latents, one column an experiment, of a run from zero latents; outputs is (steps, experiments)."""
-        solver = copy.deepcopy(scheduler)
-        _rewind(solver, first)
+        own = copy.deepcopy(solver)
         latents = torch.zeros(1, 1, 1, outputs.shape[1], dtype=torch.float64)
-        for row, timestep in zip(outputs, solver.timesteps[first:], strict=True):
-            latents = solver.step(row.view(1, 1, 1, -1), timestep, latents, return_dict=False)[0].double()
+        for row, timestep in zip(outputs, own.timesteps[-run.total :], strict=True):
+            try:
+                latents = own.step(row.view(1, 1, 1, -1), timestep, latents, return_dict=False)[0].double()
+            except TypeError:
+                raise ValueError(f"{name}.step needs more than the output, the timestep and the latents") from None
         return latents.flatten()
 
     impulses = torch.eye(run.total, dtype=torch.float64)
     once, twice = final(impulses), final(2 * impulses)
-    if not torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6 * float(once.abs().max())):
-        raise ValueError(f"{type(scheduler).__name__} is not linear in the model's outputs, or adds noise of its own")
+    scale = float(once.abs().max())
+    if not torch.isfinite(once).all() or not torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6 * scale):
+        raise ValueError(f"{name} is not linear in the model's outputs, or adds noise of its own")
     return once.numpy()
-
-
-def _rewind(solver: Any, first: int) -> None:
-    """Put a copy of a scheduler back to where its run began."""
-    for name, value in (("_step_index", None), ("_begin_index", first or None), ("lower_order_nums", 0)):
-        if hasattr(solver, name):
-            setattr(solver, name, value)
-    if hasattr(solver, "model_outputs"):
-        solver.model_outputs = [None] * len(solver.model_outputs)
-    for name in ("counter", "cur_model_output", "cur_sample", "ets", "last_sample", "prev_derivative", "dt", "sample"):
-        if hasattr(solver, name):
-            setattr(solver, name, {"counter": 0, "cur_model_output": 0, "ets": []}.get(name))

@@ -27,13 +27,16 @@ class Run:
     """One pass of the denoising loop.
 
     `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
-    lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`.
+    lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`. `scheduler` is its class name,
+    `guidance_scale` what the pipeline says of itself, if anything.
     """
 
     number: int
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     flow: bool
+    scheduler: str = ""
+    guidance_scale: float | None = None
 
     @property
     def total(self) -> int:
@@ -208,7 +211,11 @@ class StepClock:
         offset = self._offset(listed, timestep)
         sigmas, flow = _sigmas(scheduler, listed)
         self._number += 1
-        self.run = Run(self._number, tuple(listed[offset:]), tuple(sigmas[offset:]), flow)
+        guidance = getattr(self.pipe, "guidance_scale", None)
+        self.run = Run(
+            self._number, tuple(listed[offset:]), tuple(sigmas[offset:]), flow, type(scheduler).__name__,
+            float(guidance) if isinstance(guidance, int | float) else None,
+        )  # fmt: skip
         self.index, self._calls = 0, {}
         for callback in self.on_start:
             callback(self.run)

@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 METHOD_KINDS = ("cache", "parallel", "quant")
+PATH_KEYS = ("plan",)  # settings that may name a file; in a config file its path is relative to that file
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
 
@@ -147,8 +148,20 @@ def layers_of(source: Source, above: tuple[Path, ...] = ()) -> list[Layer]:
         path = Path(source)
         if path.resolve() in above:
             raise BadConfig(f"{path} builds on itself: " + " -> ".join(file.name for file in (*above, path)))
-        return _with_base(f"file {path.name}", read_file(path), path.parent, (*above, path.resolve()))
+        values = _anchored(read_file(path), path.parent)
+        return _with_base(f"file {path.name}", values, path.parent, (*above, path.resolve()))
     raise UnknownName("preset", source, known)
+
+
+def _anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The table with the paths in it relative to `folder`."""
+    found = dict(values)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found[key] = _anchored(value, folder)
+        elif key in PATH_KEYS and isinstance(value, str):
+            found[key] = str(folder / Path(value).expanduser())
+    return found
 
 
 def _with_base(name: str, values: dict[str, Any], folder: Path | None, above: tuple[Path, ...]) -> list[Layer]:

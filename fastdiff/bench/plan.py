@@ -113,10 +113,13 @@ def fewer_steps(computed: Iterable[int], steps: int, evaluations: int) -> list[C
     return [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
 
 
-def prompts_for(pipe: Any, count: int, seed: int, file: Path | None = None) -> Prompts:
-    """Held-out captions for an embedded model, else the file's lines or built-in prompts, repeated up to `count`."""
+def prompts_for(pipe: Any, count: int, seed: int, file: Path | None = None, *, held_out: bool = True) -> Prompts:
+    """Captions for an embedded model, else the file's lines or built-in prompts, repeated up to `count`.
+
+    held_out: captions the embedded model has not been trained on; others are for calibration.
+    """
     if file is None and embedded_name(pipe):
-        found = scenes(seed, count, held_out=True)
+        found = scenes(seed, count, held_out=held_out)
         return Prompts(tuple(scene.caption for scene in found), tuple(found))
     lines = _lines(file) if file is not None else _PROMPTS
     return Prompts(tuple(lines[k % len(lines)] for k in range(count)))

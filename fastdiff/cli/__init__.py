@@ -12,11 +12,12 @@ import typer
 from fastdiff.errors import BadConfig, FastdiffError
 
 from .bench import bench
+from .calibrate import calibrate
 from .commands import env, generate, inspect, methods, root
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(root)
-for command in (generate, bench, methods, inspect, env):
+for command in (generate, bench, calibrate, methods, inspect, env):
     app.command()(command)
 
 

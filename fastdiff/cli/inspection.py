@@ -18,6 +18,8 @@ from fastdiff.registry import registry
 
 from .console import print_table, quiet, say, waiting
 
+_WIDEST = 40  # characters of a value in the table; a plan has thousands, which --json shows
+
 
 def inspect(subject: str, model: str | None, sets: Sequence[str], as_json: bool) -> None:
     is_image = subject.lower().endswith(".png")
@@ -82,7 +84,9 @@ def _origins(resolved: Resolved) -> list[tuple[str, ...]]:
             continue
         for key, value in table.items():
             origin = resolved.origins.get(f"{section}.{key}", resolved.origins.get(section, "default"))
-            rows.append((f"{section}.{key}", json.dumps(value), origin))
+            text = json.dumps(value)
+            shown = text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
+            rows.append((f"{section}.{key}", shown, origin))
     return rows
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import fastdiff
 
-COMMANDS = ("generate", "bench", "methods", "inspect", "env")
+COMMANDS = ("generate", "bench", "calibrate", "methods", "inspect", "env")
 
 
 def program(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -75,18 +75,26 @@ def test_the_clock_is_right_for_the_scheduler(kind, name):
     assert seen.ended == [run.number] and not run.flow
 
 
+def assert_sigmas_fit(run: Run) -> None:
+    """To the timesteps: as flow matching or Stable Diffusion's noise schedule has it."""
+    alphas = diffusers.DDIMScheduler(**_SD).alphas_cumprod.double().numpy()
+    noise = ((1 - alphas) / alphas) ** 0.5
+    assert len(run.sigmas) == len(run.timesteps)
+    for sigma, timestep in zip(run.sigmas, run.timesteps, strict=True):
+        if run.flow:
+            below = above = timestep / 1000
+        else:
+            below, above = noise[math.floor(timestep)], noise[math.ceil(timestep)]
+        assert below * 0.999 <= sigma <= above * 1.001, (timestep, sigma)
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_sigmas_are_those_of_the_noise_in_the_sample(kind):
     """sigma^2 = (1 - a) / a at the timestep of the evaluation, whatever the scheduler keeps it as."""
     scheduler, _ = SCHEDULERS[kind]
     pipe, _, seen = observed("sd15", scheduler)
     tiny.run(pipe, "sd15", steps=5)
-    alphas = diffusers.DDIMScheduler(**_SD).alphas_cumprod.double().numpy()
-    variance = (1 - alphas) / alphas
-    (run,) = seen.started
-    for sigma, timestep in zip(run.sigmas, run.timesteps, strict=True):
-        below, above = variance[math.floor(timestep)] ** 0.5, variance[math.ceil(timestep)] ** 0.5
-        assert below * 0.999 <= sigma <= above * 1.001, (timestep, sigma)
+    assert_sigmas_fit(seen.started[0])
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -118,6 +126,16 @@ def test_flow_matching_sigmas_are_the_scheduler_s_own(name):
     assert list(run.sigmas) == pytest.approx(pipe.scheduler.sigmas[:5].tolist())
     assert list(run.timesteps) == pytest.approx(pipe.scheduler.timesteps.tolist())
     assert list(run.coordinates("logsnr")) == sorted(run.coordinates("logsnr"))
+
+
+def test_timesteps_expanded_to_one_for_each_token_are_one_step():
+    """Wan 2.2 tells the denoiser a timestep for every token."""
+    pipe, _, seen = observed("wan")
+    pipe.register_to_config(expand_timesteps=True)
+    tiny.run(pipe, "wan", steps=4)
+    (run,) = seen.started
+    assert list(run.timesteps) == pytest.approx(pipe.scheduler.timesteps.tolist())
+    assert [(step.index, step.branch) for step in seen.steps] == [(i, b) for i in range(4) for b in (0, 1)]
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -167,7 +185,7 @@ def test_img2img_counts_only_the_steps_it_makes(kind, strength):
     assert [step.index for step in seen.steps[::calls]] == seen.ticks == list(range(run.total))
     scale = 1000 if name == "flux" else 1  # Flux is told timestep / 1000
     assert [t * scale for t in seen.timesteps[::calls]] == pytest.approx(list(run.timesteps), rel=1e-3)
-    assert len(run.sigmas) == run.total and sorted(run.sigmas, reverse=True) == list(run.sigmas)
+    assert_sigmas_fit(run)
     assert (handle.report.steps, handle.report.total) == (run.total, run.total)
 
 

@@ -61,8 +61,9 @@ def test_a_skipped_output_is_predicted_from_the_computed_ones(row, name):
             expected = mine[computed[-1]]
             if row == "ab_cache" and len(computed) > 1:
                 before, last = computed[-2:]
-                slope = (mine[last] - mine[before]) / (times[last] - times[before])
-                expected = mine[last] + slope * (times[index] - times[last])
+                ahead = (times[index] - times[last]) / (times[last] - times[before])
+                if 1 + 2 * ahead <= 6:  # sum |w|, the default lebesgue_max; beyond it the order is dropped
+                    expected = mine[last] + (mine[last] - mine[before]) * ahead
             assert torch.allclose(mine[index], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -115,6 +116,7 @@ def test_the_rows_that_skip_differ_from_plain_diffusers_but_not_wildly(row):
     plain, pipe = tiny.run(tiny.make(name), name, steps=30), tiny.make(name)
     settings = {"compute_steps": list(range(0, 30, 2))} if ROWS[row].method == "static" else {}
     settings |= {"max_consecutive_cached": 1} if ROWS[row].method == "first_block" else {}
+    settings |= {"interval": 2} if "interval" in ROWS[row].aggressive else {}
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].aggressive | settings)
     cached = tiny.run(pipe, name, steps=30)
     assert handle.report.cached > 5

@@ -145,3 +145,28 @@ def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, 
     assert handle.report.cached == STEPS - ROWS[row].computed
     handle.restore()
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
+
+
+@each((row, name) for row, name in SUPPORTED if name in ("sd15", "pixart"))
+def test_after_an_exception_in_a_loop_of_one_s_own_the_denoiser_alone_is_computed_plainly(row, name):
+    """No pipeline and no progress bar tells that the loop was left."""
+    pipe = tiny.make(name)
+    denoiser, text = tiny.denoiser(pipe), {"encoder_hidden_states": torch.ones(1, 4, 32)}
+    if name == "pixart":
+        text["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+
+    def call(t) -> torch.Tensor:
+        with torch.no_grad():
+            return denoiser(torch.ones(1, 4, 8, 8), timestep=torch.as_tensor(t).expand(1), **text)[0]
+
+    expected = call(500)
+    handle = accelerate(pipe, row)
+    pipe.scheduler.set_timesteps(STEPS)
+    first, second, third, *_ = pipe.scheduler.timesteps
+    for t in (first, second):
+        pipe.scheduler.step(call(t)[:, :4], t, torch.ones(1, 4, 8, 8))
+    assert handle.report.steps == 2
+    handle.clock.on_call.append(break_after(1))
+    with pytest.raises(Broken):
+        call(third)
+    assert torch.equal(call(500), expected)

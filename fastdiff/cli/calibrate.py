@@ -1,0 +1,122 @@
+"""`fastdiff calibrate`: find the steps worth computing for a model and a solver, and write them to a plan file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .commands import ConfigFile, Preset, Sets
+
+if TYPE_CHECKING:
+    from fastdiff.caching.plan import Plan
+    from fastdiff.config import Config, Layer
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write, JSON.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    preset: Preset = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 8,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the steps worth computing for the cache method dp, and write them to a plan file.
+
+    Use it with --set cache.method=dp --set cache.plan=FILE. The number of steps to compute is --set
+    cache.computed_steps=K.
+    """
+    from . import settings
+
+    layers = _unplanned(settings.layers(preset, config, None, None, sets or [], None))
+
+    from fastdiff.bench import output as files
+    from fastdiff.bench import prompts_for
+    from fastdiff.pipelines.calibrate import calibrate as plan_for
+
+    files.check([output], overwrite)
+    pipe, resolved = _loaded(model, layers)
+    call = _arguments(pipe, steps, guidance_scale)
+    texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts
+    with _progress() as watch:
+        found = plan_for(pipe, resolved, texts, seed=seed, batch=batch, watch=watch, **call)
+    plan: Plan = found.cache.plan  # type: ignore[union-attr]
+    files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))
+    _tell(output, plan, as_json)
+
+
+def _unplanned(layers: list[Layer]) -> list[Layer]:
+    """On top of the method dp; a config may name the plan that is still to be made."""
+    kept: list[Layer] = [("calibrate", {"cache": {"method": "dp"}})]
+    for origin, values in layers:
+        cache = values.get("cache")
+        if isinstance(cache, dict):
+            values = {**values, "cache": {key: value for key, value in cache.items() if key != "plan"}}
+        kept.append((origin, values))
+    return kept
+
+
+def _loaded(model: str, layers: list[Layer]) -> tuple[Any, Config]:
+    from fastdiff.config import resolve
+    from fastdiff.pipelines.families import anatomies
+    from fastdiff.pipelines.loading import embedded_name, load
+
+    from .console import quiet, waiting
+    from .settings import early
+    from .studio import described
+
+    quiet()
+    early(layers, described(model), model)
+    with waiting(f"loading {model}"):
+        pipe: Any = load(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, resolve(layers, anatomies(pipe)[0].family, embedded_name(pipe)).config
+
+
+def _arguments(pipe: Any, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    from fastdiff.errors import BadConfig
+    from fastdiff.pipelines.loading import call_defaults
+
+    usual = call_defaults(pipe)
+    asked = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    for name, value in asked.items():
+        if value is not None and name not in usual:
+            raise BadConfig(f"{type(pipe).__name__} takes no {name}; leave it out")
+    return usual | {name: value for name, value in asked.items() if value is not None}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for steps done of all; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("calibrating", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tell(output: Path, plan: Plan, as_json: bool) -> None:
+    import json
+
+    from .console import say
+
+    steps, computed = len(plan.sigmas), len(plan.compute)
+    if as_json:
+        told = {"file": str(output), "steps": steps, "computed_steps": computed, "error": plan.error}
+        print(json.dumps(told | {"compute": plan.compute, "scheduler": plan.scheduler}))
+        return
+    print(output)
+    chosen = ", ".join(map(str, plan.compute))
+    say(f"computes {computed} of {steps} steps: {chosen}; predicted error {plan.error:.2%} of the sum of the outputs")
