@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED, StepClock
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import UnsupportedModel
@@ -30,8 +31,11 @@ class Accelerated:
         self.pipe = pipe
         self.config, self.origins = resolved.config, resolved.origins
         self._patches = PatchSet()
-        self.clock = StepClock(pipe)
-        self._recorder = Recorder(self.clock, pipe.device)
+        self._listen()
+
+    def _listen(self) -> None:
+        self.clock = StepClock(self.pipe)
+        self._recorder = Recorder(self.clock, self.pipe.device)
 
     @property
     def report(self) -> RunReport:
@@ -52,7 +56,8 @@ class Accelerated:
             self._patches.restore()
 
     def install(self, found: list[Anatomy]) -> None:
-        """All of the config or, on an exception, nothing."""
+        """All of the config or, on an exception, nothing; may be called again after `restore()`."""
+        self._listen()
         with self._patches as patches:
             for anatomy in found:
                 self._install_on(anatomy, patches)
@@ -66,8 +71,6 @@ class Accelerated:
         if config.compile.enabled:
             compile_blocks(anatomy, config.compile, patches)
         if config.cache is not None:
-            from fastdiff.caching.session import Session
-
             Session(config.cache, anatomy, self.clock, self._recorder).attach(patches)  # type: ignore[arg-type]
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
 
