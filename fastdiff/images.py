@@ -101,7 +101,8 @@ def save(image: Image.Image, path: Path, made: Replay | None = None, *, overwrit
     temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:
-            image.save(file, "PNG", pnginfo=_chunks(made) if made else None)
+            # a copy: Pillow keeps the chunks on the image while it saves, where another thread would pick them up
+            image.copy().save(file, "PNG", pnginfo=_chunks(made) if made else None)
             file.flush()
             os.fsync(file.fileno())
         return temporary.replace(path) if overwrite else _place(temporary, path)

@@ -1,7 +1,7 @@
 """Draw the picture of the README: plain diffusers above, a preset below, same prompts and seeds.
 
-    python scripts/picture.py                       # docs/images/shapes-unet-balanced.png
-    python scripts/picture.py --model shapes-dit --preset fast --output dit.png
+python scripts/picture.py                       # docs/images/shapes-unet-balanced.png
+python scripts/picture.py --model shapes-dit --preset fast --output dit.png
 """
 
 from __future__ import annotations

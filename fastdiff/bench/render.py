@@ -88,7 +88,7 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, title: str) -> None:
     for kind in dict.fromkeys(row.kind for row in shown):
         axes.scatter([], [], color=_COLOURS[kind], label=kind.replace("_", " "))
     axes.set(xlabel="speed-up of the whole call", ylabel=title)
-    axes.margins(x=0.12)  # room for the labels
+    axes.margins(x=0.2)  # room for the labels
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
