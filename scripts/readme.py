@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdiff.bench.metrics import PSNR_CAP
 from fastdiff.registry import ROOMS, registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,8 +135,8 @@ def cell(key: str, value: Any) -> str:
     """A number as the table shows it; equal pictures have no finite PSNR."""
     if value is None:
         return "-"
-    if value in (float("inf"), "inf"):
-        return "equal"
+    if key == "psnr" and value >= PSNR_CAP:
+        return "identical"
     if isinstance(value, (int, float)) and key in _DIGITS:
         return f"{value:.{_DIGITS[key]}f}"
     return str(value).replace("|", "\\|")
