@@ -68,7 +68,7 @@ def test_presets_table(script, tmp_path, monkeypatch, capsys):
         "steps": 50,
         "computed_steps": 20,
         "speedup": 2.016,
-        "psnr": float("inf"),
+        "psnr": 120.0,
         "ssim": 0.98765,
         "psnr_converged": None,
         "prompt_accuracy": 0.9,
@@ -78,7 +78,7 @@ def test_presets_table(script, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps([row]))
     rows = script.rows_of("shapes-unet")
     table = script.presets({"shapes-unet": rows})
-    assert "| balanced | preset | 50 | 20 | 2.02 | equal | 0.988 | - | 0.900 |" in table
+    assert "| balanced | preset | 50 | 20 | 2.02 | identical | 0.988 | - | 0.900 |" in table
     assert "2.02 times as fast" in script.picture(rows)
     file.write_text(json.dumps([{"name": "balanced"}]))
     with pytest.raises(script.OutOfShape, match="without kind, steps"):
