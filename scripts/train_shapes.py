@@ -21,7 +21,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="checkpoints, rendered scenes and the trained pipelines go here")],
     only: Annotated[str, typer.Option(help="vae, text, unet or dit; earlier stages are made if missing")] = "",
     scenes: Annotated[int, typer.Option(min=1000, help="how many scenes to render")] = 40000,
-    channels: Annotated[int, typer.Option(min=4, help="latent channels")] = 4,
+    channels: Annotated[int, typer.Option(min=4, help="latent channels")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; one is fastest for models this small")] = 1,
     unet_steps: Annotated[int, typer.Option(min=1)] = unet.STEPS,
     dit_steps: Annotated[int, typer.Option(min=1)] = dit.STEPS,
