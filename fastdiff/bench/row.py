@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from fastdiff.machine import cpu_name, package_version
 from fastdiff.pipelines.loading import embedded_name
 
 Kind = Literal["baseline", "fastdiff", "fewer_steps", "peer"]
@@ -62,26 +62,11 @@ def environment(pipe: Any) -> dict[str, Any]:
     """Where the numbers come from: machine, device, versions."""
     cuda = pipe.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(pipe.device) if cuda else _cpu(),
+        "device": torch.cuda.get_device_name(pipe.device) if cuda else cpu_name(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := package_version(name))},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -6,10 +6,10 @@ import json
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastdiff import __version__
+from fastdiff.machine import cpu_name, package_version
 from fastdiff.registry import names, registry
 
 from .console import print_table
@@ -61,26 +61,10 @@ def facts() -> dict[str, Any]:
         "fastdiff": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cpu": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "cuda_devices": [f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {d.major}.{d.minor}" for d in cuda],
-        "packages": {name: _version(name) for name in (*NEEDED, *OPTIONAL)},
+        "packages": {name: package_version(name) for name in (*NEEDED, *OPTIONAL)},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    """platform.processor() is empty or a bare architecture on Linux."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -85,9 +85,11 @@ def test_the_context_manager_restores_after_an_exception_too(pipe):
 
 def test_restore_by_pipeline(pipe):
     with untouched(pipe):
-        fastdiff.accelerate(pipe, cache=AB)
+        handle = fastdiff.accelerate(pipe, cache=AB)
+        assert handle.active
         fastdiff.restore(pipe)
         fastdiff.restore(pipe)
+        assert not handle.active
 
 
 def test_presets_paths_and_keywords_lead_to_the_same(pipe, tmp_path):

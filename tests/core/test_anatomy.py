@@ -146,4 +146,4 @@ def test_a_pipeline_without_a_denoiser_is_refused_in_one_sentence():
 def test_a_guessed_family_is_warned_about(monkeypatch):
     monkeypatch.setattr("fastdiff.pipelines.families.FAMILIES", Families({}))
     with pytest.warns(UserWarning, match="UNet2DConditionModel is not described.*structure"):
-        fastdiff.accelerate(tiny.make("sd15"), cache="deepcache")
+        assert fastdiff.accelerate(tiny.make("sd15"), cache="deepcache").active

@@ -106,7 +106,9 @@ def test_links_and_images_exist(page):
 @pytest.mark.parametrize("code", blocks("python"), ids=["first", "second"])
 def test_python_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "<README>", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    exec(compile(code, "<README>", "exec"), names)
+    assert names["fast"].report.steps > 0
 
 
 @pytest.mark.parametrize("text", blocks("toml"), ids=["first"])
