@@ -3,10 +3,26 @@
 from fastdiff.registry import Registry
 
 METHODS = {
+    "a_sdm": "fastdiff.caching.a_sdm:ASDM",
     "ab_cache": "fastdiff.caching.ab_cache:ABCache",
+    "dbcache": "fastdiff.caching.dbcache:DBCache",
     "deepcache": "fastdiff.caching.deepcache:DeepCache",
     "dp": "fastdiff.caching.dp:DP",
+    "easycache": "fastdiff.caching.easycache:EasyCache",
+    "fast_dllm": "fastdiff.caching.fast_dllm:FastDLLM",
+    "faster_diffusion": "fastdiff.caching.faster_diffusion:FasterDiffusion",
     "first_block": "fastdiff.caching.first_block:FirstBlock",
+    "fora": "fastdiff.caching.fora:FORA",
+    "pab": "fastdiff.caching.pab:PAB",
+    "seacache": "fastdiff.caching.seacache:SeaCache",
     "static": "fastdiff.caching.static:Static",
+    "taylorseer": "fastdiff.caching.taylorseer:TaylorSeer",
+    "teacache": "fastdiff.caching.teacache:TeaCache",
+    "tgate": "fastdiff.caching.tgate:TGate",
 }
-REGISTRY = Registry("cache", METHODS)
+REFUSED = {
+    "dkv_cache": "dkv_cache fits no pipeline of diffusers: the open tokens of a LLaDA2 block change the keys and values "
+    "of its finished ones, and the pipeline reads and edits all of them at every step. Use fast_dllm; the reasons are in "
+    "docs/language-models.md"
+}
+REGISTRY = Registry("cache", METHODS, REFUSED)

@@ -11,7 +11,7 @@ from fastdiff.clock import Run
 
 from .base import CacheMethod, every
 from .region import Region
-from .sites import model_output
+from .sites import at, each_block
 
 
 class ABCache(CacheMethod):
@@ -21,9 +21,10 @@ class ABCache(CacheMethod):
     interval: int = Field(2, ge=1, description="compute every so many steps")
     predictor: str = Field("adams_bashforth", description="how a skipped value is made")
     warmup_steps: int = Field(3, ge=0, description="computed steps at the start")
+    site: Literal["output", "stack", "blocks"] = Field("output", description="what is predicted")
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        return [model_output(anatomy)]
+        return each_block(anatomy) if self.site == "blocks" else [at(self.site, anatomy, live=0)]
 
-    def mask(self, run: Run) -> list[bool]:
+    def mask(self, run: Run, region: Region) -> list[bool]:
         return every(self.interval, run, self.warmup_steps)

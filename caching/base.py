@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.clock import Run
-from fastdiff.errors import UnknownName
+from fastdiff.clock import Run, Step
+from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.method import Method
 
-from .predictors import PREDICTORS, weights
-from .region import Region
+from .predictors import PREDICTORS, Axis, weights
+from .region import Memory, Region
+
+if TYPE_CHECKING:
+    from .session import Session
+
+Forward = Callable[..., Any]
+Weigh = Callable[[int, Sequence[int]], Sequence[float]]
+Correct = Callable[[int, int, Tensor], Tensor]
 
 
 class CacheMethod(Method):
-    """A point in the grid of site (`regions`), policy (`mask` or `should_compute`) and predictor.
+    """A point in the grid of site (`regions`), policy (`mask` or `change`), predictor and guards.
 
     A method with a `mask` is static: what is computed is known before the run, the same on all ranks. A dynamic one
-    is asked at each step, with its probe now and at the last computed step.
+    (`Gated`) is asked at each step, with what its probe read now and before.
     """
 
     predictor: str = Field("reuse", description="how a skipped value is made: " + " or ".join(PREDICTORS))
     order: int = Field(2, ge=1, le=6, description="computed values a prediction may use")
-    coordinate: Literal["step", "timestep", "sigma", "logsnr"] = Field(
-        "timestep", description="axis on which predictions extrapolate"
-    )
+    coordinate: Axis = Field("timestep", description="axis on which predictions extrapolate")
     lebesgue_max: float = Field(6.0, ge=1, description="drop the order while the weights amplify errors more than this")
     warmup_steps: int = Field(0, ge=0, description="computed steps at the start")
     cooldown_steps: int = Field(0, ge=0, description="computed steps at the end")
     max_consecutive_cached: int | None = Field(
         None, ge=1, description="compute at the latest after so many cached steps"
     )
+    max_cached_steps: int | None = Field(None, ge=0, description="most cached steps in a run")
+
+    language: ClassVar[bool] = False  # whether the method is for language models, not for images and video
 
     @field_validator("predictor")
     @classmethod
@@ -48,38 +56,65 @@ class CacheMethod(Method):
         """What a cached step leaves out. Raises UnsupportedModel, with the reason, where that is nothing."""
         raise NotImplementedError
 
-    def mask(self, run: Run) -> list[bool] | None:
-        """True for each step to compute; None if `should_compute` decides."""
+    def mask(self, run: Run, region: Region) -> list[bool] | None:
+        """True for each step in which a region is computed; None if `change` decides."""
         return None
 
-    def should_compute(self, probe: Tensor, last: Tensor) -> bool:
-        """Dynamic methods: is this step too different from the last computed one?"""
-        raise NotImplementedError
+    def around(self, forward: Forward, session: Session) -> Forward:
+        """The denoiser's forward, for methods that change what it is called with; runs inside the session's step."""
+        return forward
 
-    def weights(self, run: Run, index: int, anchors: Sequence[int]) -> list[float]:
-        """Factors of the newest values, computed at the steps `anchors`, that make the value of step `index`."""
+    def weigher(self, run: Run) -> Weigh:
+        """For a run: factors of the newest values, computed at given steps, that make the value of a step."""
         axis = run.coordinates(self.coordinate)
-        return weights(self.predictor, self.order, self.lebesgue_max, axis[index], [axis[a] for a in anchors])
+
+        def weigh(index: int, anchors: Sequence[int]) -> list[float]:
+            return weights(self.predictor, self.order, self.lebesgue_max, axis[index], [axis[a] for a in anchors])
+
+        return weigh
+
+    def corrector(self, run: Run, number: int) -> Correct | None:
+        """For a run: what is made of a prediction (step, leaf number, value) of region `number`."""
+        return None
 
     def notes(self, run: Run) -> list[str]:
         """What the report should say of a run that begins."""
         return []
 
-    def guarded(self, wanted: bool, index: int, total: int, cached_in_row: int) -> bool:
-        """The method's wish, overruled by warm-up, cool-down and the longest run of cached steps."""
+    def guarded(self, wanted: bool, index: int, total: int, in_row: int = 0, cached: int = 0) -> bool:
+        """The method's wish, overruled by warm-up, cool-down and the most cached steps, in a row and in all."""
         if index < max(1, self.warmup_steps) or index >= total - self.cooldown_steps:
             return True
-        return wanted or (self.max_consecutive_cached is not None and cached_in_row >= self.max_consecutive_cached)
+        if self.max_cached_steps is not None and cached >= self.max_cached_steps:
+            return True
+        return wanted or (self.max_consecutive_cached is not None and in_row >= self.max_consecutive_cached)
 
-    def guarded_mask(self, run: Run) -> list[bool] | None:
-        wished = self.mask(run)
+    def guarded_mask(self, run: Run, region: Region) -> list[bool] | None:
+        wished = self.mask(run, region)
         if wished is None:
             return None
         out: list[bool] = []
         for index, wanted in enumerate(wished):
             in_row = next((k for k, done in enumerate(reversed(out)) if done), len(out))
-            out.append(self.guarded(wanted, index, run.total, in_row))
+            out.append(self.guarded(wanted, index, run.total, in_row, out.count(False)))
         return out
+
+
+class Gated(CacheMethod):
+    """A dynamic method: a step is computed where the `change` since the last computed one reaches the threshold.
+
+    Only steps that no guard decides cost the host a look at the device; with `lagged` it looks at the number of the
+    step before, which has arrived by then.
+    """
+
+    threshold: float = Field(0.1, ge=0, description="relative change from which on a step is computed")
+    lagged: bool = Field(False, description="decide on the change up to the step before: no wait for the device")
+
+    accumulates: ClassVar[bool] = False  # whether `change` builds on the drift of the cached steps before
+
+    def change(self, step: Step, memory: Memory) -> Tensor:
+        """How far this step is from the last computed one, a scalar on the device."""
+        raise NotImplementedError
 
 
 def every(interval: int, run: Run, warmup_steps: int) -> list[bool]:
@@ -88,6 +123,18 @@ def every(interval: int, run: Run, warmup_steps: int) -> list[bool]:
     return [i < start or (i - start) % interval == 0 for i in range(run.total)]
 
 
-def relative_change(now: Tensor, before: Tensor) -> float:
-    """Mean absolute change relative to the mean magnitude before; infinite where that is zero."""
-    return float((now - before).abs().mean() / before.abs().mean().clamp_min(torch.finfo(torch.float32).tiny))
+def spread(steps: Sequence[int], length: int, run: Run, name: str) -> list[bool]:
+    """Compute the steps listed for a run of `length`, at the same shares of this run.
+
+    Raises BadConfig for a step that such a run does not have.
+    """
+    if steps and max(steps) >= length:
+        raise BadConfig(f"{name} holds {max(steps)}, but the run has steps 0 to {length - 1}")
+    chosen = {round(step * (run.total - 1) / max(1, length - 1)) for step in steps}
+    return [i in chosen for i in range(run.total)]
+
+
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """Mean absolute change relative to the mean magnitude before; huge where that is zero."""
+    tiny = torch.finfo(torch.float32).tiny
+    return (now - before).abs().mean().float() / before.abs().mean().float().clamp_min(tiny)

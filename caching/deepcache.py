@@ -11,7 +11,7 @@ from fastdiff.clock import Run
 
 from .base import CacheMethod, every
 from .region import Region
-from .sites import unet_inner
+from .unet import unet_inner
 
 
 class DeepCache(CacheMethod):
@@ -24,5 +24,5 @@ class DeepCache(CacheMethod):
     def regions(self, anatomy: Anatomy) -> list[Region]:
         return [unet_inner(anatomy, self.branch)]
 
-    def mask(self, run: Run) -> list[bool]:
+    def mask(self, run: Run, region: Region) -> list[bool]:
         return every(self.interval, run, self.warmup_steps)

@@ -12,7 +12,7 @@ from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
 
-from .base import CacheMethod
+from .base import CacheMethod, Weigh
 from .plan import Plan, fingerprint, read_plan
 from .region import Region
 from .schedule import Costs, fewest, optimal_steps, spans
@@ -47,15 +47,21 @@ class DP(CacheMethod):
             raise BadConfig(f"the plan was made for {made_for}, this model is {found}; calibrate it with this model")
         return [model_output(anatomy)]
 
-    def mask(self, run: Run) -> list[bool]:
+    def mask(self, run: Run, region: Region) -> list[bool]:
         steps = set(self._plan.steps(run))
         return [i in steps for i in range(run.total)]
 
-    def weights(self, run: Run, index: int, anchors: Sequence[int]) -> list[float]:
-        planned = dict(self._plan.weights.get(index, ())) if self._plan.fits(run) else {}
-        if planned and max(planned) == anchors[-1] and set(planned) <= set(anchors):
-            return [planned.get(anchor, 0.0) for anchor in anchors]
-        return super().weights(run, index, anchors)
+    def weigher(self, run: Run) -> Weigh:
+        usual = super().weigher(run)
+        plan = self._plan.weights if self._plan.fits(run) else {}
+
+        def weigh(index: int, anchors: Sequence[int]) -> Sequence[float]:
+            planned = dict(plan.get(index, ()))
+            if planned and max(planned) == anchors[-1] and set(planned) <= set(anchors):
+                return [planned.get(anchor, 0.0) for anchor in anchors]
+            return usual(index, anchors)
+
+        return weigh
 
     def notes(self, run: Run) -> list[str]:
         plan, said = self._plan, []
@@ -88,7 +94,7 @@ class DP(CacheMethod):
             raise ValueError("no complete run was traced")
         self.check(run)
         costs = Costs(
-            gram, lambda at, known: CacheMethod.weights(self, run, at, known), influence(trace.solver, run),
+            gram, super().weigher(run), influence(trace.solver, run),
             ridge=self.ridge, longest=self._longest,
         )  # fmt: skip
         steps = optimal_steps(costs.table(), self.computed_steps, self._forced(run))

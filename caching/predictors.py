@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+Axis: TypeAlias = Literal["step", "timestep", "sigma", "logsnr"]
 
 
 def reuse(at: float, anchors: Sequence[float]) -> list[float]:
@@ -29,9 +32,18 @@ def adams_bashforth(at: float, anchors: Sequence[float]) -> list[float]:
     return weights
 
 
+def halfway(at: float, anchors: Sequence[float]) -> list[float]:
+    """Between reuse and the polynomial: half of the forecast change, for features that turn (HiCache, 2508.16984, damps
+    each order so; exact for constants only)."""
+    return [(a + b) / 2 for a, b in zip(reuse(at, anchors), adams_bashforth(at, anchors), strict=True)]
+
+
 PREDICTORS: dict[str, Callable[[float, Sequence[float]], list[float]]] = {
     "reuse": reuse,
     "adams_bashforth": adams_bashforth,
+    # a Taylor forecast whose derivatives are true divided differences is that very polynomial (Newton's form)
+    "taylor": adams_bashforth,
+    "halfway": halfway,
 }
 
 
@@ -46,11 +58,13 @@ def weights(name: str, order: int, lebesgue_max: float, at: float, anchors: Sequ
 
 
 def combine(factors: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """Weighted sum in float32, in the dtype of the values; the newest len(factors) values are used."""
+    """Weighted sum in float32, in the dtype of the values; the newest len(factors) values are used. One value with
+    factor 1 is returned itself."""
     pairs = [(f, v) for f, v in zip(factors, values[-len(factors) :], strict=True) if f]
     if len(pairs) == 1 and pairs[0][0] == 1.0:
-        return pairs[0][1].clone()
-    total = torch.zeros_like(pairs[0][1], dtype=torch.float32)
-    for factor, value in pairs:
+        return pairs[0][1]
+    first = pairs[0][1]
+    total = first.float() * pairs[0][0] if first.dtype != torch.float64 else first * pairs[0][0]
+    for factor, value in pairs[1:]:
         total.add_(value, alpha=factor)
-    return total.to(pairs[0][1].dtype)
+    return total.to(first.dtype)

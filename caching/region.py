@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .reading import Reading
+
 
 @dataclass(frozen=True)
 class Probe:
-    """A tensor read off a live module's forward, for a dynamic policy."""
+    """A tensor for a dynamic policy: `read(inputs by name, output)` of a live module, or, where `module` is None, of
+    the region's own inputs (the output is None then)."""
 
-    module: nn.Module
     read: Callable[[dict[str, Any], Any], Tensor]
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Region:
     """Modules in call order; the last one's output is what the rest of the denoiser needs.
 
     store: "output" keeps that output; "residual" keeps it minus what entered the region, stream by stream
-    (`takes` of the first module, `returns` of the last).
+    (`takes` of the first module, `returns` of the last). kind: what it is, for methods that treat kinds apart.
+    hides_control: whether a cached step has no use for what a ControlNet says.
     """
 
     name: str
@@ -34,28 +38,36 @@ class Region:
     takes: tuple[str, ...] = ()
     returns: tuple[str, ...] = ()
     probe: Probe | None = None
+    kind: str = ""
+    hides_control: bool = False
 
 
 @dataclass
 class Memory:
-    """What one branch of one run remembers of a region."""
+    """What one branch of one run remembers of a region.
+
+    `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of the step
+    before, computed or not; `drift` what an accumulating policy has gathered since the last computed step.
+    """
 
     indices: list[int] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
+    peaks: list[Reading] = field(default_factory=list)
     placeholders: dict[int, Any] = field(default_factory=dict)
-    shape: Any = None
     spec: Any = None
     entry: list[Tensor] = field(default_factory=list)
     probe: Tensor | None = None
-    last_probe: Tensor | None = None
+    previous: Tensor | None = None
+    drift: Tensor | float = 0.0
+    change: Reading | None = None
     cached_in_row: int = 0
+    cached: int = 0
     skipping: bool = False
     keep: bool = True
-
-    def forget(self) -> None:
-        self.indices.clear()
-        self.values.clear()
-        self.last_probe = None
+    factors: Sequence[float] = ()
+    taken: list[Any] | None = None
+    ready: list[Any] | None = None
 
 
 def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
@@ -85,6 +97,6 @@ def unread(form: Any) -> Any:
 
 
 def signature(args: tuple, kwargs: dict) -> Any:
-    """Shape, dtype and device of the tensors that enter a region; a change makes what is remembered useless."""
-    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    """Shape, dtype and device of the tensors that a call is given; a change makes what is remembered useless."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return [(t.shape, t.dtype, t.device) for t in leaves]

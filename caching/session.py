@@ -1,68 +1,172 @@
-"""Runs a cache method on a live denoiser: decides at the entry of a region, remembers at its exit."""
+"""Runs a cache method on a live denoiser: decides when a region is entered, remembers what leaves it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step, StepClock
+from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
-from .base import CacheMethod
+from .base import CacheMethod, Gated
 from .predictors import combine
+from .reading import peak
 from .region import Memory, Region, named, placeholder, signature, unread
 
 
 class Session:
-    """State of one method on one denoiser, fresh for every run, apart for every branch and region."""
+    """State of one method on one denoiser, fresh for every run, apart for every branch and region.
 
-    def __init__(self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> None:
-        self.method, self.clock, self.recorder = method, clock, recorder
-        self.regions = method.regions(anatomy)
-        self._memories: dict[tuple[int, int], Memory] = {}
-        self._mask: list[bool] | None = None
+    Static regions are decided before the denoiser is entered, gated ones at their first module. With `ahead`, the
+    predictions of a step are made before the denoiser is entered too, so that a compiled graph of it holds for all
+    computed, and another for all cached steps.
+    """
+
+    def __init__(
+        self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False
+    ) -> None:
+        if method.language != (anatomy.family.kind == "language"):
+            what = "language models" if method.language else "image and video denoisers"
+            raise UnsupportedModel(f"{method.method} is for {what}; {anatomy.family.name} is none")
+        self.method, self.anatomy, self.clock, self.recorder = method, anatomy, clock, recorder
+        self.regions, self.ahead = method.regions(anatomy), ahead
+        self.masks: list[list[bool] | None] = []
+        self._needed: list[list[bool] | None] = []
+        self._branches: dict[int, list[Memory]] = {}
+        self._shapes: dict[int, Any] = {}
+        self._current: list[Memory] | None = None
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
     def attach(self, patches: PatchSet) -> None:
+        """What goes inside the denoiser; `attach_denoiser` comes after what may lie between."""
         for number, region in enumerate(self.regions):
-            if region.probe is not None:
-                self._wrap_probe(number, region, patches)
+            probe = region.probe if isinstance(self.method, Gated) else None
+            if probe is not None and probe.module is not None:
+                self._wrap_probe(number, probe.read, probe.module, patches)
             for position, unit in enumerate(region.units):
-                self._wrap_unit(number, region, position, unit, patches)
+                if unit is not self.anatomy.denoiser:
+                    self._wrap_unit(number, region, position, unit, patches)
+
+    def attach_denoiser(self, patches: PatchSet) -> None:
+        self.patches = patches
+        denoiser = self.anatomy.denoiser
+        for number, region in enumerate(self.regions):
+            if region.units == (denoiser,):
+                self._wrap_unit(number, region, 0, denoiser, patches)
+        patches.wrap_forward(denoiser, self._stepped)
+        if self.regions and all(region.hides_control for region in self.regions):
+            for companion in self.anatomy.companions:
+                patches.wrap_forward(companion, self._at_key_steps)
 
     def _start(self, run: Run) -> None:
-        self._memories = {}
-        self._mask = self.method.guarded_mask(run)
+        self._branches, self._shapes = {}, {}
+        self.masks = [self.method.guarded_mask(run, region) for region in self.regions]
+        self._needed = [None if mask is None else needed(mask, self.method.order) for mask in self.masks]
+        self._weigh = self.method.weigher(run)
+        self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
         for note in self.method.notes(run):
             self.recorder.note(note)
 
     def _end(self, run: Run) -> None:
-        self._memories = {}
+        self._branches, self._current = {}, None
         report = self.recorder.report
         if report.steps == run.total and not report.cached:
             self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
 
-    def _memory(self, number: int, step: Step) -> Memory:
-        return self._memories.setdefault((number, step.branch), Memory())
+    def _stepped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        inner = self.method.around(forward, self)
 
-    def _wrap_probe(self, number: int, region: Region, patches: PatchSet) -> None:
-        assert region.probe is not None
-        module, read = region.probe.module, region.probe.read
+        @wraps(forward)
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            step = self.clock.now
+            if step is None:
+                return forward(*args, **kwargs)
+            self._enter(step, args, kwargs)
+            try:
+                output = inner(*args, **kwargs)
+                self.commit(step.index)
+            finally:
+                self._current = None
+            return output
+
+        return stepped
+
+    def _enter(self, step: Step, args: tuple, kwargs: dict) -> None:
+        shape = signature(args, kwargs)
+        if self._shapes.get(step.branch) != shape:
+            self._shapes[step.branch] = shape
+            self._branches[step.branch] = [Memory() for _ in self.regions]
+        self._current = self._branches[step.branch]
+        for number, mask in enumerate(self.masks):
+            memory = self._current[number]
+            memory.ready = None
+            if mask is not None:
+                self._decide(number, step, memory, mask[step.index])
+                if self.ahead and memory.skipping:
+                    self.recorder.skipped()
+                    memory.ready = self.predicted(number, step.index)
+
+    def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:
+        compute = wanted or not memory.values
+        if not compute:
+            memory.factors = self.weigh(step.index, memory.indices)
+            compute = not self._bounded(memory, step)
+        memory.skipping = not compute
+        memory.cached_in_row = 0 if compute else memory.cached_in_row + 1
+        memory.cached += memory.skipping
+        use = self._needed[number]
+        memory.keep = compute and (use is None or use[step.index] or (not memory.values and any(use)))
+
+    def _bounded(self, memory: Memory, step: Step) -> bool:
+        """Whether the prediction is finite for certain: amplified values may leave what the dtype holds."""
+        gain = sum(map(abs, memory.factors))
+        if gain <= 1:
+            return True
+        dtypes = [leaf.dtype for leaf in memory.values[-1] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        limit = min(torch.finfo(dtype).max for dtype in dtypes)
+        if all(gain * float(top) <= limit for top in memory.peaks[-len(memory.factors) :]):
+            return True
+        self.recorder.note(f"step {step.index} was computed: its prediction would not have been finite")
+        return False
+
+    def _gate(self, number: int, region: Region, memory: Memory, inputs: dict[str, Any]) -> None:
+        """The decision of a dynamic method, at the entry of its region."""
+        step, method = self.clock.now, self.method
+        assert step is not None and isinstance(method, Gated) and region.probe is not None
+        if region.probe.module is None:
+            memory.probe = region.probe.read(inputs, None)
+        compute = method.guarded(False, step.index, step.run.total, memory.cached_in_row, memory.cached)
+        compute = compute or not memory.probes
+        if not compute:
+            change = method.change(step, memory)
+            reading = peak([change])
+            known = memory.change if method.lagged and memory.change is not None else reading
+            memory.change = reading
+            compute = not float(known) < method.threshold  # also where it is not a number
+            memory.drift = change
+        self._decide(number, step, memory, compute)
+        if not memory.skipping:
+            memory.drift, memory.change = 0.0, None
+        memory.previous = memory.probe
+
+    def _wrap_probe(self, number: int, read: Callable[..., Tensor], module: nn.Module, patches: PatchSet) -> None:
         by_name = named(module)
 
         def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(forward)
             def probed(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
-                if self.clock.now is not None:
-                    self._memory(number, self.clock.now).probe = read(by_name(args, kwargs), output)
+                if self._current is not None:
+                    self._current[number].probe = read(by_name(args, kwargs), output)
                 return output
 
             return probed
@@ -71,28 +175,25 @@ class Session:
 
     def _wrap_unit(self, number: int, region: Region, position: int, unit: nn.Module, patches: PatchSet) -> None:
         by_name = named(unit)
+        first, last, gated = position == 0, position == len(region.units) - 1, isinstance(self.method, Gated)
 
         def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(forward)
             def unit_forward(*args: Any, **kwargs: Any) -> Any:
-                step = self.clock.now
-                if step is None:
+                if self._current is None:
                     return forward(*args, **kwargs)
-                memory = self._memory(number, step)
-                if position == 0:
-                    self._enter(region, step, memory, args, kwargs)
-                    if region.store == "residual":
-                        given = by_name(args, kwargs)
-                        memory.entry = [given[stream] for stream in region.takes]
-                last = position == len(region.units) - 1
+                memory = self._current[number]
+                if first and gated:
+                    self._gate(number, region, memory, by_name(args, kwargs))
+                if first and region.store == "residual":
+                    given = by_name(args, kwargs)
+                    memory.entry = [given[stream] for stream in region.takes]
                 if memory.skipping:
-                    return self._predict(region, step, memory) if last else unread(memory.placeholders[position])
+                    return self._serve(number, region, memory) if last else unread(memory.placeholders[position])
                 output = forward(*args, **kwargs)
-                if not memory.keep:
-                    return output
-                if last:
-                    self._remember(region, step, memory, output)
-                elif position not in memory.placeholders:
+                if memory.keep and last:
+                    self._take(region, memory, output)
+                elif memory.keep and position not in memory.placeholders:
                     memory.placeholders[position] = placeholder(output)
                 return output
 
@@ -100,51 +201,98 @@ class Session:
 
         patches.wrap_forward(unit, wrapper)
 
-    def _enter(self, region: Region, step: Step, memory: Memory, args: tuple, kwargs: dict) -> None:
-        shape = signature(args, kwargs)
-        if shape != memory.shape:
-            memory.forget()
-            memory.placeholders.clear()
-            memory.shape = shape
-        compute = not memory.values or self._wants_compute(step, memory)
-        memory.skipping = not compute
-        memory.cached_in_row = 0 if compute else memory.cached_in_row + 1
-        memory.keep = self._mask is None or not all(self._mask[step.index + 1 :])
-        if compute:
-            memory.last_probe = memory.probe
-        else:
-            self.recorder.skipped()
-
-    def _wants_compute(self, step: Step, memory: Memory) -> bool:
-        if self._mask is not None:
-            return self._mask[step.index]
-        assert memory.probe is not None
-        if self.method.guarded(False, step.index, step.run.total, memory.cached_in_row):
-            return True
-        return memory.last_probe is None or self.method.should_compute(memory.probe, memory.last_probe)
-
-    def _remember(self, region: Region, step: Step, memory: Memory, output: Any) -> None:
+    def _take(self, region: Region, memory: Memory, output: Any) -> None:
         leaves, memory.spec = pytree.tree_flatten(output)
         if region.store == "residual":
             entry = dict(zip(region.takes, memory.entry, strict=True))
             pairs = zip(leaves, region.returns, strict=True)
-            leaves = [leaf - entry[stream] if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
+            memory.taken = [leaf - entry[stream] if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
+            memory.entry = []
         else:
-            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        memory.entry = []
-        memory.indices.append(step.index)
-        memory.values.append(leaves)
-        del memory.indices[: -self.method.order], memory.values[: -self.method.order]
+            memory.taken = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def _predict(self, region: Region, step: Step, memory: Memory) -> Any:
-        factors = self.method.weights(step.run, step.index, memory.indices)
+    def commit(self, index: int) -> None:
+        """Put what was taken in this step into the histories."""
+        for memory in self._current or ():
+            if memory.taken is None:
+                continue
+            memory.indices.append(index)
+            memory.values.append(memory.taken)
+            if self.method.predictor != "reuse":
+                memory.peaks.append(peak(memory.taken))
+            if memory.probe is not None:
+                memory.probes.append(memory.probe)
+            for history in (memory.indices, memory.values, memory.peaks, memory.probes):
+                del history[: -max(2, self.method.order)]
+            memory.taken = None
+
+    def skipping(self, number: int) -> bool:
+        """Whether a region is left out in the present call; known of a static one before the denoiser is entered."""
+        return self._current is not None and self._current[number].skipping
+
+    def weigh(self, index: int, anchors: Sequence[int]) -> Sequence[float]:
+        """The present run's factors for step `index` of the newest of the values computed at `anchors`."""
+        return self._weigh(index, anchors)
+
+    def predicted(self, number: int, index: int) -> list[Any]:
+        """The leaves of what a region would give at a step, made of what the present branch remembers of it."""
+        assert self._current is not None
+        memory = self._current[number]
+        factors = self.weigh(index, memory.indices)
         leaves = [
             combine(factors, column) if isinstance(column[-1], Tensor) else column[-1]
             for column in zip(*memory.values, strict=True)
         ]
+        correct = self._correct[number]
+        if correct is None:
+            return leaves
+        return [correct(index, k, leaf) if isinstance(leaf, Tensor) else leaf for k, leaf in enumerate(leaves)]
+
+    def _serve(self, number: int, region: Region, memory: Memory) -> Any:
+        leaves = memory.ready
+        if leaves is None:
+            self.recorder.skipped()
+            assert self.clock.now is not None
+            leaves = self.predicted(number, self.clock.now.index)
+        memory.ready = None
         if region.store == "residual":
             entry = dict(zip(region.takes, memory.entry, strict=True))
             pairs = zip(leaves, region.returns, strict=True)
             leaves = [entry[stream] + leaf if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
             memory.entry = []
+        else:  # the caller may write into what it is given
+            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(leaves, memory.spec)
+
+    def _at_key_steps(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A ControlNet's forward, which is left out where no region would look at what it says."""
+        kept: list[Any] = []  # number of the run, shapes and scales it was called with, what it said
+
+        @wraps(forward)
+        def at_key_steps(*args: Any, **kwargs: Any) -> Any:
+            index = self.clock.upcoming
+            scales = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, int | float)]
+            asked = [self.clock.number, signature(args, kwargs), scales]
+            if index is not None and self.hidden(index) and kept[:3] == asked:
+                return kept[3]
+            output = forward(*args, **kwargs)
+            kept[:] = [*asked, output]
+            return output
+
+        return at_key_steps
+
+    def hidden(self, index: int) -> bool:
+        """Whether every region is skipped at a step, which is known before it for static methods only."""
+        return bool(self.masks) and not any(mask is None or mask[index] for mask in self.masks)
+
+
+def needed(mask: Sequence[bool], order: int) -> list[bool]:
+    """For each step, whether a cached step may use its computed value: only the `order` newest ones are used."""
+    use, computed = [False] * len(mask), []
+    for index, compute in enumerate(mask):
+        if compute:
+            computed.append(index)
+        else:
+            for anchor in computed[-order:]:
+                use[anchor] = True
+    return use

@@ -2,90 +2,157 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, Stack
 from fastdiff.errors import BadConfig, UnsupportedModel
 
 from .region import Probe, Region
+from .unet import unet_inner, unet_parts
 
-_LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
+Site: TypeAlias = Literal["auto", "output", "stack", "inner"]
+_FEED_FORWARD = ("ff", "ff_context", "ffn", "mlp", "feed_forward", "ff_i", "ff_t", "txt_mlp", "img_mlp")
 
 
-def model_output(anatomy: Anatomy) -> Region:
+def model_output(anatomy: Anatomy, probe: Probe | None = None) -> Region:
     """The whole denoiser: a cached step runs none of it."""
-    return Region("model output", (anatomy.denoiser,))
+    return Region("model output", (anatomy.denoiser,), probe=probe, hides_control=True)
 
 
-def block_stack(anatomy: Anatomy, live: int) -> Region:
-    """Every transformer block after the first `live`; the live blocks' residual is the probe."""
+def latent_probe(anatomy: Anatomy) -> Probe:
+    """The latents that enter the denoiser: its first argument, whatever its forward calls it."""
+    return Probe(_first(anatomy.denoiser))
+
+
+def _first(module: nn.Module) -> Any:
+    """Reads a module's first argument, as one tensor where it is a list of them (Z-Image)."""
+    name = [*inspect.signature(type(module).forward).parameters][1]
+
+    def read(inputs: dict[str, Any], _output: Any) -> Tensor:
+        leaves = [leaf.detach() for leaf in pytree.tree_leaves(inputs[name]) if isinstance(leaf, Tensor)]
+        return leaves[0].clone() if len(leaves) == 1 else torch.stack(leaves)
+
+    return read
+
+
+def at(site: Site, anatomy: Anatomy, *, live: int = 1, branch: int = 0, probe: Probe | None = None) -> Region:
+    """The region a setting names; "auto" is the block stack of a transformer, the inside of a UNet."""
+    if site == "auto":
+        site = "stack" if anatomy.family.kind == "transformer" else "inner"
+    if site == "output":
+        return model_output(anatomy, probe)
+    if site == "stack":
+        return block_stack(anatomy, live, probe=probe)
+    return replace(unet_inner(anatomy, branch), probe=probe)
+
+
+def stack_blocks(anatomy: Anatomy) -> list[nn.Module]:
+    """Transformer blocks in call order. Raises UnsupportedModel where there are none."""
     blocks = anatomy.blocks
     if anatomy.family.kind != "transformer" or not blocks:
         raise UnsupportedModel(f"{anatomy.family.name} has no stack of transformer blocks")
-    if not 1 <= live < len(blocks):
-        raise BadConfig(f"{live} live blocks of {len(blocks)}: at least 1 must be live and 1 left to cache")
-    entry, exit_ = anatomy.stack_of(blocks[live]), anatomy.stack_of(blocks[-1])
-    first, head = anatomy.stack_of(blocks[0]).takes[0], anatomy.stack_of(blocks[live - 1])
+    return blocks
+
+
+def block_stack(anatomy: Anatomy, live: int, tail: int = 0, probe: Probe | None = None) -> Region:
+    """Every transformer block between the first `live` and the last `tail`; what is kept is their residual.
+
+    The probe is the residual of the live blocks, unless another is given.
+    """
+    blocks = stack_blocks(anatomy)
+    if live + tail >= len(blocks):
+        raise BadConfig(f"{live + tail} live blocks of {len(blocks)}: at least 1 must be left to cache")
+    inner = blocks[live : len(blocks) - tail]
+    entry, exit_ = anatomy.stack_of(inner[0]), anatomy.stack_of(inner[-1])
     if set(entry.takes) < set(exit_.returns):
         raise UnsupportedModel(f"{anatomy.family.name}: the last block returns more streams than block {live} takes")
+    takes = tuple(stream for stream in entry.takes if stream in exit_.returns)
+    if probe is None and live:
+        probe = Probe(_residual(anatomy, blocks[live - 1]), blocks[live - 1])
+    return Region("block stack", tuple(inner), "residual", takes, exit_.returns, probe)
+
+
+def _residual(anatomy: Anatomy, block: nn.Module) -> Any:
+    first, head = anatomy.stack_of(anatomy.blocks[0]).takes[0], anatomy.stack_of(block)
 
     def residual(inputs: dict[str, Any], output: Any) -> Tensor:
         leaving = output[head.returns.index(first)] if isinstance(output, tuple) else output
         return leaving - inputs[first]
 
-    takes = tuple(stream for stream in entry.takes if stream in exit_.returns)
-    return Region(
-        "block stack", tuple(blocks[live:]), "residual", takes, exit_.returns, Probe(blocks[live - 1], residual)
-    )
+    return residual
 
 
-def unet_inner(anatomy: Anatomy, branch: int) -> Region:
-    """All of a UNet inside skip connection `branch`, counted from the outside; 0 leaves the outermost layer live."""
-    if anatomy.family.kind != "unet":
-        raise UnsupportedModel(f"{anatomy.family.name} is no UNet, it has no skip connections to split at")
+def each_block(anatomy: Anatomy) -> list[Region]:
+    """Every transformer block by itself, for what it adds to the streams; every block of a UNet, for its output."""
+    if anatomy.family.kind == "unet":
+        return unet_parts(anatomy, "block")
+    regions = []
+    for number, block in enumerate(stack_blocks(anatomy)):
+        stack = anatomy.stack_of(block)
+        takes = tuple(stream for stream in stack.takes if stream in stack.returns)
+        regions.append(Region(f"block {number}", (block,), "residual", takes, stack.returns))
+    return regions
+
+
+def first_half(anatomy: Anatomy) -> Region:
+    """The first half of the transformer blocks, whose output is kept."""
+    blocks = stack_blocks(anatomy)
+    return Region("first half", tuple(blocks[: max(1, len(blocks) // 2)]), hides_control=False)
+
+
+def attention_input(anatomy: Anatomy) -> Probe:
+    """What enters the first attention layer: the latents, normalised and modulated by the timestep."""
+    found = [module for _, module in attention_layers(stack_blocks(anatomy)[0])]
+    if not found:
+        raise UnsupportedModel(f"the first block of {anatomy.family.name} has no attention layer that fastdiff recognises")
+    return Probe(_first(found[0]), found[0])
+
+
+def attention_layers(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Attention layers by path, in the order of the modules; they hold their projections or a processor."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in root.named_modules():
+        attends = any(hasattr(module, name) for name in ("to_q", "to_qkv", "to_query")) or (
+            hasattr(module, "processor") and "attn" in path.rpartition(".")[2]
+        )
+        if attends and path and not any(path.startswith(f"{outer}.") for outer, _ in found):
+            found.append((path, module))
+    return found
+
+
+def sublayers(anatomy: Anatomy) -> list[Region]:
+    """Each attention and feed-forward layer of the blocks by itself; kind is self, cross, temporal or ff."""
+    out: list[Region] = []
+    for root, prefix in _roots(anatomy):
+        for path, module in attention_layers(root):
+            out.append(Region(f"{prefix}.{path}", (module,), kind=attention_kind(f"{prefix}.{path}")))
+        for path, module in root.named_modules():
+            if path.rpartition(".")[2] in _FEED_FORWARD and "motion_modules" not in path:
+                out.append(Region(f"{prefix}.{path}", (module,), kind="ff"))
+    if not any(region.kind != "ff" for region in out):
+        raise UnsupportedModel(f"{anatomy.family.name} has no attention layers that fastdiff recognises")
+    return out
+
+
+def attention_kind(path: str) -> str:
+    """What an attention layer attends to, told by its place: cross, temporal or self (joint counts as self)."""
+    name = path.rpartition(".")[2]
+    if "temporal" in path or "motion_modules" in path or "temp" in name:
+        return "temporal"
+    return "cross" if name == "attn2" or "cross" in name else "self"
+
+
+def _roots(anatomy: Anatomy) -> list[tuple[nn.Module, str]]:
+    if anatomy.family.kind == "transformer":
+        stacks: tuple[Stack, ...] = anatomy.family.stacks
+        lists = [(stack.path, anatomy.denoiser.get_submodule(stack.path)) for stack in stacks]
+        return [(block, f"{path}.{k}") for path, blocks in lists for k, block in enumerate(blocks.children())]
     unet: Any = anatomy.denoiser
-    down, up = [*unet.down_blocks], [*unet.up_blocks]
-    skips = sum(len(block.resnets) for block in up)
-    if not 0 <= branch < skips - 1:
-        raise BadConfig(f"branch {branch}: this UNet has branches 0 to {skips - 2}")
-    inner_down = _after_skip(down, branch)
-    inner_up = _before_layer(up, skips - 1 - branch)
-    middle = [unet.mid_block] if unet.mid_block is not None else []
-    return Region(f"inside skip {branch}", (*inner_down, *middle, *inner_up))
-
-
-def _layers(block: Any) -> list[list[nn.Module]]:
-    """Modules of each layer of a UNet block, in call order."""
-    parts = [getattr(block, name) for name in _LAYER_PARTS if getattr(block, name, None) is not None]
-    return [[part[k] for part in parts if k < len(part)] for k in range(len(block.resnets))]
-
-
-def _after_skip(down: list[Any], branch: int) -> list[nn.Module]:
-    """What runs after the module that produces skip `branch`; skip 0 comes from conv_in."""
-    units: list[nn.Module] = []
-    produced = 0
-    for block in down:
-        groups = _layers(block)
-        if getattr(block, "downsamplers", None):
-            groups.append([*block.downsamplers])
-        if produced >= branch:
-            units.append(block)
-        else:
-            units += [module for k, group in enumerate(groups) if produced + k >= branch for module in group]
-        produced += len(groups)
-    return units
-
-
-def _before_layer(up: list[Any], layer: int) -> list[nn.Module]:
-    """What runs in the up path before its layer number `layer`."""
-    units: list[nn.Module] = []
-    for block in up:
-        groups = _layers(block)
-        if layer >= len(groups):
-            units.append(block)
-        else:
-            units += [module for group in groups[: max(layer, 0)] for module in group]
-        layer -= len(groups)
-    return units
+    named = [("down_blocks", unet.down_blocks), ("mid_block", unet.mid_block), ("up_blocks", unet.up_blocks)]
+    return [(part, name) for name, part in named if part is not None]

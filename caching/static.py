@@ -8,11 +8,10 @@ from pydantic import Field, field_validator
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run
-from fastdiff.errors import BadConfig
 
-from .base import CacheMethod
+from .base import CacheMethod, spread
 from .region import Region
-from .sites import block_stack, model_output, unet_inner
+from .sites import Site, at
 
 
 class Static(CacheMethod):
@@ -25,9 +24,9 @@ class Static(CacheMethod):
     of_steps: int | None = Field(
         None, ge=1, description="run length the list was made for; other lengths use the same fractions of the run"
     )
-    site: Literal["output", "inner", "stack"] = Field("output", description="what the other steps leave out")
+    site: Site = Field("output", description="what the other steps leave out")
     branch: int = Field(0, ge=0, description="skip connection to split at (site inner)")
-    live_blocks: int = Field(1, ge=1, description="blocks that always run (site stack)")
+    live_blocks: int = Field(1, ge=0, description="blocks that always run (site stack)")
 
     @field_validator("compute_steps")
     @classmethod
@@ -37,15 +36,7 @@ class Static(CacheMethod):
         return tuple(sorted(set(steps)))
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        if self.site == "inner":
-            return [unet_inner(anatomy, self.branch)]
-        if self.site == "stack":
-            return [block_stack(anatomy, self.live_blocks)]
-        return [model_output(anatomy)]
+        return [at(self.site, anatomy, live=self.live_blocks, branch=self.branch)]
 
-    def mask(self, run: Run) -> list[bool]:
-        length = self.of_steps or run.total
-        if self.compute_steps and self.compute_steps[-1] >= length:
-            raise BadConfig(f"compute_steps holds {self.compute_steps[-1]}, but the run has steps 0 to {length - 1}")
-        chosen = {round(step * (run.total - 1) / max(1, length - 1)) for step in self.compute_steps}
-        return [i in chosen for i in range(run.total)]
+    def mask(self, run: Run, region: Region) -> list[bool]:
+        return spread(self.compute_steps, self.of_steps or run.total, run, "compute_steps")

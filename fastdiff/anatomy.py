@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -32,14 +34,14 @@ JOINT = {"takes": ("hidden_states", "encoder_hidden_states"), "returns": ("encod
 class Family:
     """What is known of a model family.
 
-    kind: "unet" has `conv_in, down_blocks, mid_block, up_blocks`; "transformer" has `stacks`.
+    kind: "unet" has `conv_in, down_blocks, mid_block, up_blocks`; "transformer" has `stacks`; "language" takes tokens.
     split: dimensions of the latent input that may be split across devices.
     guidance: how classifier-free guidance reaches the denoiser.
     defaults: fields of methods that suit this family, by method name; the weakest layer of a config.
     """
 
     name: str
-    kind: Literal["unet", "transformer"]
+    kind: Literal["unet", "transformer", "language"]
     stacks: tuple[Stack, ...] = ()
     split: tuple[str, ...] = ("height", "width")
     guidance: Literal["batch", "calls", "none"] = "batch"
@@ -48,12 +50,14 @@ class Family:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A live denoiser with its family. `recognised` is False where the structure was guessed."""
+    """A live denoiser with its family. `recognised` is False where the structure was guessed; `companions` are modules
+    whose output the denoiser is given at each step, a ControlNet for example."""
 
     denoiser: nn.Module
     family: Family
     component: str
     recognised: bool = True
+    companions: tuple[nn.Module, ...] = ()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -75,22 +79,32 @@ def recognise(denoiser: nn.Module, component: str, families: Mapping[str, Family
     for cls in type(denoiser).__mro__:
         if cls.__name__ in families:
             return Anatomy(denoiser, families[cls.__name__], component)
-    if all(hasattr(denoiser, part) for part in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")):
+    if _is_unet(denoiser):
         return Anatomy(denoiser, Family(type(denoiser).__name__, "unet"), component, recognised=False)
-    stacks = tuple(stack for name, child in denoiser.named_children() if (stack := _stack(name, child)))
-    if stacks:
-        return Anatomy(denoiser, Family(type(denoiser).__name__, "transformer", stacks), component, recognised=False)
+    lists = _lists(denoiser)
+    if len(lists) == 1 and (stack := _stack(*lists[0])):
+        return Anatomy(denoiser, Family(type(denoiser).__name__, "transformer", (stack,)), component, recognised=False)
     raise UnsupportedModel(
         f"{type(denoiser).__name__} is not described and has no block stack that fastdiff recognises. Describe it:\n\n"
         + stub(denoiser)
     )
 
 
-def _stack(name: str, child: nn.Module) -> Stack | None:
+def _is_unet(denoiser: Any) -> bool:
+    parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
+    return all(hasattr(denoiser, part) for part in parts) and all(
+        hasattr(block, "resnets") for block in (*denoiser.down_blocks, *denoiser.up_blocks)
+    )
+
+
+def _lists(denoiser: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """What may be a stack. Of two, nothing tells the order, nor whether their blocks take turns."""
+    return [(n, m) for n, m in denoiser.named_children() if isinstance(m, nn.ModuleList) and len(m) > 1]
+
+
+def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     """A list of blocks that all carry `hidden_states` and return it alone; anything else needs a description."""
-    if not isinstance(child, nn.ModuleList) or len(child) < 2:
-        return None
-    arguments = list(inspect.signature(child[0].forward).parameters)
+    arguments = list(inspect.signature(blocks[0].forward).parameters)
     alone = "hidden_states" in arguments and "encoder_hidden_states" not in arguments
     return Stack(name) if alone else None
 
@@ -98,11 +112,11 @@ def _stack(name: str, child: nn.Module) -> Stack | None:
 def stub(denoiser: nn.Module) -> str:
     """A description to paste and complete."""
     name = type(denoiser).__name__
-    lists = [
-        f'        Stack("{path}", takes=({_arguments(child)}), returns=("hidden_states",)),  # check the order'
-        for path, child in denoiser.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) > 1
-    ]
+    lists = []
+    for path, blocks in _lists(denoiser):
+        takes = _takes(blocks[0])
+        streams = f"takes=({_quoted(takes)}), returns=({_quoted(_returns(blocks[0], takes))})"
+        lists.append(f'        Stack("{path}", {streams}),  # check the order')
     return "\n".join(
         [
             "from fastdiff.anatomy import Family, Stack",
@@ -118,7 +132,22 @@ def stub(denoiser: nn.Module) -> str:
     )
 
 
-def _arguments(blocks: nn.ModuleList) -> str:
+def _takes(block: nn.Module) -> tuple[str, ...]:
+    arguments = list(inspect.signature(block.forward).parameters)
     known = ("hidden_states", "encoder_hidden_states")
-    found = [a for a in inspect.signature(blocks[0].forward).parameters if a in known]
-    return "".join(f'"{a}", ' for a in found or ["hidden_states"]).rstrip()
+    return tuple(a for a in arguments if a in known) or tuple(arguments[:1])
+
+
+def _returns(block: nn.Module, takes: tuple[str, ...]) -> tuple[str, ...]:
+    """The streams that the source of a block returns, where it names them; good enough to propose, not to go by."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(block).forward)))
+    except (OSError, TypeError, SyntaxError):  # no source to read
+        return takes[:1]
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value]
+    found = {tuple(map(ast.unparse, v.elts if isinstance(v, ast.Tuple) else [v])) for v in values}
+    return next((names for names in found if len(found) == 1 and set(names) <= set(takes)), takes[:1])
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return "".join(f'"{name}", ' for name in names).rstrip()

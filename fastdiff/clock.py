@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from itertools import pairwise
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,8 @@ class Run:
 
     `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
     lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`. `scheduler` is its class name,
-    `guidance_scale` what the pipeline says of itself, if anything.
+    `guidance_scale` what the pipeline says of itself, if anything, `shape` that of the denoiser's input without the
+    batch, `late` whether the run leaves out the scheduler's first steps (img2img).
     """
 
     number: int
@@ -37,6 +38,9 @@ class Run:
     flow: bool
     scheduler: str = ""
     guidance_scale: float | None = None
+    shape: tuple[int, ...] = ()
+    late: bool = False
+    _axes: dict[str, tuple[float, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def total(self) -> int:
@@ -44,6 +48,19 @@ class Run:
 
     def coordinates(self, kind: str) -> tuple[float, ...]:
         """Positions of the evaluations on one axis: step, timestep, sigma or logsnr; strictly monotone or steps."""
+        if kind not in self._axes:
+            self._axes[kind] = self._positions(kind)
+        return self._axes[kind]
+
+    def signal_and_noise(self, index: int) -> tuple[float, float]:
+        """How much signal and how much noise the latents of a step hold, x = signal * x_0 + noise * epsilon."""
+        sigma = self.sigmas[index]
+        if self.flow:
+            return 1 - sigma, sigma
+        signal = 1 / math.sqrt(1 + sigma * sigma)
+        return signal, sigma * signal
+
+    def _positions(self, kind: str) -> tuple[float, ...]:
         steps = tuple(float(i) for i in range(self.total))
         if kind == "step":
             return steps
@@ -77,6 +94,7 @@ class StepClock:
 
     `on_start` and `on_end` are told of each run (`on_end` also of one cut short), `on_call` and `on_return` of each
     denoiser call inside a run, `on_output` of what the solver was given at a step, `on_tick` of each finished step.
+    `before_step` may replace the latents that the solver is given at a step.
     """
 
     pipe: Any
@@ -86,6 +104,9 @@ class StepClock:
     on_call: list[Callable[[Step], None]] = field(default_factory=list)
     on_return: list[Callable[[Step], None]] = field(default_factory=list)
     on_output: list[Callable[[int, Any], None]] = field(default_factory=list)
+    before_step: list[Callable[[int, Any], Any]] = field(default_factory=list)
+
+    open_ended: ClassVar[bool] = False  # whether a run has no list of steps: it takes as many as it needs
 
     def __post_init__(self) -> None:
         self.run: Run | None = None
@@ -102,7 +123,11 @@ class StepClock:
         """Listen to the pipeline's scheduler and progress bar; `detach` puts them back."""
         self._scheduler = self.pipe.scheduler
         self._listen("set_timesteps", lambda *_, **__: self._expect_run())
-        self._listen("step", lambda output=None, *_, model_output=None, **__: self._tick(output, model_output))
+        self._listen(
+            "step",
+            lambda output=None, *_, model_output=None, **__: self._tick(output, model_output),
+            self._with_sample,
+        )
         if hasattr(self._scheduler, "scale_model_input"):
             self._listen("scale_model_input", self._scaled)
         if hasattr(self.pipe, "progress_bar"):
@@ -115,21 +140,46 @@ class StepClock:
 
             self._patches.set(self.pipe, "progress_bar", watched_bar)
 
-    def _listen(self, name: str, heard: Callable[..., None]) -> None:
-        """Call `heard` after the scheduler's method `name`. It keeps its signature, which pipelines read to see whether
-        sigmas, eta or a generator are taken, and is a bound method, so that a deep copy of the scheduler goes its own
-        way."""
+    def _listen(
+        self, name: str, heard: Callable[..., None], change: Callable[[tuple, dict], tuple[tuple, dict]] | None = None
+    ) -> None:
+        """Call `heard` after the scheduler's method `name`, whose arguments `change` may replace. It keeps its
+        signature, which pipelines read to see whether sigmas, eta or a generator are taken, and is a bound method, so
+        that a deep copy of the scheduler goes its own way."""
         scheduler, method = self._scheduler, getattr(self._scheduler, name)
 
         @wraps(getattr(type(scheduler), name))
         def listened(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not scheduler:
                 return getattr(type(this), name)(this, *args, **kwargs)
+            if change is not None:
+                args, kwargs = change(args, kwargs)
             result = method(*args, **kwargs)
             heard(*args, **kwargs)
             return result
 
         self._patches.set(scheduler, name, MethodType(listened, scheduler))
+
+    def _with_sample(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of scheduler.step(model_output, timestep, sample, ...) with the latents of `before_step`."""
+        if self.run is None:
+            return args, kwargs
+        for change in self.before_step:
+            if "sample" in kwargs:
+                kwargs = {**kwargs, "sample": change(self.index, kwargs["sample"])}
+            elif len(args) > 2:
+                args = (*args[:2], change(self.index, args[2]), *args[3:])
+        return args, kwargs
+
+    @property
+    def upcoming(self) -> int | None:
+        """The step whose denoiser calls come next, for what runs before them; None before a run's first call."""
+        return self.index if self.run is not None and not self._pending else None
+
+    @property
+    def number(self) -> int:
+        """The number of the run in progress, or of the one to come."""
+        return self._number + (self.run is None or self._pending)
 
     def check(self) -> None:
         """Raises NotReversible if `detach` would."""
@@ -147,7 +197,7 @@ class StepClock:
             def watched(*args: Any, **kwargs: Any) -> Any:
                 timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
                 try:
-                    step = self.now = self._call(name, timestep)
+                    step = self.now = self._call(name, timestep, args, kwargs)
                     if step is None:
                         return forward(*args, **kwargs)
                     for callback in self.on_call:
@@ -167,7 +217,7 @@ class StepClock:
 
         patches.wrap_forward(denoiser, wrapper)
 
-    def _call(self, denoiser: str, timestep: Any) -> Step | None:
+    def _call(self, denoiser: str, timestep: Any, args: tuple, kwargs: dict) -> Step | None:
         """The step that a call belongs to; no device synchronisation after the first call of a run."""
         if self.pipe.scheduler is not self._scheduler:  # swapped after accelerate: listen to the new one
             self._patches.restore()
@@ -175,7 +225,7 @@ class StepClock:
             if getattr(self._scheduler, "num_inference_steps", None) is not None:
                 self._expect_run()
         if self._pending:
-            self._begin(timestep)
+            self._begin(timestep, _shape(args, kwargs))
         if self.run is None:
             return None
         branch = self._calls.get(denoiser, 0)
@@ -202,11 +252,12 @@ class StepClock:
         self.abandon()
         self._pending, self._first_timestep = True, None
 
-    def _begin(self, timestep: Any) -> None:
+    def _begin(self, timestep: Any, shape: tuple[int, ...]) -> None:
         scheduler = self._scheduler
         self._pending = False
-        listed = [float(t) for t in torch.as_tensor(scheduler.timesteps).flatten().tolist()]
-        if not listed:
+        grid = [] if self.open_ended else torch.as_tensor(scheduler.timesteps).flatten().tolist()
+        listed = [float(t) for t in grid]
+        if not listed and not self.open_ended:
             return
         offset = self._offset(listed, timestep)
         sigmas, flow = _sigmas(scheduler, listed)
@@ -214,7 +265,7 @@ class StepClock:
         guidance = getattr(self.pipe, "guidance_scale", None)
         self.run = Run(
             self._number, tuple(listed[offset:]), tuple(sigmas[offset:]), flow, type(scheduler).__name__,
-            float(guidance) if isinstance(guidance, int | float) else None,
+            float(guidance) if isinstance(guidance, int | float) else None, shape, offset > 0,
         )  # fmt: skip
         self.index, self._calls = 0, {}
         for callback in self.on_start:
@@ -240,7 +291,7 @@ class StepClock:
             callback(self.index)
         self.index += 1
         self._calls = {}
-        if self.index >= self.run.total:
+        if self.index >= self.run.total and not self.open_ended:
             self.abandon()
 
 
@@ -265,6 +316,12 @@ class _Bar:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bar, name)
+
+
+def _shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
+    """Shape of the denoiser's input, without the batch."""
+    tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
+    return tuple(next(tensors, torch.empty(0)).shape[1:])
 
 
 def _sigmas(scheduler: Any, timesteps: list[float]) -> tuple[list[float], bool]:

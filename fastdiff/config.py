@@ -60,9 +60,13 @@ class Attention(Settings):
 
 
 class Compile(Settings):
-    """Regional torch.compile of the denoiser's repeated blocks."""
+    """torch.compile of the denoiser."""
 
-    enabled: bool = Field(False, description="compile the repeated blocks")
+    enabled: bool = Field(False, description="compile the denoiser")
+    scope: Literal["blocks", "denoiser"] = Field(
+        "blocks", description="its repeated blocks, or all of it: a graph for computed and one for cached steps"
+    )
+    backend: str = Field("inductor", description="passed to torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         "default", description="passed to torch.compile"
     )

@@ -32,9 +32,9 @@ class PatchSet:
 
     def wrap_forward(self, module: Any, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put `wrapper(forward)` in the place of a module's forward, below any offload hook, present or future."""
-        slot = _HOOKED if _HOOKED in vars(module) else "forward"
+        slot = _slot(module)
         before = vars(module).get(slot, _MISSING)
-        value = wrapper(getattr(module, slot))
+        value = wrapper(current_forward(module))
         object.__setattr__(module, slot, value)
 
         def found() -> str | None:
@@ -86,6 +86,15 @@ class PatchSet:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._rollback()
+
+
+def _slot(module: Any) -> str:
+    return _HOOKED if _HOOKED in vars(module) else "forward"
+
+
+def current_forward(module: Any) -> Callable[..., Any]:
+    """A module's forward as it is now, below any offload hook."""
+    return getattr(module, _slot(module))
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 
-from .errors import BadConfig, UnknownName
+from .errors import BadConfig, UnknownName, UnsupportedModel
 
 ROOMS = {"cache": "fastdiff.caching", "parallel": "fastdiff.parallel", "quant": "fastdiff.quant"}
 
@@ -15,11 +15,12 @@ class Registry(Mapping[str, type]):
     """Method classes of one room by name, imported when first asked for.
 
     The room's own table is `METHODS`; packages add to it with an entry point in the group `fastdiff.<kind>`,
-    programs with `register`.
+    programs with `register`. `refused` has the reason why a method that people may look for is not there.
     """
 
-    def __init__(self, kind: str, table: Mapping[str, str | type]) -> None:
+    def __init__(self, kind: str, table: Mapping[str, str | type], refused: Mapping[str, str] | None = None) -> None:
         self.kind = kind
+        self.refused = dict(refused or {})
         self._table: dict[str, str | type] = dict(table)
         for point in entry_points(group=f"fastdiff.{kind}"):
             if point.name in self._table:
@@ -27,6 +28,8 @@ class Registry(Mapping[str, type]):
             self._table[point.name] = point.value
 
     def __getitem__(self, name: str) -> type:
+        if name in self.refused and name not in self._table:
+            raise UnsupportedModel(self.refused[name])
         if name not in self._table:
             raise UnknownName(f"{self.kind} method", name, self._table)
         found = self._table[name]

@@ -12,13 +12,14 @@ from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED, StepClock
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import UnsupportedModel
-from fastdiff.patch import PatchSet
+from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
 
 from .attention import install_backend
-from .compile import compile_blocks
+from .compile import compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
+from .language import clock_of
 from .loading import embedded_name
 
 HANDLE = "_fastdiff"
@@ -34,7 +35,7 @@ class Accelerated:
         self._listen()
 
     def _listen(self) -> None:
-        self.clock = StepClock(self.pipe)
+        self.clock = clock_of(self.pipe)
         self._recorder = Recorder(self.clock, self.pipe.device)
 
     @property
@@ -68,10 +69,17 @@ class Accelerated:
         config = self.config
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
-        if config.compile.enabled:
+        whole = config.compile.enabled and config.compile.scope == "denoiser"
+        if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
+        session = None
         if config.cache is not None:
-            Session(config.cache, anatomy, self.clock, self._recorder).attach(patches)  # type: ignore[arg-type]
+            session = Session(config.cache, anatomy, self.clock, self._recorder, ahead=whole)  # type: ignore[arg-type]
+            session.attach(patches)
+        if whole:
+            compile_denoiser(anatomy, config.compile, patches)
+        if session is not None:
+            session.attach_denoiser(patches)
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
 
     def __enter__(self) -> Accelerated:
@@ -124,7 +132,7 @@ def resolve_for(pipe: DiffusionPipeline, config: Source, levers: Mapping[str, An
 
 def _refuse_shared(found: list[Anatomy]) -> None:
     for anatomy in found:
-        if hasattr(vars(anatomy.denoiser).get("forward"), WATCHED):
+        if hasattr(current_forward(anatomy.denoiser), WATCHED):
             raise UnsupportedModel(
                 f"this {anatomy.component} is shared with a pipeline that is accelerated already; it is fast here too. "
                 "To change its settings, restore() the other handle first"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from fastdiff.anatomy import JOINT, Anatomy, Family, Stack, recognise
 from fastdiff.errors import BadConfig, UnsupportedModel
+
+from .language import language_model
 
 
 class Families(Mapping[str, Family]):
@@ -37,21 +40,54 @@ _TEXT_LAST = {
     "takes": ("hidden_states", "encoder_hidden_states"),
     "returns": ("hidden_states", "encoder_hidden_states"),
 }
+_BLOCKS = (Stack("transformer_blocks"),)
+_JOINT = (Stack("transformer_blocks", **JOINT),)
+_JOINT_THEN_SINGLE = (*_JOINT, Stack("single_transformer_blocks", **JOINT))
+_TEXT_LAST_BLOCKS = (Stack("transformer_blocks", **_TEXT_LAST),)
+# Double blocks carry two streams, single blocks one: both streams in one tensor. A region that begins in one stack and
+# ends in the other has no residual, so only the longer stack is described; the double blocks before it always run.
+_SINGLE_ONLY = (Stack("single_transformer_blocks"),)
 
 KNOWN = {
     "UNet2DConditionModel": Family("unet2d", "unet"),
     "UNetSpatioTemporalConditionModel": Family("svd", "unet"),
     "UNetMotionModel": Family("animatediff", "unet"),
-    "SD3Transformer2DModel": Family("sd3", "transformer", (Stack("transformer_blocks", **JOINT),)),
-    "FluxTransformer2DModel": Family(
-        "flux",
+    "AudioLDM2UNet2DConditionModel": Family("audioldm2", "unet"),
+    "SD3Transformer2DModel": Family("sd3", "transformer", _JOINT),
+    "FluxTransformer2DModel": Family("flux", "transformer", _JOINT_THEN_SINGLE, guidance="calls"),
+    "Flux2Transformer2DModel": Family("flux2", "transformer", _SINGLE_ONLY, guidance="none"),
+    "ChromaTransformer2DModel": Family("chroma", "transformer", _SINGLE_ONLY, guidance="calls"),
+    "BriaTransformer2DModel": Family("bria", "transformer", _JOINT_THEN_SINGLE),
+    "OvisImageTransformer2DModel": Family("ovis", "transformer", _JOINT_THEN_SINGLE, guidance="calls"),
+    "QwenImageTransformer2DModel": Family("qwenimage", "transformer", _JOINT, guidance="calls"),
+    "AuraFlowTransformer2DModel": Family("auraflow", "transformer", _SINGLE_ONLY),
+    # Each single block is given other text, appended and cut off outside the block: the residual holds for the picture.
+    "HiDreamImageTransformer2DModel": Family("hidream", "transformer", (Stack("single_stream_blocks"),)),
+    "PixArtTransformer2DModel": Family("pixart", "transformer", _BLOCKS),
+    "DiTTransformer2DModel": Family("dit", "transformer", _BLOCKS),
+    "SanaTransformer2DModel": Family("sana", "transformer", _BLOCKS),
+    "PriorTransformer": Family("prior", "transformer", _BLOCKS, split=()),
+    "HunyuanDiT2DModel": Family("hunyuandit", "transformer", (Stack("blocks"),)),
+    "CogView3PlusTransformer2DModel": Family("cogview3plus", "transformer", _TEXT_LAST_BLOCKS),
+    "CogView4Transformer2DModel": Family("cogview4", "transformer", _TEXT_LAST_BLOCKS, guidance="calls"),
+    # Refiners before `layers` prepare each stream alone; they always run.
+    "Lumina2Transformer2DModel": Family("lumina2", "transformer", (Stack("layers"),), guidance="calls"),
+    "ZImageTransformer2DModel": Family("zimage", "transformer", (Stack("layers", takes=("x",), returns=("x",)),)),
+    "WanTransformer3DModel": Family("wan", "transformer", (Stack("blocks"),), guidance="calls"),
+    "SkyReelsV2Transformer3DModel": Family("skyreels", "transformer", (Stack("blocks"),), guidance="calls"),
+    "CogVideoXTransformer3DModel": Family("cogvideox", "transformer", _TEXT_LAST_BLOCKS),
+    "HunyuanVideoTransformer3DModel": Family(
+        "hunyuanvideo",
         "transformer",
-        (Stack("transformer_blocks", **JOINT), Stack("single_transformer_blocks", **JOINT)),
+        (*_TEXT_LAST_BLOCKS, Stack("single_transformer_blocks", **_TEXT_LAST)),
         guidance="calls",
     ),
-    "PixArtTransformer2DModel": Family("pixart", "transformer", (Stack("transformer_blocks"),)),
-    "WanTransformer3DModel": Family("wan", "transformer", (Stack("blocks"),), guidance="calls"),
-    "CogVideoXTransformer3DModel": Family("cogvideox", "transformer", (Stack("transformer_blocks", **_TEXT_LAST),)),
+    "LTXVideoTransformer3DModel": Family("ltx", "transformer", _BLOCKS),
+    "MochiTransformer3DModel": Family("mochi", "transformer", _TEXT_LAST_BLOCKS),
+    "AllegroTransformer3DModel": Family("allegro", "transformer", _BLOCKS),
+    # Blocks of two lists take turns, which no Stack says: no method that needs a stack works here.
+    "LatteTransformer3DModel": Family("latte", "transformer"),
+    "StableAudioDiTModel": Family("stableaudio", "transformer", _BLOCKS, split=()),
 }
 FAMILIES = Families(KNOWN)
 
@@ -73,4 +109,10 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def anatomies(pipe: DiffusionPipeline) -> list[Anatomy]:
     """An anatomy for each denoiser of the pipeline."""
-    return [recognise(module, name, FAMILIES) for name, module in denoisers(pipe).items()]
+    model = language_model(pipe)
+    if model is not None:
+        return [model]
+    control = getattr(pipe, "controlnet", None)
+    companions = (control,) if isinstance(control, nn.Module) else ()
+    found = [recognise(module, name, FAMILIES) for name, module in denoisers(pipe).items()]
+    return [replace(anatomy, companions=companions) for anatomy in found]

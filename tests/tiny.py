@@ -22,7 +22,7 @@ FAMILIES = (*UNETS, *TRANSFORMERS)
 TWO_CALLS = ("flux", "wan")  # cond and uncond are two calls of the denoiser, not one batch
 VIDEO = ("wan", "cogvideox")
 
-_SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def make(name: str) -> DiffusionPipeline:
@@ -34,7 +34,7 @@ def make(name: str) -> DiffusionPipeline:
     return pipe
 
 
-def _shared(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def shared(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Built once, from its own seed, whoever asks first."""
 
     @cache
@@ -85,7 +85,7 @@ def other_scheduler(name: str) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     if name == "cogvideox":
         return diffusers.CogVideoXDPMScheduler()
-    return diffusers.UniPCMultistepScheduler(**_SD_BETAS)
+    return diffusers.UniPCMultistepScheduler(**SD_BETAS)
 
 
 def at_each_step(name: str, do: Callable[[DiffusionPipeline, int], None]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def t5_tokenizer(length: int = 16) -> transformers.T5Tokenizer:
     return transformers.T5Tokenizer(vocab=special + letters, extra_ids=0, model_max_length=length)
 
 
-@_shared
+@shared
 def clip_encoder(cls: type[nn.Module] = transformers.CLIPTextModel) -> nn.Module:
     config = transformers.CLIPTextConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -136,7 +136,7 @@ def clip_encoder(cls: type[nn.Module] = transformers.CLIPTextModel) -> nn.Module
     return cls(config)
 
 
-@_shared
+@shared
 def t5_encoder(width: int = 32) -> nn.Module:
     config = transformers.T5Config(
         vocab_size=128, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu",
@@ -145,7 +145,7 @@ def t5_encoder(width: int = 32) -> nn.Module:
     return transformers.T5EncoderModel(config)
 
 
-@_shared
+@shared
 def image_vae(**options: Any) -> nn.Module:
     return diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
@@ -153,11 +153,11 @@ def image_vae(**options: Any) -> nn.Module:
     )  # fmt: skip
 
 
-def _flow_vae() -> nn.Module:
+def flow_vae() -> nn.Module:
     return image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
 
 
-def _lively(model: nn.Module) -> nn.Module:
+def lively(model: nn.Module) -> nn.Module:
     """Zero-initialised gates make a random transformer ignore its input; every weight matrix becomes N(0, 1/fan_in)."""
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
@@ -175,7 +175,7 @@ def _sd15(layers_per_block: int = 2) -> DiffusionPipeline:
     ).eval()  # fmt: skip
     return diffusers.StableDiffusionPipeline(
         unet=unet, vae=image_vae(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -192,7 +192,7 @@ def _sdxl() -> DiffusionPipeline:
     return diffusers.StableDiffusionXLPipeline(
         unet=unet, vae=image_vae(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder(transformers.CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
-        scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, steps_offset=1), add_watermarker=False,
+        scheduler=diffusers.EulerDiscreteScheduler(**SD_BETAS, steps_offset=1), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _sd3() -> DiffusionPipeline:
     )  # fmt: skip
     encoder = clip_encoder(transformers.CLIPTextModelWithProjection)
     return diffusers.StableDiffusion3Pipeline(
-        transformer=_lively(transformer), vae=_flow_vae(), text_encoder=encoder, tokenizer=clip_tokenizer(),
+        transformer=lively(transformer), vae=flow_vae(), text_encoder=encoder, tokenizer=clip_tokenizer(),
         text_encoder_2=encoder, tokenizer_2=clip_tokenizer(), text_encoder_3=t5_encoder(64), tokenizer_3=t5_tokenizer(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -216,7 +216,7 @@ def _flux() -> DiffusionPipeline:
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=False,
     )  # fmt: skip
     return diffusers.FluxPipeline(
-        transformer=_lively(transformer), vae=_flow_vae(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
+        transformer=lively(transformer), vae=flow_vae(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -228,12 +228,12 @@ def _pixart() -> DiffusionPipeline:
         caption_channels=32, in_channels=4, out_channels=8, use_additional_conditions=False,
     )  # fmt: skip
     return diffusers.PixArtSigmaPipeline(
-        transformer=_lively(transformer), vae=image_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
+        transformer=lively(transformer), vae=image_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )  # fmt: skip
 
 
-@_shared
+@shared
 def _wan_vae() -> nn.Module:
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
@@ -246,12 +246,12 @@ def _wan() -> DiffusionPipeline:
         text_dim=32, freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
     return diffusers.WanPipeline(
-        transformer=_lively(transformer), vae=_wan_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
+        transformer=lively(transformer), vae=_wan_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), transformer_2=None,
     )  # fmt: skip
 
 
-@_shared
+@shared
 def _cogvideox_vae() -> nn.Module:
     return diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -265,7 +265,7 @@ def _cogvideox() -> DiffusionPipeline:
         num_layers=4, sample_width=2, sample_height=2, sample_frames=9, patch_size=2, max_text_seq_length=16,
     )  # fmt: skip
     return diffusers.CogVideoXPipeline(
-        transformer=_lively(transformer), vae=_cogvideox_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
+        transformer=lively(transformer), vae=_cogvideox_vae(), text_encoder=t5_encoder(), tokenizer=t5_tokenizer(),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -13,6 +14,14 @@ from fastdiff.anatomy import Anatomy, Family, Stack, recognise, stub
 from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.pipelines.families import FAMILIES, KNOWN, Families, anatomies
 from tests import tiny
+from tests.zoo import STACKED, ZOO
+
+
+# Double and single blocks, refiners, spatial and temporal blocks
+SEVERAL_LISTS = (
+    "flux", "flux img2img", "flux fill", "flux kontext", "flux2", "chroma", "bria", "ovis", "auraflow", "lumina2",
+    "z image", "hidream", "hunyuan video", "latte",
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -23,6 +32,20 @@ class Block(nn.Module):
 class JointBlock(nn.Module):
     def forward(self, hidden_states, encoder_hidden_states, temb=None):
         return encoder_hidden_states, hidden_states
+
+
+class NamelessBlock(nn.Module):
+    def forward(self, x, mask=None):
+        return x if mask is None else x * mask
+
+
+class Pair(nn.Module):
+    """Two lists: which runs first, or whether they take turns, cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.ModuleList(Block() for _ in range(2))
+        self.late = nn.ModuleList(Block() for _ in range(2))
 
 
 class Known(nn.Module):
@@ -100,6 +123,73 @@ def test_undescribed_blocks_with_a_text_stream_are_not_guessed(name):
 def test_undescribed_blocks_of_one_stream_are_recognised():
     anatomy = recognise(Known(), "transformer", {})
     assert not anatomy.recognised and anatomy.family.stacks == (Stack("layers"),) and len(anatomy.blocks) == 3
+
+
+@pytest.mark.parametrize("name", [n for n, entry in ZOO.items() if entry.method == "deepcache"])
+def test_every_unet_is_recognised_without_its_description_and_works(name):
+    pipe = ZOO[name].make()
+    assert recognise(pipe.unet, "unet", {}).family.kind == KNOWN[type(pipe.unet).__name__].kind == "unet"
+
+
+def proposed(denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Family:
+    """The family that the stub of the refusal describes, pasted as it is."""
+    with pytest.raises(UnsupportedModel, match="is not described") as refused:
+        recognise(denoiser, "transformer", {})
+    code = str(refused.value).partition("\n\n")[2]
+    assert "register_family(" in code
+    pasted: dict[str, Family] = {}
+    monkeypatch.setattr("fastdiff.pipelines.register_family", pasted.__setitem__, raising=True)
+    exec(compile(code, "stub", "exec"), {})
+    return pasted[type(denoiser).__name__]
+
+
+@pytest.mark.parametrize("name", [n for n, entry in ZOO.items() if entry.method != "deepcache"])
+def test_every_transformer_is_refused_without_its_description_and_the_stub_is_near(name, monkeypatch):
+    """The stub proposes all that was described by hand, except where a block hides what it returns."""
+    denoiser = ZOO[name].denoiser(ZOO[name].make())
+    described, stub_says = KNOWN[type(denoiser).__name__].stacks, proposed(denoiser, monkeypatch).stacks
+    assert {stack.path for stack in described} <= {stack.path for stack in stub_says}
+    assert all(stack.takes and set(stack.returns) <= set(stack.takes) for stack in stub_says)
+    if len(stub_says) == 1:
+        assert stub_says[0].path == described[0].path and stub_says[0].returns == described[0].returns
+        assert set(described[0].takes) <= set(stub_says[0].takes)
+
+
+@pytest.mark.parametrize("name", [n for n in STACKED if n not in SEVERAL_LISTS])
+def test_the_pasted_stub_of_a_model_with_one_list_works(name, monkeypatch):
+    """A stub that takes a stream more than is returned (text that only informs the blocks) caches the same."""
+    entry, pipe = ZOO[name], ZOO[name].make()
+    denoiser = entry.denoiser(pipe)
+    family = proposed(denoiser, monkeypatch)
+    monkeypatch.setattr("fastdiff.pipelines.families.FAMILIES", Families({type(denoiser).__name__: family}))
+    fastdiff.accelerate(pipe, cache={"method": "first_block", "threshold": 1e9})
+    by_stub = entry.run(pipe, 3)
+    monkeypatch.setattr("fastdiff.pipelines.families.FAMILIES", FAMILIES)
+    pipe = entry.make()
+    handle = fastdiff.accelerate(pipe, cache={"method": "first_block", "threshold": 1e9})
+    assert torch.equal(entry.run(pipe, 3), by_stub) and handle.report.cached == 2
+
+
+def test_two_lists_of_blocks_are_not_guessed(monkeypatch):
+    assert [stack.path for stack in proposed(Pair(), monkeypatch).stacks] == ["early", "late"]
+
+
+def test_a_stub_names_the_stream_as_the_block_does(monkeypatch):
+    (stack,) = proposed(Known(NamelessBlock), monkeypatch).stacks
+    assert stack == Stack("layers", takes=("x",), returns=("x",))
+
+
+def test_a_stub_reads_the_order_of_the_returned_streams_from_the_source(monkeypatch):
+    (stack,) = proposed(Known(JointBlock), monkeypatch).stacks
+    assert stack.returns == ("encoder_hidden_states", "hidden_states")
+
+
+def test_a_unet_whose_blocks_have_no_resnets_is_not_guessed():
+    """Kandinsky 3 has the parts of a UNet by name, but other blocks."""
+    unet = tiny.make("sd15").unet
+    del unet.up_blocks[0].resnets
+    with pytest.raises(UnsupportedModel, match="is not described"):
+        recognise(unet, "unet", {})
 
 
 @pytest.mark.parametrize("denoiser", [Known(JointBlock), Known(count=1), nn.Linear(2, 2)])

@@ -1,0 +1,27 @@
+"""FORA: Fast-Forward Caching in Diffusion Transformer Acceleration. Paper: https://arxiv.org/abs/2407.01425."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run
+
+from .base import CacheMethod, every
+from .region import Region
+from .sites import sublayers
+
+
+class FORA(CacheMethod):
+    """Reuse the output of every attention and feed-forward layer for `interval` steps."""
+
+    method: Literal["fora"] = "fora"
+    interval: int = Field(2, ge=1, description="compute every so many steps")
+
+    def regions(self, anatomy: Anatomy) -> list[Region]:
+        return sublayers(anatomy)
+
+    def mask(self, run: Run, region: Region) -> list[bool]:
+        return every(self.interval, run, self.warmup_steps)

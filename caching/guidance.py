@@ -1,0 +1,125 @@
+"""Leaving out the unconditional half of classifier-free guidance, as one batch or as a call of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastdiff.clock import Run
+
+from .predictors import combine
+from .session import Session
+
+if TYPE_CHECKING:
+    from .tgate import TGate
+
+
+class GuidanceGate:
+    """The denoiser's forward, which after the gate is only asked for the conditional output.
+
+    Whether a batch holds both halves is told by the solver, which is given half as many. Without `delta` the
+    unconditional output is the conditional one, so that guidance does nothing; with it, their last known difference
+    is added. Cross-attention that was frozen for both halves is averaged, as in the paper.
+    """
+
+    def __init__(self, method: TGate, session: Session, forward: Callable[..., Any], delta: bool) -> None:
+        self.method, self.session, self.forward, self.delta = method, session, forward, delta
+        self._solved = 0
+        self._halved = False
+        self._cond: dict[int, list[Any]] = {}  # by step: what the conditional call gave
+        self._steps: list[int] = []
+        self._deltas: list[list[Any]] = []
+        for region in session.regions:
+            if region.kind == "cross":
+                session.patches.wrap_forward(region.units[0], self._averaged)
+        clock = session.clock
+        clock.on_output.append(lambda _, output: setattr(self, "_solved", len(output)))
+        clock.on_start.append(self._reset)
+        clock.on_end.append(self._reset)
+
+    def _reset(self, run: Run) -> None:
+        self._solved, self._cond, self._steps, self._deltas = 0, {}, [], []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.session.clock.now
+        assert step is not None
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        batch = len(leaves[0])
+        both = self._solved > 0 and batch == 2 * self._solved
+        gated = self.method.gated(step.run, step.index)
+        if gated and both:
+            return self._half(step.index, batch, args, kwargs)
+        if gated and step.branch == 1 and step.index in self._cond and batch == self._solved:
+            self.session.recorder.skipped()
+            return self._rebuilt(step.index, self._cond[step.index])
+        output = self.forward(*args, **kwargs)
+        self._learn(step.index, step.branch, both or step.index == 0, output)
+        return output
+
+    def _learn(self, index: int, branch: int, both: bool, output: Any) -> None:
+        leaves, self._form = pytree.tree_flatten(output)
+        if branch == 0:
+            self._cond = {index: leaves}
+        if not self.delta:
+            return
+        if branch == 1 and index in self._cond:
+            self._keep(index, [_minus(a, b) for a, b in zip(leaves, self._cond[index], strict=True)])
+        elif branch == 0 and both and isinstance(leaves[0], Tensor) and len(leaves[0]) % 2 == 0:
+            halves = [leaf.chunk(2) if isinstance(leaf, Tensor) else (leaf, leaf) for leaf in leaves]
+            self._keep(index, [_minus(*pair) for pair in halves])
+
+    def _keep(self, index: int, delta: list[Any]) -> None:
+        if self._steps and self._steps[-1] == index:
+            self._steps.pop(), self._deltas.pop()
+        self._steps.append(index)
+        self._deltas.append(delta)
+        del self._steps[: -self.method.order], self._deltas[: -self.method.order]
+
+    def _half(self, index: int, batch: int, args: tuple, kwargs: dict) -> Any:
+        """Both outputs from one forward of the second, conditional half of everything that holds two."""
+
+        def second(leaf: Any) -> Any:
+            double = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+            return leaf[batch // 2 :] if double else leaf
+
+        args, kwargs = pytree.tree_map(second, (args, kwargs))
+        self._halved = True
+        try:
+            leaves, form = pytree.tree_flatten(self.forward(*args, **kwargs))
+        finally:
+            self._halved = False
+        self.session.recorder.skipped()
+        uncond = self._with_delta(index, leaves)
+        joined = [torch.cat([u, c]) if isinstance(c, Tensor) else c for u, c in zip(uncond, leaves, strict=True)]
+        return pytree.tree_unflatten(joined, form)
+
+    def _rebuilt(self, index: int, cond: list[Any]) -> Any:
+        return pytree.tree_unflatten(self._with_delta(index, cond), self._form)
+
+    def _with_delta(self, index: int, leaves: list[Any]) -> list[Any]:
+        if not self.delta or not self._deltas:
+            return leaves
+        factors = self.session.weigh(index, self._steps)
+        columns = zip(leaves, zip(*self._deltas, strict=True), strict=True)
+        return [leaf + combine(factors, known) if isinstance(leaf, Tensor) else leaf for leaf, known in columns]
+
+    def _averaged(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """A cross-attention layer whose remembered output is of both halves, in a call of one."""
+
+        @wraps(inner)
+        def averaged(*args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
+            if not self._halved:
+                return output
+            return pytree.tree_map(lambda leaf: sum(leaf.chunk(2)) / 2 if isinstance(leaf, Tensor) else leaf, output)
+
+        return averaged
+
+
+def _minus(a: Any, b: Any) -> Any:
+    return a - b if isinstance(a, Tensor) else a

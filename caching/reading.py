@@ -1,0 +1,30 @@
+"""Numbers that a device works out and the host wants later, without making the host wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Reading:
+    """A scalar on its way to the host; `float()` waits only if it has not arrived yet."""
+
+    def __init__(self, scalar: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._value = scalar.detach()
+        if scalar.is_cuda:
+            self._value = torch.empty((), dtype=scalar.dtype, pin_memory=True)
+            self._value.copy_(scalar.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __float__(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
+def peak(leaves: list) -> Reading:
+    """The largest magnitude in some tensors; not a number if they hold one."""
+    found = [torch.linalg.vector_norm(leaf.float(), ord=torch.inf) for leaf in leaves if isinstance(leaf, Tensor)]
+    return Reading(found[0] if len(found) == 1 else torch.stack(found).amax())
