@@ -5,28 +5,56 @@ Only the abstract and its claims were at hand: sites and modes are built from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.clock import Run
+from fastdiff.clock import Run, StepClock
 from fastdiff.errors import BadConfig
+from fastdiff.recorder import Recorder
 
 from .base import CacheMethod, every, spread
+from .plan import Plan, from_file
 from .region import Region
 from .sites import each_block, sublayers
 from .unet import Level, unet_parts
 
+if TYPE_CHECKING:
+    from .calibration import Calibrator
+
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Ranked(Plan):
+    """Sites by the share of the denoiser's time that they took, the longest first."""
+
+    sites: tuple[tuple[Annotated[str, Field(max_length=300)], Share], ...] = Field(min_length=1, max_length=100_000)
+
+    def summary(self) -> str:
+        longest = ", ".join(f"{site} {part:.1%}" for site, part in self.sites[:4])
+        return f"{len(self.sites)} sites by time: {longest}, ..."
+
+    def first(self, share: float) -> list[str]:
+        """The fewest sites that make up a share of the time, none of them inside another."""
+        chosen: list[str] = []
+        covered = 0.0
+        for site, part in self.sites:
+            if covered >= share:
+                break
+            if not any(f"{site}.".startswith(f"{other}.") or f"{other}.".startswith(f"{site}.") for other in chosen):
+                chosen.append(site)
+                covered += part
+        return chosen
 
 
 class ASDM(CacheMethod):
     """Inherit the features of chosen blocks, layers or units from an earlier step; everything else is computed.
 
-    `sites` are paths with wildcards; `calibrate` fills them with those that take most of the time.
+    `sites` are paths with wildcards; calibrate ranks all sites by the time they take, and those that make up
+    `time_share` of it are taken where `sites` is empty.
     """
 
     method: Literal["a_sdm"] = "a_sdm"
@@ -42,7 +70,10 @@ class ASDM(CacheMethod):
     window: tuple[Share, Share] = Field((0.3, 0.8), description="shares of the run between which steps inherit")
     compute_steps: tuple[int, ...] = Field((), description="steps to compute (sampling explicit)")
     of_steps: int | None = Field(None, ge=1, description="run length that compute_steps is for")
-    time_share: Share = Field(0.4, description="share of the denoiser's time that calibrate picks sites for")
+    time_share: Share = Field(0.4, description="share of the denoiser's time that the sites of a plan make up")
+    plan: Annotated[Ranked | None, from_file(Ranked)] = Field(
+        None, description="what calibrate found, or the path of its file"
+    )
 
     @field_validator("window")
     @classmethod
@@ -59,7 +90,11 @@ class ASDM(CacheMethod):
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
         found = self.candidates(anatomy)
-        chosen = [region for region in found if any(fnmatchcase(region.name, site) for site in self.sites)]
+        sites: Sequence[str] = self.sites
+        if self.plan is not None:
+            self.plan.check_model(anatomy)
+            sites = sites or self.plan.first(self.time_share)
+        chosen = [region for region in found if any(fnmatchcase(region.name, site) for site in sites)]
         if self.sites and not chosen:
             names = ", ".join(region.name for region in found[:6])
             raise BadConfig(f"sites = {list(self.sites)} matches no {self.level} of this model; they are {names}, ...")
@@ -82,3 +117,26 @@ class ASDM(CacheMethod):
         if self.sampling == "dense_ends":
             return [wanted or not start <= i < stop for i, wanted in enumerate(regular)]
         return regular
+
+    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
+        return self.plan.differences(run, anatomy) if self.plan else []
+
+    def calibrated(self, calibrator: Calibrator) -> ASDM:
+        """Ranks all sites of the level by the time they take in an uncached run."""
+        from .calibration import Stopwatch
+
+        stopwatch = Stopwatch()
+        runs: list[Run] = []
+
+        def install(anatomy: Anatomy, clock: StepClock, _recorder: Recorder) -> None:
+            clock.on_start.append(runs.append)
+
+        denoiser = Region("", (calibrator.anatomy.denoiser,))
+        with stopwatch.on([denoiser, *self.candidates(calibrator.anatomy)]):
+            calibrator.draw(install)
+        whole = stopwatch.seconds.pop("", 0.0)
+        if not runs or whole <= 0:
+            raise ValueError("no run was seen")
+        shares = {name: min(1.0, seconds / whole) for name, seconds in stopwatch.seconds.items()}
+        ranked = sorted(shares.items(), key=lambda item: -item[1])
+        return self.model_copy(update={"plan": Ranked(**calibrator.origin(runs[-1]), sites=tuple(ranked))})

@@ -18,6 +18,7 @@ from .predictors import PREDICTORS, Axis, weights
 from .region import Memory, Region
 
 if TYPE_CHECKING:
+    from .calibration import Calibrator
     from .session import Session
 
 Forward = Callable[..., Any]
@@ -77,7 +78,14 @@ class CacheMethod(Method):
         """For a run: what is made of a prediction (step, leaf number, value) of region `number`."""
         return None
 
-    def notes(self, run: Run) -> list[str]:
+    def calibrated(self, calibrator: Calibrator) -> CacheMethod:
+        """This method with what calibration finds for it in its settings.
+
+        Raises BadConfig for a method that has nothing to calibrate, ValueError where calibration cannot succeed.
+        """
+        raise BadConfig(f"the cache method {self.method} has nothing to calibrate")
+
+    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
         """What the report should say of a run that begins."""
         return []
 

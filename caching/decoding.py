@@ -1,9 +1,9 @@
-"""Several steps of a denoiser in one forward, where what they share is computed once (Faster Diffusion, arXiv 2312.09608)."""
+"""Several steps of a denoiser in one forward (Faster Diffusion, https://arxiv.org/abs/2312.09608)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class BatchedDecoding:
         self._linear: bool | None = None
         for number, region in enumerate(session.regions):
             for unit in region.units:
-                last = unit is region.units[-1]
-                session.patches.wrap_forward(unit, lambda inner, n=number, end=last: self._shared(inner, n, end))
+                wrapper = partial(self._shared, number=number, last=unit is region.units[-1])
+                session.patches.wrap_forward(unit, wrapper)
         session.clock.on_start.append(self._reset)
         session.clock.on_end.append(self._reset)
 
@@ -117,7 +117,9 @@ class BatchedDecoding:
             self.session.commit(self._indices[0])
             later = [self.session.predicted(number, index) for index in self._ahead]
             leaves, form = pytree.tree_flatten(output)
-            joined = [torch.cat(own) if isinstance(own[0], Tensor) else own[0] for own in zip(leaves, *later, strict=True)]
+            joined = [
+                torch.cat(own) if isinstance(own[0], Tensor) else own[0] for own in zip(leaves, *later, strict=True)
+            ]
             return pytree.tree_unflatten(joined, form)
 
         return shared

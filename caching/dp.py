@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+import numpy as np
+from pydantic import Field
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.clock import Run
+from fastdiff.clock import Run, StepClock
 from fastdiff.errors import BadConfig
+from fastdiff.recorder import Recorder
 
 from .base import CacheMethod, Weigh
-from .plan import Plan, fingerprint, read_plan
+from .plan import Schedule, from_file
 from .region import Region
 from .schedule import Costs, fewest, optimal_steps, spans
 from .sites import model_output
 from .trace import Trace, influence
+
+if TYPE_CHECKING:
+    from .calibration import Calibrator
 
 
 class DP(CacheMethod):
@@ -34,17 +38,12 @@ class DP(CacheMethod):
     ridge: float | None = Field(
         None, ge=0, description="fit weights to the trace, pulled this much to the predictor's; None: the predictor's"
     )
-    plan: Plan | None = Field(None, description="what calibrate found, or the path of its file")
-
-    @field_validator("plan", mode="before")
-    @classmethod
-    def _from_file(cls, value: Any) -> Any:
-        return read_plan(Path(value).expanduser()) if isinstance(value, str | Path) else value
+    plan: Annotated[Schedule | None, from_file(Schedule)] = Field(
+        None, description="what calibrate found, or the path of its file"
+    )
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        found, made_for = fingerprint(anatomy), self._plan.denoiser
-        if made_for != found:
-            raise BadConfig(f"the plan was made for {made_for}, this model is {found}; calibrate it with this model")
+        self._plan.check_model(anatomy)
         return [model_output(anatomy)]
 
     def mask(self, run: Run, region: Region) -> list[bool]:
@@ -63,18 +62,11 @@ class DP(CacheMethod):
 
         return weigh
 
-    def notes(self, run: Run) -> list[str]:
-        plan, said = self._plan, []
-        if run.scheduler and run.scheduler != plan.scheduler:
-            said.append(f"the plan was made with {plan.scheduler}, this run has {run.scheduler}")
-        if None not in (plan.guidance_scale, run.guidance_scale) and plan.guidance_scale != run.guidance_scale:
-            said.append(f"the plan was made with guidance {plan.guidance_scale:g}, this run has {run.guidance_scale:g}")
-        if not plan.fits(run):
-            said.append(f"the plan of {len(plan.sigmas)} steps was re-mapped to the noise levels of these {run.total}")
-        return said
+    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
+        return self._plan.differences(run, anatomy)
 
     @property
-    def _plan(self) -> Plan:
+    def _plan(self) -> Schedule:
         if self.plan is None:
             raise BadConfig("the cache method dp needs a plan: make one with fastdiff calibrate, and name it as `plan`")
         return self.plan
@@ -87,35 +79,38 @@ class DP(CacheMethod):
                 f"computed_steps = {self.computed_steps}: a run of {run.total} takes {least} to {run.total}"
             )
 
-    def planned(self, trace: Trace, anatomy: Anatomy) -> DP:
+    def calibrated(self, calibrator: Calibrator) -> DP:
+        traces: list[Trace] = []
+
+        def install(_anatomy: Anatomy, clock: StepClock, _recorder: Recorder) -> None:
+            traces.append(Trace(clock))
+            clock.on_start.append(self.check)
+
+        calibrator.draw(install)
+        return self.planned(traces[0], calibrator)
+
+    def planned(self, trace: Trace, calibrator: Calibrator) -> DP:
         """This method with the plan of least predicted error. Raises ValueError where no plan is possible."""
         run, gram = trace.run, trace.gram
         if run is None or gram is None:
             raise ValueError("no complete run was traced")
+        if not np.isfinite(gram).all():
+            raise ValueError("the model's outputs are not finite numbers; try another dtype or guidance scale")
         self.check(run)
-        costs = Costs(
-            gram, super().weigher(run), influence(trace.solver, run),
-            ridge=self.ridge, longest=self._longest,
-        )  # fmt: skip
+        costs = Costs(gram, super().weigher(run), influence(trace.solver, run), ridge=self.ridge, longest=self._longest)
         steps = optimal_steps(costs.table(), self.computed_steps, self._forced(run))
         groups = spans(steps, run.total)
-        return self.model_copy(
-            update={
-                "plan": Plan(
-                    denoiser=fingerprint(anatomy),
-                    scheduler=run.scheduler,
-                    guidance_scale=run.guidance_scale,
-                    sigmas=run.sigmas,
-                    compute=tuple(steps),
-                    weights={at: costs.weights(at, a, j) for a, j, end in groups for at in range(j + 1, end)},
-                    error=costs.error(steps),
-                )
-            }
+        plan = Schedule(
+            **calibrator.origin(run),
+            compute=tuple(steps),
+            weights={at: costs.weights(at, a, j) for a, j, end in groups for at in range(j + 1, end)},
+            error=costs.error(steps),
         )
+        return self.model_copy(update={"plan": plan})
 
     @property
     def _longest(self) -> int:
         return min(self.longest, self.max_consecutive_cached or self.longest)
 
     def _forced(self, run: Run) -> list[int]:
-        return [i for i in range(run.total) if self.guarded(False, i, run.total, 0)]
+        return [i for i in range(run.total) if self.guarded(False, i, run.total)]

@@ -1,4 +1,4 @@
-"""EasyCache: Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching. Paper: https://arxiv.org/abs/2507.02860."""
+"""EasyCache: runtime-adaptive caching for video diffusion. Paper: https://arxiv.org/abs/2507.02860."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Step
 
 from .base import Gated
-from .region import Memory, Region
+from .region import Memory, Region, tensors
 from .sites import latent_probe, model_output
 
 
@@ -19,7 +19,7 @@ class EasyCache(Gated):
     """Skip the model while its output, at its last rate of change over its input, should have moved little."""
 
     method: Literal["easycache"] = "easycache"
-    threshold: float = Field(0.05, ge=0, description="sum of expected relative changes from which on a step is computed")
+    threshold: float = Field(0.05, ge=0, description="sum of expected changes from which on a step is computed")
     warmup_steps: int = Field(5, ge=0, description="computed steps at the start")
     cooldown_steps: int = Field(1, ge=0, description="computed steps at the end")
 
@@ -31,11 +31,11 @@ class EasyCache(Gated):
     def change(self, step: Step, memory: Memory) -> Tensor:
         """Sum of k |x_t - x_t-1| / |y|, with k = |y_1 - y_0| / |x_1 - x_0| of the two newest computed steps."""
         assert memory.probe is not None and memory.previous is not None
-        output = memory.values[-1][0]
+        output = tensors(memory.values[-1])[0]
         moved = _size(memory.probe - memory.previous)
         if len(memory.probes) < 2:
             return memory.drift + moved / _size(memory.previous)
-        rate = _size(output - memory.values[-2][0]) / _size(memory.probes[-1] - memory.probes[-2])
+        rate = _size(output - tensors(memory.values[-2])[0]) / _size(memory.probes[-1] - memory.probes[-2])
         return memory.drift + rate * moved / _size(output)
 
 

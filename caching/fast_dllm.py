@@ -1,6 +1,6 @@
-"""Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding.
+"""Fast-dLLM: KV Cache and Parallel Decoding for Diffusion LLMs. Paper: https://arxiv.org/abs/2505.22618 (2025).
 
-Paper: https://arxiv.org/abs/2505.22618. Its prefix cache only: the pipeline commits confident tokens in parallel itself.
+The prefix cache only: `LLaDA2Pipeline` commits confident tokens in parallel by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faster Diffusion: Rethinking the Role of the Encoder for Diffusion Model Inference. Paper: https://arxiv.org/abs/2312.09608 (NeurIPS 2024)."""
+"""Faster Diffusion: propagate the encoder's features. Paper: https://arxiv.org/abs/2312.09608 (NeurIPS 2024)."""
 
 from __future__ import annotations
 

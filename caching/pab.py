@@ -1,4 +1,4 @@
-"""PAB: Real-Time Video Generation with Pyramid Attention Broadcast. Paper: https://arxiv.org/abs/2408.12588 (ICLR 2025)."""
+"""PAB, pyramid attention broadcast. Paper: https://arxiv.org/abs/2408.12588 (ICLR 2025)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class PAB(CacheMethod):
         return [region for region in sublayers(anatomy) if region.kind != "ff"]
 
     def mask(self, run: Run, region: Region) -> list[bool]:
-        interval = {"self": self.self_interval, "temporal": self.temporal_interval}.get(region.kind, self.cross_interval)
+        known = {"self": self.self_interval, "temporal": self.temporal_interval, "cross": self.cross_interval}
+        interval = known[region.kind]
         top = 1000.0 if max(run.timesteps) > 1 else 1.0
         inside = [self.between[0] < t / top < self.between[1] for t in run.timesteps]
         first = inside.index(True) if True in inside else 0

@@ -10,31 +10,91 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, ValidationError, field_validator, model_validator
+import torch
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run
+from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
 
-VERSION: Literal[1] = 1
+Floats = NDArray[np.float64]
+LARGEST = 64 << 20  # bytes
+_FOUND = {"missing": "missing", "extra_forbidden": "unknown to it"}
+
+VERSION: Literal[2] = 2
 
 
 class Plan(Settings):
-    """The steps to compute in a run like the one that was traced, and what is made of the others.
+    """What calibration found, with what it was made on; methods add what they need.
 
-    `weights[step]` are the (computed step, factor) pairs that make the output of a skipped step.
+    `shape` is that of one latent, the class of resolution; `quantization` names weights that are no plain floats.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     denoiser: str = Field(max_length=200, description="class and configuration of the model that was traced")
+    quantization: str | None = Field(None, max_length=200, description="dtypes of quantized weights, if any")
     scheduler: str = Field(max_length=200, description="class of the solver")
     guidance_scale: float | None = Field(None, description="what the pipeline said of itself, if anything")
+    shape: tuple[int, ...] = Field((), max_length=8, description="shape of the denoiser's input, without the batch")
     sigmas: tuple[NonNegativeFloat, ...] = Field(
         min_length=1, max_length=10_000, description="noise level of each step"
     )
+
+    def summary(self) -> str:
+        """What was found, in a sentence."""
+        return f"made on runs of {len(self.sigmas)} steps"
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises BadConfig if the plan was made for another model."""
+        found = fingerprint(anatomy)
+        if self.denoiser != found:
+            raise BadConfig(
+                f"the plan was made for {self.denoiser}, this model is {found}; calibrate it with this model"
+            )
+
+    def differences(self, run: Run, anatomy: Anatomy | None = None) -> list[str]:
+        """What is different in a run from the one that was traced, a sentence each."""
+        said = []
+        if run.scheduler and run.scheduler != self.scheduler:
+            said.append(f"the plan was made with {self.scheduler}, this run has {run.scheduler}")
+        if None not in (self.guidance_scale, run.guidance_scale) and self.guidance_scale != run.guidance_scale:
+            said.append(f"the plan was made with guidance {self.guidance_scale:g}, this run has {run.guidance_scale:g}")
+        if self.shape and run.shape and self.shape != run.shape:
+            said.append(f"the plan was made at {_size(self.shape)}, this run is at {_size(run.shape)}")
+        if anatomy is not None and self.quantization != (found := quantization(anatomy)):
+            said.append(f"the plan was made with {self.quantization or 'plain'} weights, these are {found or 'plain'}")
+        if not self.fits(run):
+            said.append(f"the plan of {len(self.sigmas)} steps was re-mapped to the noise levels of these {run.total}")
+        return said
+
+    def fits(self, run: Run) -> bool:
+        """Does the run visit the noise levels of the plan?"""
+        return len(self.sigmas) == run.total and all(
+            abs(a - b) <= 1e-4 * max(1.0, abs(a)) for a, b in zip(self.sigmas, run.sigmas, strict=True)
+        )
+
+    def places(self, run: Run) -> Floats:
+        """Where each step of a run would be in the plan, as a fraction of its steps; below 0 where it is noisier."""
+        # log(1 + sigma) is even enough both for noise over signal and for flow matching; 0 is where a run ends
+        grid, wanted = -np.log1p([*self.sigmas, 0.0]), -np.log1p(run.sigmas)
+        total, lead = len(self.sigmas), 0.0
+        if wanted[0] < grid[0] < grid[1]:  # noisier, as a run of more steps is with leading timesteps
+            lead = min(1.0, float((grid[0] - wanted[0]) / (grid[1] - grid[0])))
+            grid = np.concatenate([wanted[:1], grid])
+        return np.maximum.accumulate(np.interp(wanted, grid, [-lead, *range(total + 1)] if lead else range(total + 1)))
+
+
+class Schedule(Plan):
+    """A plan of which steps to compute.
+
+    `weights[step]` are the (computed step, factor) pairs that make the value of a skipped step.
+    """
+
     compute: tuple[int, ...] = Field(min_length=1, max_length=10_000, description="steps to compute")
     weights: Mapping[int, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
-    error: float | None = Field(None, ge=0, description="predicted error of the final latents, relative")
+    error: float | None = Field(None, ge=0, description="predicted relative error of what was traced")
 
     @field_validator("compute")
     @classmethod
@@ -44,7 +104,7 @@ class Plan(Settings):
         return steps
 
     @model_validator(mode="after")
-    def _within_the_run(self) -> Plan:
+    def _within_the_run(self) -> Schedule:
         total, computed = len(self.sigmas), set(self.compute)
         if self.compute[-1] >= total:
             raise ValueError(f"the plan computes step {self.compute[-1]} of a run of {total}")
@@ -55,25 +115,17 @@ class Plan(Settings):
                 raise ValueError(f"the plan makes step {step} of step {wrong[0]}, which is not computed before it")
         return self
 
-    def fits(self, run: Run) -> bool:
-        """Does the run visit the noise levels of the plan?"""
-        return len(self.sigmas) == run.total and all(
-            abs(a - b) <= 1e-4 * max(1.0, abs(a)) for a, b in zip(self.sigmas, run.sigmas, strict=True)
-        )
+    def summary(self) -> str:
+        chosen = ", ".join(map(str, self.compute))
+        error = "" if self.error is None else f"; predicted error {self.error:.2%} of what was traced"
+        return f"computes {len(self.compute)} of {len(self.sigmas)} steps: {chosen}{error}"
 
     def steps(self, run: Run) -> tuple[int, ...]:
         """Steps of any run to compute: the plan's own, or as large a share, spread over noise levels as in the plan."""
         if self.fits(run):
             return self.compute
-        # log(1 + sigma) is even enough both for noise over signal and for flow matching; 0 is where a run ends
-        grid, wanted = -np.log1p([*self.sigmas, 0.0]), -np.log1p(run.sigmas)
-        total, computed = len(self.sigmas), len(self.compute)
-        lead = 0.0  # a run may begin noisier, as one of more steps does with leading timesteps
-        if wanted[0] < grid[0] < grid[1]:
-            lead = min(1.0, float((grid[0] - wanted[0]) / (grid[1] - grid[0])))
-            grid = np.concatenate([wanted[:1], grid])
-        at = np.interp(wanted, grid, [-lead, *range(total + 1)] if lead else range(total + 1))
-        at = np.maximum.accumulate(at)  # where each step would be in the plan
+        at = self.places(run)
+        total, computed, lead = len(self.sigmas), len(self.compute), max(0.0, -float(at[0]))
         marks = [-lead - 1e-9, *self.compute, total]
         ranks = [-lead * computed / total, *range(computed + 1)]
         first = float(np.interp(at[0], marks, ranks))
@@ -86,27 +138,51 @@ class Plan(Settings):
         return tuple(chosen)
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """What a plan file holds. Raises ValueError, in one sentence, for a file that is missing, broken or no plan."""
+def read_plan(path: Path, kind: type[Plan]) -> dict[str, Any]:
+    """What a plan file holds. Raises ValueError, in one sentence, for a file that is missing, broken or no plan of that
+    kind."""
     name = f"plan file {str(path)!r}"
     if not path.is_file():
         raise ValueError(f"{name} does not exist; make one with fastdiff calibrate")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{name} has {path.stat().st_size} bytes, more than any plan")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} is truncated or no JSON: {error}") from None
-    if not isinstance(values, dict) or not {"version", "compute", "sigmas"} <= values.keys():
+    if not isinstance(values, dict) or not {"version", "denoiser", "sigmas"} <= values.keys():
         raise ValueError(f"{name} holds no plan; make one with fastdiff calibrate")
     if values["version"] != VERSION:
         raise ValueError(f"{name} has version {values['version']!r}, this fastdiff reads {VERSION}; calibrate again")
     try:
-        Plan.model_validate(values)
+        kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("missing", "extra_forbidden"):
+            raise ValueError(f"{name} was made for another cache method: {where} is {_FOUND[first['type']]}") from None
         why = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{where}: {first['msg'].lower()}"
         raise ValueError(f"{name} is damaged: {why}") from None
     return values
+
+
+def from_file(kind: type[Plan]) -> BeforeValidator:
+    """Lets a setting name a plan file where it wants a plan."""
+    return BeforeValidator(
+        lambda value: read_plan(Path(value).expanduser(), kind) if isinstance(value, str | Path) else value
+    )
+
+
+def quantization(anatomy: Anatomy) -> str | None:
+    """Dtypes of weights that are no plain floats, by name; None where all are."""
+    plain = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    tensors = [*anatomy.denoiser.parameters(), *anatomy.denoiser.buffers()]
+    found = {str(t.dtype).removeprefix("torch.") for t in tensors if t.ndim >= 2 and t.dtype not in plain}
+    return "+".join(sorted(found)) or None
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def fingerprint(anatomy: Anatomy) -> str:

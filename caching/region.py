@@ -64,10 +64,16 @@ class Memory:
     cached_in_row: int = 0
     cached: int = 0
     skipping: bool = False
+    shadowed: bool = False
     keep: bool = True
     factors: Sequence[float] = ()
     taken: list[Any] | None = None
     ready: list[Any] | None = None
+
+
+def tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    """The tensors among some leaves; a last block may return None for a stream that ends."""
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
@@ -98,5 +104,4 @@ def unread(form: Any) -> Any:
 
 def signature(args: tuple, kwargs: dict) -> Any:
     """Shape, dtype and device of the tensors that a call is given; a change makes what is remembered useless."""
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return [(t.shape, t.dtype, t.device) for t in leaves]
+    return [(t.shape, t.dtype, t.device) for t in tensors(pytree.tree_leaves((args, kwargs)))]

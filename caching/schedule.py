@@ -92,10 +92,12 @@ def fewest(total: int, longest: int, forced: Sequence[int]) -> int:
     return len(must) + sum((end - step - 1) // (longest + 1) for _, step, end in spans(must, total))
 
 
-def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = ()) -> list[int]:
+def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = (), *, shortest: int = 1) -> list[int]:
     """`budget` steps to compute, among them 0 and those in `forced`, at the least sum of group costs.
 
-    table: as `Costs.table` makes it; O(budget T longest^2). Raises ValueError for a budget that is not possible.
+    table: as `Costs.table` makes it; O(budget T longest^2). shortest: least steps in a group, the computed one
+    included, but for groups that a forced step or the end of the run cuts short. Raises ValueError for a budget that
+    is not possible.
     """
     total, width = len(table), table.shape[1] - 1
     least = fewest(total, width - 1, forced)
@@ -105,6 +107,10 @@ def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = ()) -> lis
     for step in forced:
         for b in range(2, width + 1):
             allowed[max(0, step - b + 1) : step, :, b] = np.inf
+    for j in range(total):
+        for b in range(1, min(shortest, total - j)):
+            if j + b not in forced:
+                allowed[j, :, b] = np.inf
     best = np.full((total, width + 1), np.inf)  # best[j, a]: the last computed steps are j - a and j
     best[0, 0] = 0.0
     came_from: list[NDArray[np.intp]] = []
@@ -117,6 +123,8 @@ def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = ()) -> lis
     ends = np.full_like(best, np.inf)
     for j in range(max(0, total - width), total):
         ends[j] = best[j] + allowed[j, :, total - j]
+    if not np.isfinite(ends).any():
+        raise ValueError(f"{budget} computed steps of {total} are not possible in groups of at least {shortest}")
     j, a = (int(x) for x in np.unravel_index(int(ends.argmin()), ends.shape))
     chosen = [j]
     for origin in reversed(came_from):

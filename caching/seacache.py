@@ -1,4 +1,4 @@
-"""SeaCache: Spectral-Evolution-Aware Cache for Accelerating Diffusion Models. Paper: https://arxiv.org/abs/2602.18993 (CVPR 2026)."""
+"""SeaCache: spectral-evolution-aware caching. Paper: https://arxiv.org/abs/2602.18993 (CVPR 2026)."""
 
 from __future__ import annotations
 

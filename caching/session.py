@@ -31,13 +31,14 @@ class Session:
     """
 
     def __init__(
-        self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False
-    ) -> None:
+        self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False,
+        regions: Sequence[Region] = (),
+    ) -> None:  # fmt: skip
         if method.language != (anatomy.family.kind == "language"):
             what = "language models" if method.language else "image and video denoisers"
             raise UnsupportedModel(f"{method.method} is for {what}; {anatomy.family.name} is none")
         self.method, self.anatomy, self.clock, self.recorder = method, anatomy, clock, recorder
-        self.regions, self.ahead = method.regions(anatomy), ahead
+        self.regions, self.ahead = list(regions) or method.regions(anatomy), ahead
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
         self._branches: dict[int, list[Memory]] = {}
@@ -73,7 +74,7 @@ class Session:
         self._needed = [None if mask is None else needed(mask, self.method.order) for mask in self.masks]
         self._weigh = self.method.weigher(run)
         self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
-        for note in self.method.notes(run):
+        for note in self.method.notes(run, self.anatomy):
             self.recorder.note(note)
 
     def _end(self, run: Run) -> None:
@@ -192,8 +193,8 @@ class Session:
                     return self._serve(number, region, memory) if last else unread(memory.placeholders[position])
                 output = forward(*args, **kwargs)
                 if memory.keep and last:
-                    self._take(region, memory, output)
-                elif memory.keep and position not in memory.placeholders:
+                    return self._take(number, region, memory, output)
+                if memory.keep and position not in memory.placeholders:
                     memory.placeholders[position] = placeholder(output)
                 return output
 
@@ -201,19 +202,21 @@ class Session:
 
         patches.wrap_forward(unit, wrapper)
 
-    def _take(self, region: Region, memory: Memory, output: Any) -> None:
+    def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
+        """Keep what leaves a region until the step is committed."""
         leaves, memory.spec = pytree.tree_flatten(output)
         if region.store == "residual":
             entry = dict(zip(region.takes, memory.entry, strict=True))
             pairs = zip(leaves, region.returns, strict=True)
             memory.taken = [leaf - entry[stream] if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
-            memory.entry = []
         else:
             memory.taken = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return output
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
         for memory in self._current or ():
+            memory.entry = []
             if memory.taken is None:
                 continue
             memory.indices.append(index)
@@ -259,7 +262,6 @@ class Session:
             entry = dict(zip(region.takes, memory.entry, strict=True))
             pairs = zip(leaves, region.returns, strict=True)
             leaves = [entry[stream] + leaf if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
-            memory.entry = []
         else:  # the caller may write into what it is given
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(leaves, memory.spec)

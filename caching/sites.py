@@ -110,7 +110,9 @@ def attention_input(anatomy: Anatomy) -> Probe:
     """What enters the first attention layer: the latents, normalised and modulated by the timestep."""
     found = [module for _, module in attention_layers(stack_blocks(anatomy)[0])]
     if not found:
-        raise UnsupportedModel(f"the first block of {anatomy.family.name} has no attention layer that fastdiff recognises")
+        raise UnsupportedModel(
+            f"the first block of {anatomy.family.name} has no attention layer that fastdiff recognises"
+        )
     return Probe(_first(found[0]), found[0])
 
 

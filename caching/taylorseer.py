@@ -1,4 +1,4 @@
-"""TaylorSeer: From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers. Paper: https://arxiv.org/abs/2503.06923 (ICCV 2025)."""
+"""TaylorSeer: from reusing to forecasting. Paper: https://arxiv.org/abs/2503.06923 (ICCV 2025)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ class TGate(CacheMethod):
         wanted = ("cross", "self") if self.self_interval > 1 else ("cross",)
         chosen = [region for region in found if region.kind in wanted]
         if not chosen and self.guidance == "keep":
-            raise UnsupportedModel(f'{anatomy.family.name} has no cross-attention; tgate needs guidance = "drop" or "delta"')
+            raise UnsupportedModel(
+                f'{anatomy.family.name} has no cross-attention; tgate needs guidance = "drop" or "delta"'
+            )
         return chosen
 
     def mask(self, run: Run, region: Region) -> list[bool]:

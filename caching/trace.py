@@ -12,28 +12,71 @@ from torch import Tensor
 
 from fastdiff.clock import Run, StepClock
 
+from .calibration import Sample
+from .region import tensors
+
 _SKETCH = 16384
 
 
-class Trace:
-    """Collects, over runs of the same length, the mean Gram matrix of the outputs given to `scheduler.step`.
+class Gram:
+    """Mean Gram matrix of the rows of any number of runs: inner products of what each step gave, summed over numbers.
 
-    The outputs are those after guidance. They are compared in float64 after, where they are large, one fixed random
-    projection to 16384 numbers an image (Johnson-Lindenstrauss: distances within about 1 %). `solver` is a copy of
-    the scheduler as it was when the last run began.
+    Rows are compared in float64 after, where they are long, one fixed random projection to 16384 numbers an image
+    (Johnson-Lindenstrauss: distances within about 1 %).
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.matrix: NDArray[np.float64] | None = None
+        self._projection: tuple[Tensor, Tensor] | None = None
+
+    def sketch(self, value: Tensor) -> Tensor:
+        """(images, numbers): random signs summed into a fixed number of buckets (count sketch), the same each time."""
+        flat = value.detach().flatten(1)
+        width = flat.shape[1]
+        if width <= _SKETCH:
+            return flat.double().cpu()
+        if self._projection is None or len(self._projection[0]) != width:
+            generator = torch.Generator().manual_seed(0)
+            buckets = torch.randint(_SKETCH, (width,), generator=generator)
+            signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
+            self._projection = buckets.to(flat.device), signs.to(flat.device)
+        buckets, signs = self._projection
+        out = torch.zeros(len(flat), _SKETCH, device=flat.device)
+        return out.index_add_(1, buckets, flat.float() * signs).double().cpu()
+
+    def add(self, rows: list[Tensor]) -> None:
+        """The sketches of one run, a step each."""
+        stacked = torch.stack(rows, 1)  # images, steps, numbers
+        total, count = (stacked @ stacked.mT).sum(0).numpy(), len(stacked)
+        old = self.matrix
+        self.matrix = total / count if old is None else (old * self.images + total) / (self.images + count)
+        self.images += count
+
+
+class Trace:
+    """Collects, over runs of the same steps, the Gram matrix of the outputs given to `scheduler.step`.
+
+    The outputs are those after guidance. `solver` is a copy of the scheduler as it was when the last run began.
     """
 
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
         self.run: Run | None = None
         self.solver: Any = None
-        self.images = 0
-        self.gram: NDArray[np.float64] | None = None
+        self._gram = Gram()
         self._rows: list[Tensor] = []
-        self._projection: tuple[Tensor, Tensor] | None = None
         clock.on_start.append(self._start)
-        clock.on_output.append(self._output)
+        clock.on_output.append(lambda _, output: self._rows.append(self._gram.sketch(output)))
         clock.on_end.append(self._end)
+
+    @property
+    def gram(self) -> NDArray[np.float64] | None:
+        return self._gram.matrix
+
+    @property
+    def images(self) -> int:
+        return self._gram.images
 
     def _start(self, run: Run) -> None:
         if self.run is not None and run.sigmas != self.run.sigmas:
@@ -43,32 +86,34 @@ class Trace:
         self.run, self._rows = run, []
         self.solver = copy.deepcopy(self.clock.pipe.scheduler)
 
-    def _output(self, index: int, output: Tensor) -> None:
-        self._rows.append(self._sketch(output.detach().flatten(1)).double().cpu())
-
-    def _sketch(self, flat: Tensor) -> Tensor:
-        """Random signs summed into a fixed number of buckets (count sketch), the same for every step."""
-        width = flat.shape[1]
-        if width <= _SKETCH:
-            return flat.float()
-        if self._projection is None or len(self._projection[0]) != width:
-            generator = torch.Generator().manual_seed(0)
-            buckets = torch.randint(_SKETCH, (width,), generator=generator)
-            signs = torch.randint(2, (width,), generator=generator) * 2.0 - 1.0
-            self._projection = buckets.to(flat.device), signs.to(flat.device)
-        buckets, signs = self._projection
-        out = torch.zeros(len(flat), _SKETCH, device=flat.device)
-        return out.index_add_(1, buckets, flat.float() * signs)
-
     def _end(self, run: Run) -> None:
         rows, self._rows = self._rows, []
-        if len(rows) != run.total:
-            return  # cut short: says nothing about the whole run
-        stacked = torch.stack(rows, 1)  # images, steps, numbers
-        total = (stacked @ stacked.mT).sum(0).numpy()
-        count = len(stacked)
-        self.gram = total / count if self.gram is None else (self.gram * self.images + total) / (self.images + count)
-        self.images += count
+        if len(rows) == run.total:  # one cut short says nothing about the whole run
+            self._gram.add(rows)
+
+
+class SiteTrace:
+    """The Gram matrix of what a region gave, over the runs and branches that a `Recording` session shows."""
+
+    def __init__(self) -> None:
+        self._gram = Gram()
+        self._rows: dict[int, list[Tensor]] = {}
+
+    def seen(self, sample: Sample) -> None:
+        step = sample.step
+        if step.index == 0:
+            self._rows[step.branch] = []
+        leaves = [leaf.flatten(1).float() for leaf in tensors(sample.value)]
+        rows = self._rows.setdefault(step.branch, [])
+        rows.append(self._gram.sketch(torch.cat(leaves, 1)))
+        if len(rows) == step.run.total:
+            self._gram.add(self._rows.pop(step.branch))
+
+    @property
+    def gram(self) -> NDArray[np.float64]:
+        if self._gram.matrix is None:
+            raise ValueError("no complete run was traced")
+        return self._gram.matrix
 
 
 def influence(solver: Any, run: Run) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fastdiff.caching.session import Session
-from fastdiff.clock import WATCHED, StepClock
+from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet, current_forward
@@ -72,15 +72,19 @@ class Accelerated:
         whole = config.compile.enabled and config.compile.scope == "denoiser"
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
-        session = None
-        if config.cache is not None:
-            session = Session(config.cache, anatomy, self.clock, self._recorder, ahead=whole)  # type: ignore[arg-type]
+        session = self._session(anatomy, whole)
+        if session is not None:
             session.attach(patches)
         if whole:
             compile_denoiser(anatomy, config.compile, patches)
         if session is not None:
             session.attach_denoiser(patches)
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
+
+    def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
+        if self.config.cache is None:
+            return None
+        return Session(self.config.cache, anatomy, self.clock, self._recorder, ahead=ahead)  # type: ignore[arg-type]
 
     def __enter__(self) -> Accelerated:
         return self
@@ -109,8 +113,14 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
         if not anatomy.recognised:
             name = type(anatomy.denoiser).__name__
             warnings.warn(f"{name} is not described; fastdiff goes by its structure", stacklevel=2)
-    resolved = resolve_for(pipe, config, levers, found[0])
-    handle = Accelerated(pipe, resolved)
+    handle = Accelerated(pipe, resolve_for(pipe, config, levers, found[0]))
+    put(handle, found)
+    return handle
+
+
+def put(handle: Accelerated, found: list[Anatomy]) -> None:
+    """Install a handle in the place of the one that is there; where that fails, the old one stays."""
+    pipe = handle.pipe
     previous = vars(pipe).get(HANDLE)
     if previous is not None:
         previous.restore()
@@ -121,7 +131,6 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
         if previous is not None:
             previous.install(found)
         raise
-    return handle
 
 
 def resolve_for(pipe: DiffusionPipeline, config: Source, levers: Mapping[str, Any], anatomy: Anatomy) -> Resolved:

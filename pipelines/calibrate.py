@@ -1,4 +1,4 @@
-"""Calibration: run a pipeline uncached, keep its trace, plan the steps to compute."""
+"""Calibration: run a pipeline uncached, show the cache method what it wants to see, keep what it finds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastdiff.caching.dp import DP
-from fastdiff.caching.trace import Trace
-from fastdiff.clock import Run
-from fastdiff.config import Config
+from fastdiff.caching.base import CacheMethod
+from fastdiff.caching.calibration import Calibrator, Install
+from fastdiff.caching.session import Session
+from fastdiff.config import Config, Resolved
 from fastdiff.errors import BadConfig, FastdiffError
 
-from .accelerate import accelerate
-from .families import anatomies
+from .accelerate import Accelerated, put, restore
+from .families import Anatomy, anatomies
 
 Watch = Callable[[int, int], None]
 
@@ -25,47 +24,61 @@ def calibrate(
     pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, watch: Watch | None = None,
     **call: Any,
 ) -> Config:  # fmt: skip
-    """The config with a plan for this pipeline in its cache method, `dp`.
+    """The config with what calibration finds for this pipeline in its cache method.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on;
-    `watch` is told how many steps of how many are done. An accelerated pipeline is restored first.
+    `watch` is told how many steps of how many are done in the pass under way. An accelerated pipeline is restored
+    first.
 
     Raises BadConfig for a method that takes no plan, a number of computed steps that is not possible, and a solver
     that adds noise of its own, for which no fixed plan can be right.
     """
     method = config.cache
-    if not isinstance(method, DP):
-        named = f"not {method.method}" if method is not None else "and no cache method is set"
-        raise BadConfig(f'calibrate makes plans for the cache method dp, {named}; add --set cache.method="dp"')
-    trace = record(pipe, prompts, config, seed=seed, batch=batch, check=method.check, watch=watch, **call)
+    if not isinstance(method, CacheMethod):
+        raise BadConfig("calibrate needs a cache method that takes a plan; add --set cache.method=dp")
+    restore(pipe)
+    found = anatomies(pipe)
+    plain = config.model_copy(update={"cache": None})
+
+    def draw(install: Install) -> None:
+        handle = Observed(pipe, plain, install, found[0])
+        put(handle, found)
+        try:
+            _draw(handle, prompts, seed, batch, watch, call)
+        finally:
+            handle.restore()
+
     try:
-        return config.model_copy(update={"cache": method.planned(trace, anatomies(pipe)[0])})
+        return config.model_copy(update={"cache": method.calibrated(Calibrator(found[0], draw))})
     except ValueError as error:
         raise BadConfig(f"{error}; calibrate with a deterministic solver such as DDIM, Euler or DPM++") from None
 
 
-def record(
-    pipe: Any, prompts: Sequence[str], config: Config | None = None, *, seed: int = 0, batch: int = 4,
-    check: Callable[[Run], None] | None = None, watch: Watch | None = None, **call: Any,
-) -> Trace:  # fmt: skip
-    """The trace of uncached runs of the prompts; `check` may refuse a run when it starts."""
-    with accelerate(pipe, (config or Config()).model_copy(update={"cache": None})) as handle:
-        trace = Trace(handle.clock)
-        handle.clock.on_start.extend([check] if check else [])
-        calls, ticks = range(0, len(prompts), batch), count(1)
-        if watch is not None:
-            handle.clock.on_tick.append(
-                lambda _: watch(next(ticks), len(calls) * (trace.run.total if trace.run else 0))
-            )
-        for start in calls:
-            texts = list(prompts[start : start + batch])
-            generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
-            try:
-                pipe(texts, generator=generators, output_type="latent", **call)
-            except ValueError as error:  # how diffusers refuses arguments
-                raise BadConfig(f"{type(pipe).__name__} refuses: {str(error).strip().splitlines()[0]}") from error
-    if trace.gram is None:
+class Observed(Accelerated):
+    """A pipeline whose first denoiser has, in the place of a cache, what a calibration installs."""
+
+    def __init__(self, pipe: Any, config: Config, install: Install, anatomy: Anatomy) -> None:
+        self._build, self._anatomy = install, anatomy
+        super().__init__(pipe, Resolved(config, {}))
+
+    def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
+        return self._build(anatomy, self.clock, self._recorder) if anatomy is self._anatomy else None
+
+
+def _draw(
+    handle: Accelerated, prompts: Sequence[str], seed: int, batch: int, watch: Watch | None, call: dict[str, Any]
+) -> None:
+    pipe, clock, whole = handle.pipe, handle.clock, [0]
+    calls, ticks = range(0, len(prompts), batch), count(1)
+    clock.on_start.append(lambda run: whole.append(run.total))
+    if watch is not None:
+        clock.on_tick.append(lambda _: watch(next(ticks), len(calls) * whole[-1]))
+    for start in calls:
+        texts = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
+        try:
+            pipe(texts, generator=generators, output_type="latent", **call)
+        except ValueError as error:  # how diffusers refuses arguments
+            raise BadConfig(f"{type(pipe).__name__} refuses: {str(error).strip().splitlines()[0]}") from error
+    if handle.report.steps < max(1, whole[-1]):
         raise FastdiffError(f"{type(pipe).__name__} made no complete denoising run to calibrate on")
-    if not np.isfinite(trace.gram).all():
-        raise FastdiffError("the model's outputs are not finite numbers; try another dtype or guidance scale")
-    return trace

@@ -37,7 +37,8 @@ def _repeated(anatomy: Anatomy) -> list[nn.Module]:
     if anatomy.family.kind == "transformer":
         return anatomy.blocks
     if anatomy.family.kind == "language":
-        raise UnsupportedModel(f"the blocks of a {anatomy.family.name} model are not known; set compile.scope = denoiser")
+        name = anatomy.family.name
+        raise UnsupportedModel(f"the blocks of a {name} model are not known; set compile.scope = denoiser")
     unet: Any = anatomy.denoiser
     blocks = [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks]
     return [

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastdiff
 from fastdiff.bench import output
 from fastdiff.bench.row import environment
+from fastdiff.machine import package_version
 from tests.language import MASK, BlockLM, pipeline, prompt
 
 MODEL = {"layers": 6, "width": 256, "heads": 8}
@@ -87,13 +88,13 @@ def _measured(block: int | None, ids: Tensor, call: dict[str, Any], rounds: int)
         "work_ratio": round(before / after, 3),
         "work_ratio_first_call": round(before / verifying, 3),
         "pairs": rounds,
-        "seconds_ratio_median": round(statistics.median(ratios), 3),
-        "seconds_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "cpu_seconds_ratio_median": round(statistics.median(ratios), 3),
+        "cpu_seconds_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "same_tokens_first_call": float((first == expected).float().mean()),
         "same_tokens": same,
         "notes_first_call": said,
         **_delayed(blocks),
-        "environment": environment(cached),
+        "environment": {**environment(cached), "transformers": package_version("transformers")},
     }  # fmt: skip
 
 

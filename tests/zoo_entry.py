@@ -59,15 +59,17 @@ def picture(size: int = 64) -> Tensor:
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def text(width: int, *, mask: str = "", negative: bool = True, tokens: int = 7) -> dict[str, Tensor]:
-    """Embeddings of a prompt that no text encoder needs to make; `mask` is the name of their attention mask.
+def text(
+    width: int, *, mask: str = "", negative: bool = True, tokens: int = 7, dtype: torch.dtype = torch.long
+) -> dict[str, Tensor]:
+    """Embeddings of a prompt that no text encoder needs to make; `mask` names their attention mask, of `dtype`.
 
     Seven tokens: no picture has so many, so that streams can be told apart by shape.
     """
     told = {"prompt_embeds": noise(1, tokens, width, seed=1)}
     if negative:
         told["negative_prompt_embeds"] = noise(1, tokens, width, seed=2)
-    masks = {"negative_" * n + mask: torch.ones(1, tokens, dtype=torch.long) for n in range(1 + negative) if mask}
+    masks = {"negative_" * n + mask: torch.ones(1, tokens, dtype=dtype) for n in range(1 + negative) if mask}
     return told | masks
 
 

@@ -8,7 +8,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from torch import nn
 
 from tests import tiny
 from tests.zoo_entry import Entry, latent, noise, picture, text
@@ -81,8 +80,8 @@ def _ovis() -> DiffusionPipeline:
 
 def _pixart_alpha() -> DiffusionPipeline:
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=128, num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=3, cross_attention_dim=24,
-        caption_channels=32, in_channels=4, out_channels=8,
+        sample_size=128, num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=3,
+        cross_attention_dim=24, caption_channels=32, in_channels=4, out_channels=8,
     )  # fmt: skip
     return diffusers.PixArtAlphaPipeline(
         transformer=tiny.lively(transformer), vae=None, scheduler=diffusers.DPMSolverMultistepScheduler(), **_NO_TEXT
@@ -240,18 +239,22 @@ ZOO = {
     "flux2": Entry(_flux2, lambda: latent(**text(32, negative=False)), _SINGLE + "attn.to_out", "first_block"),
     "chroma": Entry(
         _chroma,
-        lambda: {name: 1.0 * value if "mask" in name else value for name, value in latent(**text(32, mask=_MASKED)).items()},
+        lambda: latent(**text(32, mask=_MASKED, dtype=torch.float32)),
         _SINGLE + "proj_out", "first_block", calls=2,
     ),
     "bria": Entry(_bria, lambda: latent(prompt="a cat", negative_prompt="bad"), _SINGLE + "proj_out", "first_block"),
-    "ovis": Entry(_ovis, lambda: latent(negative_prompt=None, **text(32)), _SINGLE + "proj_out", "first_block", calls=2),
+    "ovis": Entry(
+        _ovis, lambda: latent(negative_prompt=None, **text(32)), _SINGLE + "proj_out", "first_block", calls=2
+    ),
     "pixart alpha": Entry(
         _pixart_alpha,
         lambda: latent(use_resolution_binning=False, **text(32, mask=_MASKED), negative_prompt=None),
         _LAST + "ff.net.2", "first_block",
     ),
     "sana": Entry(
-        _sana, lambda: latent(256, use_resolution_binning=False, negative_prompt=None, **text(32, mask=_MASKED)), _LAST + "ff.conv_point", "first_block"
+        _sana,
+        lambda: latent(256, use_resolution_binning=False, negative_prompt=None, **text(32, mask=_MASKED)),
+        _LAST + "ff.conv_point", "first_block",
     ),
     "auraflow": Entry(
         _auraflow, lambda: latent(**text(32, mask=_MASKED)), _SINGLE + "ff.out_projection", "first_block"
@@ -272,7 +275,9 @@ ZOO = {
     "cogview3": Entry(_cogview3, lambda: latent(**text(32)), _LAST + "ff.net.2", "first_block"),
     "hidream": Entry(_hidream, _hidream_text, "transformer.single_stream_blocks.2.block.attn1.to_out", "first_block"),
     "dit": Entry(
-        _dit, lambda: {"class_labels": [1], "guidance_scale": 4.0, "output_type": "np"}, _LAST + "ff.net.2", "first_block"
+        _dit,
+        lambda: {"class_labels": [1], "guidance_scale": 4.0, "output_type": "np"},
+        _LAST + "ff.net.2", "first_block",
     ),
     "kandinsky prior": Entry(
         _kandinsky_prior,

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -17,6 +16,12 @@ from tests.zoo_entry import Entry, latent, noise, picture, text
 _MID = "unet.mid_block.resnets.0.conv1"
 _CROSS_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
 _CROSS_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_RESAMPLED_BY_RESNETS: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+}
 
 
 @tiny.shared
@@ -36,7 +41,8 @@ def image_processor() -> Any:
 def _unet(**options: Any) -> nn.Module:
     standard = {
         "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 2, "norm_num_groups": 4,
-        "cross_attention_dim": 32, "attention_head_dim": 4, "down_block_types": _CROSS_DOWN, "up_block_types": _CROSS_UP,
+        "cross_attention_dim": 32, "attention_head_dim": 4, "down_block_types": _CROSS_DOWN,
+        "up_block_types": _CROSS_UP,
     }  # fmt: skip
     return diffusers.UNet2DConditionModel(**(standard | options)).eval()
 
@@ -107,8 +113,7 @@ def _movq() -> nn.Module:
 def _kandinsky() -> DiffusionPipeline:
     unet = _unet(
         out_channels=8, addition_embed_type="image", encoder_hid_dim=32, encoder_hid_dim_type="image_proj",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
+        **_RESAMPLED_BY_RESNETS,
     )  # fmt: skip
     return diffusers.KandinskyV22Pipeline(
         unet=unet, movq=_movq(), scheduler=diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012)
@@ -119,23 +124,22 @@ def _deepfloyd() -> DiffusionPipeline:
     unet = _unet(
         in_channels=3, out_channels=6, cross_attention_dim=32, encoder_hid_dim=32, attention_head_dim=2,
         addition_embed_type="text", addition_embed_type_num_heads=2, act_fn="gelu", time_embedding_act_fn="gelu",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift",
+        **_RESAMPLED_BY_RESNETS,
     )  # fmt: skip
     scheduler = diffusers.DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", thresholding=True, variance_type="learned_range", prediction_type="epsilon"
     )
     return diffusers.IFPipeline(
-        unet=unet, scheduler=scheduler, text_encoder=tiny.t5_encoder(), tokenizer=tiny.t5_tokenizer(), safety_checker=None,
-        feature_extractor=None, watermarker=None, requires_safety_checker=False,
+        unet=unet, scheduler=scheduler, text_encoder=tiny.t5_encoder(), tokenizer=tiny.t5_tokenizer(),
+        safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
 @tiny.shared
 def _vocoder() -> nn.Module:
     config = transformers.SpeechT5HifiGanConfig(
-        model_in_dim=16, sampling_rate=16000, upsample_initial_channel=8, upsample_rates=[5, 4], upsample_kernel_sizes=[8, 8],
-        resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
+        model_in_dim=16, sampling_rate=16000, upsample_initial_channel=8, upsample_rates=[5, 4],
+        upsample_kernel_sizes=[8, 8], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
     )  # fmt: skip
     return transformers.SpeechT5HifiGan(config)
 

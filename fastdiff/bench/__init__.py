@@ -1,7 +1,18 @@
 """Benchmarks: every row against the unaccelerated image of the same seed, and against simply taking fewer steps."""
 
 from .measure import Observer, run
-from .plan import Contender, Prompts, Settings, contenders, prompts_for, sources
+from .plan import Contender, Prompts, Settings, contenders, prompts_for, rivals, sources
 from .row import Row
 
-__all__ = ["Contender", "Observer", "Prompts", "Row", "Settings", "contenders", "prompts_for", "run", "sources"]
+__all__ = [
+    "Contender",
+    "Observer",
+    "Prompts",
+    "Row",
+    "Settings",
+    "contenders",
+    "prompts_for",
+    "rivals",
+    "run",
+    "sources",
+]

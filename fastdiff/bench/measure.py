@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.config import Config
-from fastdiff.errors import UnsupportedModel
+from fastdiff.errors import NotReversible, UnsupportedModel
 from fastdiff.pipelines.shapes import checker
 
 from .metrics import psnr, ssim
-from .plan import Contender, Prompts, Settings, fewer_steps
+from .peers import Running
+from .plan import Contender, Prompts, Settings, fewer_steps, other_solvers
 from .probe import Probe
 from .row import Row, environment, model_name
 
@@ -53,15 +53,15 @@ class _Trial:
 
 
 def draw(
-    pipe: Any, texts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | None
+    call: Callable[..., Any], texts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float | None
 ) -> NDArray[np.float32]:
-    """One call of the pipeline, an image for each text and seed: (count, height, width, 3) in [0, 1]."""
+    """One call of a pipeline, an image for each text and seed: (count, height, width, 3) in [0, 1]."""
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    output = pipe(list(texts), num_inference_steps=steps, generator=generators, output_type="np", **options)
+    output = call(list(texts), num_inference_steps=steps, generator=generators, output_type="np", **options)
     images = np.asarray(output[0], np.float32)
     if images.shape[0] != len(texts) or images.ndim != 4:
-        raise UnsupportedModel(f"bench compares images; {type(pipe).__name__} returned an array of {images.shape}")
+        raise UnsupportedModel(f"bench compares images; the pipeline returned an array of {images.shape}")
     if not np.isfinite(images).all():
         raise FloatingPointError("the images hold NaN or infinite pixels")
     return images
@@ -95,6 +95,8 @@ class _Bench:
         self.references: NDArray | None = None
         self.converged: NDArray | None = None
         self.without_converged: str | None = None
+        self.remarks: list[str] = []
+        self.stock: torch.Tensor | None = None
 
     def run(self, contenders: Sequence[Contender], command: str) -> list[Row]:
         trials = [_Trial(Contender("baseline", "baseline", self.settings.steps)), *map(_Trial, contenders)]
@@ -120,7 +122,10 @@ class _Bench:
 
     def _rivals(self, trials: list[_Trial]) -> list[_Trial]:
         counts = {trial.counts[0] for trial in trials if trial.error is None}
-        return [_Trial(rival) for rival in fewer_steps(counts, self.settings.steps, trials[0].counts[0])]
+        others, left_out = other_solvers(self.pipe.scheduler, self.settings.solvers)
+        self.remarks += left_out
+        found = fewer_steps(counts, self.settings.steps, trials[0].counts[0], others)
+        return [_Trial(rival, notes=_stride(rival, self.pipe.scheduler)) for rival in found]
 
     def _plan(self, trials: list[_Trial]) -> None:
         calls = 1 + len(self.prompts) + self.settings.rounds
@@ -144,36 +149,50 @@ class _Bench:
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _draw(self, indices: Sequence[int], steps: int) -> NDArray[np.float32]:
+    def _draw(self, running: Running, indices: Sequence[int], steps: int) -> NDArray[np.float32]:
         texts, seeds = [self.prompts.texts[k] for k in indices], [self.settings.seed + k for k in indices]
-        return draw(self.pipe, texts, seeds, steps, self.settings.guidance_scale)
+        return draw(running.call, texts, seeds, steps, self.settings.guidance_scale)
 
-    def _draw_all(self, name: str, steps: int, after: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
+    def _draw_all(self, running: Running, name: str, steps: int, counts: list[int]) -> NDArray[np.float32]:
+        """All prompts; what each call computed is added to `counts`."""
         chunks = []
         for start in range(0, len(self.prompts), self.settings.batch):
             indices = range(start, min(start + self.settings.batch, len(self.prompts)))
-            chunks.append(self._draw(indices, steps))
-            after()
+            chunks.append(self._draw(running, indices, steps))
+            counts += _known(running.computed())
             self.observer.done(name, steps * len(indices))
         return np.concatenate(chunks)
 
     def _warm_up(self, trial: _Trial) -> None:
         """A full call that also tells how many steps are computed."""
         contender = trial.contender
-        with contender.installed(self.pipe, counted=True) as handle:
-            self._draw([0], contender.steps)
-            assert handle is not None
-            trial.counts.append(handle.report.computed)
-            trial.notes += handle.report.notes
+        with contender.installed(self.pipe, counted=True) as running:
+            self._draw(running, [0], contender.steps)
+            trial.counts += _known(running.computed())
+            trial.notes += running.notes()
         self.observer.done(contender.name, contender.steps)
+        if contender.kind in ("baseline", "peer"):
+            self._check_stock(contender)
+
+    def _check_stock(self, contender: Contender) -> None:
+        """Whoever leaves the stock pipeline drawing something else spoils the rows of all others."""
+        latents = self.pipe(
+            self.prompts.texts[0],
+            num_inference_steps=min(3, self.settings.steps),
+            generator=torch.Generator().manual_seed(self.settings.seed),
+            output_type="latent",
+        )[0]
+        if self.stock is None:
+            self.stock = latents
+        elif not torch.equal(latents, self.stock):
+            self.remarks.append(f"the stock pipeline drew another picture after {contender.name}: trust no row here")
+            raise NotReversible("the stock pipeline is not itself any more")
 
     def _judge(self, trial: _Trial) -> None:
         contender = trial.contender
         counts: list[int] = []
-        with contender.installed(self.pipe) as handle:
-            images = self._draw_all(
-                contender.name, contender.steps, lambda: counts.append(handle.report.computed) if handle else None
-            )
+        with contender.installed(self.pipe) as running:
+            images = self._draw_all(running, contender.name, contender.steps, counts)
         if self.references is None:
             self.references = images
         decibels = psnr(images, self.references)
@@ -190,13 +209,12 @@ class _Bench:
 
     def _time(self, trial: _Trial, number: int) -> None:
         contender, index = trial.contender, number % len(self.prompts)
-        with contender.installed(self.pipe) as handle:
+        with contender.installed(self.pipe) as running:
             if contender.slow_start:
-                self._draw([index], contender.steps)
-            with Probe(self.pipe) as probe:
-                self._draw([index], contender.steps)
-            if handle is not None:
-                trial.counts.append(handle.report.computed)
+                self._draw(running, [index], contender.steps)
+            with Probe(running.pipe) as probe:
+                self._draw(running, [index], contender.steps)
+            trial.counts += _known(running.computed())
         trial.seconds.append(probe.seconds)
         trial.denoising.append(probe.denoising_seconds)
         trial.peaks += [probe.peak_memory_mb] if probe.peak_memory_mb is not None else []
@@ -211,7 +229,7 @@ class _Bench:
             if self._draws_noise():
                 self.without_converged = "no converged reference: the scheduler adds noise, so there is no ODE to solve"
             else:
-                self.converged = self._draw_all("converged", steps)
+                self.converged = self._draw_all(Running(self.pipe, self.pipe), "converged", steps, [])
         except Exception as error:  # some schedulers cannot take so many steps
             self.without_converged = f"no converged reference: {_reason(error)}"
 
@@ -241,7 +259,7 @@ class _Bench:
             "guidance_scale": settings.guidance_scale,
             "environment": environment(self.pipe),
             "command": command,
-            "remarks": [self.without_converged] if self.without_converged else [],
+            "remarks": ([self.without_converged] if self.without_converged else []) + self.remarks,
         }  # fmt: skip
 
 
@@ -266,17 +284,33 @@ def _row(trial: _Trial, baseline: _Trial, facts: dict[str, Any]) -> Row:
         spread = trial.spread | {"computed_steps_min": min(trial.counts), "computed_steps_max": max(trial.counts)}
     rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in measured.items()}
     contender = trial.contender
+    if contender.scheduler is not None:
+        facts["scheduler"] = type(contender.scheduler).__name__
     return Row(
         name=contender.name,
         kind=contender.kind,
         steps=contender.steps,
-        config=(contender.config or Config()).model_dump(mode="json"),
+        config=contender.record(),
         spread={key: round(value, 4) for key, value in spread.items()},
         notes=notes,
         error=trial.error,
         **rounded,
         **facts,
     )
+
+
+def _known(count: int | None) -> list[int]:
+    return [] if count is None else [count]
+
+
+def _stride(rival: Contender, scheduler: Any) -> list[str]:
+    """diffusers' DDIM steps by a whole number of training steps, whatever its list of timesteps says."""
+    trained = scheduler.config.get("num_train_timesteps", 0)
+    if rival.scheduler is None and type(scheduler).__name__ == "DDIMScheduler" and trained % rival.steps:
+        return [
+            f"{trained} is no multiple of {rival.steps}: diffusers' DDIM rounds its stride down, which costs quality"
+        ]
+    return []
 
 
 def _reason(error: Exception) -> str:

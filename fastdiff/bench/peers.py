@@ -1,4 +1,4 @@
-"""The rivals: other packages' caches on the same weights, seeds and scheduler, each as its authors mean it to be used."""
+"""The rivals: other caches on the same weights, seeds and scheduler, each used as its authors mean it to be."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Pyramid(DiffusersCache):
     def apply(self, twin: Twin, clock: Clock) -> None:
         from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
-        config = PyramidAttentionBroadcastConfig(**self.settings, current_timestep_callback=lambda: clock.timestep)
+        config = PyramidAttentionBroadcastConfig(**self.settings, current_timestep_callback=clock.now)
         apply_pyramid_attention_broadcast(twin.denoiser, config)
 
 
@@ -148,7 +148,7 @@ class FasterCache(DiffusersCache):
             **self.settings,
             tensor_format="BCHW",
             attention_weight_callback=lambda _: 0.3,  # as in the documentation
-            current_timestep_callback=lambda: clock.timestep,
+            current_timestep_callback=clock.now,
             _unconditional_conditional_input_kwargs_identifiers=[
                 "hidden_states", "encoder_hidden_states", "timestep", "pooled_projections",
             ],

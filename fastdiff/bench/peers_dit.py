@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,20 +25,23 @@ class CacheDit(Peer):
     """DBCache: skip the middle blocks while the first ones' residual changes little, or by a mask of steps."""
 
     taylorseer: bool = False
+    mask: str | None = None  # one of its presets of computed steps
 
     def record(self) -> dict[str, Any]:
-        return super().record() | {"taylorseer": self.taylorseer}
+        return super().record() | {"taylorseer": self.taylorseer, "mask_policy": self.mask}
 
     def fit(self, twin: Twin) -> Fitted:
-        import logging
-
-        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
         import cache_dit
 
+        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)  # it tells its whole config for every call of fit
         if self.taylorseer:
             _text_through(twin)
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if self.taylorseer else None
         config = cache_dit.DBCacheConfig(**self.settings)
+        if self.mask is not None:
+            config.steps_computation_mask = cache_dit.steps_mask(
+                mask_policy=self.mask, total_steps=config.num_inference_steps
+            )
         cache_dit.enable_cache(twin.pipe, cache_config=config, calibrator_config=calibrator)
         return Fitted(twin.pipe)
 
@@ -129,8 +134,7 @@ class Ratios:
         finally:
             for hook in hooks:
                 hook.remove()
-        pairs = zip(magnitudes, magnitudes[1:], strict=False)
-        return [1.0, *(float((now / (before + 1e-8)).mean()) for before, now in pairs)]
+        return [1.0, *(float((now / (before + 1e-8)).mean()) for before, now in pairwise(magnitudes))]
 
 
 def _text_through(twin: Twin) -> None:
@@ -167,18 +171,12 @@ def _dbcache(steps: int) -> list[Peer]:
 
 
 def _masks(steps: int) -> list[Peer]:
-    """cache-dit's presets of computed steps, if it is there to say them; else one row that tells it is missing."""
-    try:
-        from cache_dit import steps_mask
-    except ImportError:
-        return [CacheDit("DBCache SCM", "cache-dit", {}, _DITS)]
     return [
         CacheDit(
             f"DBCache SCM {preset}" + (" + TaylorSeer" if taylorseer else ""), "cache-dit",
             {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "num_inference_steps": steps,
-             "steps_computation_mask": steps_mask(mask_policy=preset, total_steps=steps),
              "steps_computation_policy": "static"},
-            _DITS, taylorseer, notes=(_TEXT,) if taylorseer else (),
+            _DITS, taylorseer, preset, notes=(_TEXT,) if taylorseer else (),
         )
         for preset in ("slow", "medium", "fast", "ultra")
         for taylorseer in (False, True)
@@ -193,7 +191,7 @@ def _diffusers(steps: int, guidance_scale: float | None) -> list[Peer]:
         *(FirstBlock(f"FirstBlockCache {t}", "diffusers", {"threshold": t}, _DITS, notes=(_CONTEXT, _TEXT))
           for t in (0.05, 0.1, 0.2)),
         *(TaylorSeer(f"TaylorSeer N={n}", "diffusers", {"cache_interval": n}, _DITS,
-                     notes=(_CONTEXT, "factors in float32")) for n in (3, 5)),
+                     notes=(_CONTEXT, "factors in float32", "only attention is forecast")) for n in (3, 5)),
         *(TaylorSeerLite(f"TaylorSeer lite N={n}", "diffusers", {"cache_interval": n, "use_lite_mode": True}, _DITS,
                          notes=(_CONTEXT, "factors in float32", _TEXT)) for n in (2, 3, 5)),
         *(MagCache(f"MagCache {t}", "diffusers", {"threshold": t, **mag}, _DITS, ratios, notes=(calibrated,))
@@ -201,6 +199,6 @@ def _diffusers(steps: int, guidance_scale: float | None) -> list[Peer]:
         *(Pyramid(f"PAB {n}", "diffusers", {"spatial_attention_block_skip_range": n}, _DITS, notes=(_CONTEXT,))
           for n in (2, 4)),
         FasterCache("FasterCache", "diffusers", {}, _DITS, notes=(_CONTEXT, "halves pooled_projections too")),
-        *(Sea(f"SeaCache {t}", "diffusers", {"threshold": t}, _DITS, notes=(_CONTEXT, _TEXT, "latent as a video of one frame"))
+        *(Sea(f"SeaCache {t}", "diffusers", {"threshold": t}, _DITS, notes=(_CONTEXT, _TEXT, "a video of one frame"))
           for t in (0.15, 0.3, 0.5)),
     ]  # fmt: skip

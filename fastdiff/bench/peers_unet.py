@@ -67,7 +67,7 @@ class ToMe(Peer):
 
         def reset() -> None:  # which tokens are merged is drawn from the global generator of the moment
             generator = torch.Generator(twin.pipe.device).manual_seed(0)
-            twin.denoiser._tome_info["args"]["generator"] = generator  # type: ignore[union-attr, index]
+            twin.denoiser._tome_info["args"]["generator"] = generator
 
         return Fitted(twin.pipe, reset)
 

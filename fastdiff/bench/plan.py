@@ -13,12 +13,15 @@ from pydantic import Field
 from fastdiff.config import Config, Layer, layers_of, parse_set, presets, resolve
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings as _Frozen
-from fastdiff.pipelines.accelerate import Accelerated, accelerate
+from fastdiff.patch import PatchSet
+from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded_name
 from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
+from .peers import Peer, Running, peers_for
 from .row import Kind
+from .solvers import TITLES, solver
 
 _PROMPTS = (
     "a red fox in the snow, photograph",
@@ -37,6 +40,7 @@ class Settings(_Frozen):
     guidance_scale: float | None = Field(None, ge=0, description="None leaves the pipeline's default")
     batch: int = Field(8, ge=1, description="images a call in the quality pass")
     converged_steps: int | None = Field(500, ge=2, description="steps of the converged reference; None leaves it out")
+    solvers: tuple[str, ...] = Field((), description="other schedulers that fewer steps are taken with too")
 
     @classmethod
     def of(cls, pipe: Any, steps: int | None, guidance_scale: float | None, **others: Any) -> Settings:
@@ -60,26 +64,48 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row to be: the stock pipeline, or with a config the accelerated one."""
+    """One row to be: the stock pipeline, with a config the accelerated one, or a rival, or another scheduler."""
 
     name: str
     kind: Kind
     steps: int
     config: Config | None = None
+    peer: Peer | None = None
+    scheduler: Any = None  # None is the pipeline's own
 
     @property
     def slow_start(self) -> bool:
         """The first call after an install is not like the others."""
         return self.config is not None and (self.config.compile.enabled or self.config.quant is not None)
 
+    def record(self) -> dict[str, Any]:
+        """What a row says of how it was made."""
+        return self.peer.record() if self.peer else (self.config or Config()).model_dump(mode="json")
+
     @contextmanager
-    def installed(self, pipe: Any, *, counted: bool = False) -> Iterator[Accelerated | None]:
+    def installed(self, pipe: Any, *, counted: bool = False) -> Iterator[Running]:
         """The pipeline as this contender has it; `counted` puts a clock on a stock one, to learn its steps."""
-        if self.config is None and not counted:
-            yield None
+        if self.peer is not None:
+            with self.peer.installed(pipe) as running:
+                yield running
             return
-        with accelerate(pipe, self.config or Config()) as handle:
-            yield handle
+        with _scheduled(pipe, self.scheduler):
+            if self.config is None and not counted:
+                yield Running(pipe, pipe)
+                return
+            with accelerate(pipe, self.config or Config()) as handle:
+                yield Running(pipe, pipe, lambda: handle.report.computed, lambda: handle.report.notes)
+
+
+@contextmanager
+def _scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+    patches = PatchSet()
+    if scheduler is not None:
+        patches.set(pipe, "scheduler", scheduler)
+    try:
+        yield
+    finally:
+        patches.restore()
 
 
 def sources(names: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> dict[str, list[Layer]]:
@@ -104,13 +130,41 @@ def contenders(pipe: Any, layers: Mapping[str, Sequence[Layer]], steps: int) -> 
     return [Contender(name, "fastdiff", steps, resolve(stack, family, model).config) for name, stack in layers.items()]
 
 
-def fewer_steps(computed: Iterable[int], steps: int, evaluations: int) -> list[Contender]:
+def rivals(pipe: Any, settings: Settings) -> list[Contender]:
+    """A contender for each rival of this kind of denoiser, installed or not."""
+    found = peers_for(pipe, settings.steps, settings.guidance_scale)
+    return [Contender(peer.name, "peer", settings.steps, peer=peer) for peer in found]
+
+
+def other_solvers(scheduler: Any, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Schedulers that solve the same ODE, by title, without the pipeline's own; and why others are left out."""
+    found, remarks = {}, []
+    for name in names:
+        try:
+            candidate = solver(name, scheduler)
+        except BadConfig as error:
+            remarks.append(f"no fewer steps with {TITLES[name]}: {error}")
+            continue
+        if type(candidate) is not type(scheduler):
+            found[TITLES[name]] = candidate
+    return found, remarks
+
+
+def fewer_steps(
+    computed: Iterable[int], steps: int, evaluations: int, others: Mapping[str, Any] | None = None
+) -> list[Contender]:
     """The honest rivals: the stock pipeline with as many evaluations as each row computes.
 
-    `evaluations` is what `steps` cost the stock pipeline, which is more than `steps` for Heun and PNDM.
+    `evaluations` is what `steps` cost the stock pipeline, which is more than `steps` for Heun and PNDM. `others` are
+    schedulers of one evaluation a step, by title.
     """
+    computed = set(computed)
     wanted = {max(1, round(count * steps / evaluations)) for count in computed}
-    return [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
+    found = [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
+    for title, scheduler in (others or {}).items():
+        counts = sorted((n for n in computed if 0 < n < evaluations), reverse=True)
+        found += [Contender(f"{n} steps {title}", "fewer_steps", n, scheduler=scheduler) for n in counts]
+    return found
 
 
 def prompts_for(pipe: Any, count: int, seed: int, file: Path | None = None, *, held_out: bool = True) -> Prompts:

@@ -14,7 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from .metrics import PSNR_CAP
 from .row import Row
 
-_COLOURS = {"baseline": "black", "fastdiff": "tab:blue", "fewer_steps": "tab:orange", "peer": "tab:green"}
+_FEW = 12  # points up to which every one can have its name beside it
+_FEWER_STYLES = (("goldenrod", "P"), ("tab:brown", "X"), ("darkkhaki", "p"))
+_PEER_STYLES = (
+    ("tab:green", "^"), ("tab:red", "v"), ("tab:purple", "D"), ("tab:pink", "<"), ("tab:cyan", ">"), ("tab:olive", "h"),
+)  # fmt: skip
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("computed", "computed_steps", "d"),
     ("latency s", "latency_s", ".3f"),
@@ -59,15 +63,17 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(rows: Sequence[Row]) -> Any:
-    """A matplotlib figure: quality over speed-up, frontier joined, dominated points pale; failed rows are left out."""
+    """A matplotlib figure: quality over speed-up, frontier joined and named, others pale; failed rows are left out."""
     from matplotlib.figure import Figure
 
     panels = [("psnr", "PSNR against the unaccelerated image, dB")]
     if any(row.psnr_converged is not None for row in rows):
         panels.append(("psnr_converged", "PSNR against the converged solution, dB"))
-    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(panels), 5.5), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _panel(axes, rows, name, title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8)
     good = next(row for row in rows if row.kind == "baseline")
     figure.suptitle(f"{good.model}, {good.scheduler}, {good.steps} steps, {good.prompts} prompts")
     return figure
@@ -80,17 +86,42 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, title: str) -> None:
     points = [(float(row.speedup or 0), min(float(getattr(row, name)), top)) for row in shown]
     best = frontier(points)
     axes.plot(*zip(*[points[i] for i in best], strict=True), color="0.6", linewidth=1, zorder=1)
+    for group, (colour, marker) in _styles(rows).items():
+        mine = [i for i, row in enumerate(shown) if _group(row, rows) == group]
+        alpha = [1 if i in best else 0.4 for i in mine]
+        spots = [points[i] for i in mine] or [(float("nan"), float("nan"))]
+        axes.scatter(*zip(*spots, strict=True), c=colour, marker=marker, alpha=alpha or 1, s=30, zorder=2, linewidths=0)
+        axes.scatter([], [], c=colour, marker=marker, s=30, label=group)  # a legend entry that is not pale
+    few = len(shown) <= _FEW
     for index, (row, (x, y)) in enumerate(zip(shown, points, strict=True)):
-        marker = "^" if y == top else "o"
-        axes.scatter(x, y, color=_COLOURS[row.kind], marker=marker, alpha=1 if index in best else 0.35, zorder=2)
-        label = f"{row.name} (identical)" if y == top and row.kind != "baseline" else row.name
-        axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    for kind in dict.fromkeys(row.kind for row in shown):
-        axes.scatter([], [], color=_COLOURS[kind], label=kind.replace("_", " "))
+        if few or index in best:
+            label = f"{row.name} (identical)" if y == top and row.kind != "baseline" else row.name
+            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="speed-up of the whole call", ylabel=title)
-    axes.margins(x=0.2)  # room for the labels
+    axes.margins(x=0.15)  # room for the labels
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+
+
+def _group(row: Row, rows: Sequence[Row]) -> str:
+    """What a point is drawn as: its kind, of rivals the package, of fewer steps the scheduler."""
+    if row.kind == "peer":
+        return str(row.config.get("package", "peer"))
+    if row.kind == "fewer_steps":
+        own = next(other.scheduler for other in rows if other.kind == "baseline")
+        name = row.scheduler.removesuffix("Scheduler").removesuffix("Multistep")
+        return "fewer steps" if row.scheduler == own else f"fewer steps, {name}"
+    return row.kind
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each group, in the order in which the groups appear."""
+    groups = dict.fromkeys(_group(row, rows) for row in rows if row.error is None)
+    own = {"baseline": ("black", "o"), "fastdiff": ("tab:blue", "o"), "fewer steps": ("tab:orange", "s")}
+    fewer = iter(_FEWER_STYLES * len(groups))
+    peers = iter(_PEER_STYLES * len(groups))
+    return {
+        group: own.get(group) or (next(fewer) if group.startswith("fewer steps") else next(peers)) for group in groups
+    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,17 @@ from fastdiff.machine import cpu_name, package_version
 from fastdiff.pipelines.loading import embedded_name
 
 Kind = Literal["baseline", "fastdiff", "fewer_steps", "peer"]
-_PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "torchmetrics")
+_PACKAGES = (
+    "fastdiff",
+    "torch",
+    "diffusers",
+    "transformers",
+    "torchmetrics",
+    "DeepCache",
+    "cache-dit",
+    "tgate",
+    "tomesd",
+)
 
 
 class Row(BaseModel):
@@ -40,7 +50,7 @@ class Row(BaseModel):
     all_correct: float | None = None  # share of images with every slot right
     peak_memory_mb: float | None = None  # of timed calls: CUDA allocator, or the process's resident memory on a CPU
     spread: dict[str, float]  # over images: psnr_std, psnr_min, computed_steps_min, computed_steps_max
-    config: dict[str, Any]
+    config: dict[str, Any]  # of a peer: its package, version and settings
     prompts: int  # images that the quality was measured on
     batch: int  # images a call in the quality pass
     rounds: int  # timed calls

@@ -55,7 +55,7 @@ def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:
 
 
 def _end(name: str, config: Any) -> dict[str, Any]:
-    """Stop at the same noise level: DDIM and the others have different words for it, and `from_config` knows neither."""
+    """Stop at the same noise level; DDIM and the others have different words for it, lost by `from_config`."""
     if "set_alpha_to_one" in config:
         clean = config["set_alpha_to_one"]
     elif "final_sigmas_type" in config:

@@ -1,4 +1,4 @@
-"""A second pipeline object over the same weights, for code that changes what it accelerates in ways we do not control."""
+"""A second pipeline object over the same weights, for code that changes what it accelerates as it likes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Twin:
 
     def __init__(self, original: Any) -> None:
         self.component, module = next(iter(denoisers(original).items()))
-        self.denoiser = share(module)
+        self.denoiser: Any = share(module)
         kind = type(original)
         self.pipe = copy.copy(original)
         self.pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__})
@@ -43,10 +43,12 @@ def share(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, tensors)
 
 
-def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+def blocks_of(denoiser: Any) -> list[nn.Module]:
     """The blocks that a cache leaves out: down, mid and up blocks of a UNet, else all entries of the module lists."""
     if hasattr(denoiser, "down_blocks"):
-        return [block for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks) if block is not None]
+        return [
+            block for block in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks) if block is not None
+        ]
     stacks = (child for child in denoiser.children() if isinstance(child, nn.ModuleList))
     return [block for stack in stacks for block in stack]
 
@@ -61,6 +63,10 @@ class Clock:
 
     def reset(self) -> None:
         self.step, self.branch, self.timestep = -1, 0, float("nan")
+
+    def now(self) -> Any:
+        """The timestep; caches of diffusers say that they want an integer, but only compare it."""
+        return self.timestep
 
     @property
     def total(self) -> int:
@@ -107,7 +113,7 @@ class Counter:
         self._calls += 1
 
 
-def _leaf(block: nn.Module) -> nn.Module:
+def _leaf(block: Any) -> nn.Module:
     """A layer that runs whenever the block is computed, even by who predicts its attention."""
     if hasattr(block, "resnets"):
         return block.resnets[0].conv1

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdiff.bench import Row
 
 _PLOT_TYPES, _SHEET_TYPES = (".png", ".svg", ".pdf"), (".png", ".jpg", ".webp")
+_OTHER_SOLVERS = ("dpm++", "unipc")  # what a user would try before any cache
 _SHEET_ROWS = 8  # prompts shown in the contact sheet
 
 
@@ -35,9 +36,18 @@ def bench(
         float | None, typer.Option(min=0, help="Default: 3 for the embedded models, else the pipeline's own.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call while measuring quality.")] = 8,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Measure rival packages and faster schedulers too (extra: peers).")
+    ] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch for all rows. Default: the model's own.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here; - prints them instead of the table.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality over speed-up here (.png, .svg, .pdf).")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Put the first images side by side here (.png, .jpg).")] = None,
+    verdict: Annotated[
+        Path | None, typer.Option(help="Write which rivals are beaten, and by what, here (.json).")
+    ] = None,
     no_converged: Annotated[
         bool, typer.Option("--no-converged", help="Leave out the 500-step reference, the slowest part.")
     ] = False,
@@ -47,15 +57,17 @@ def bench(
     """Measure presets and configs against the stock pipeline and against fewer steps."""
     to_stdout = json is not None and str(json) == "-"
     json_file = None if to_stdout else json
-    _check_outputs(json_file, plot, sheet, overwrite)
-    from fastdiff.bench import metrics
+    _check_outputs(json_file, plot, sheet, verdict, overwrite)
+    from fastdiff.bench import metrics, solvers
 
     metrics.require_extra()
+    if scheduler is not None:
+        solvers.check_name(scheduler)
 
     import torch
 
     import fastdiff
-    from fastdiff.bench import Settings, contenders, prompts_for, run, sources
+    from fastdiff.bench import Settings, contenders, prompts_for, rivals, run, sources
 
     from .console import quiet
 
@@ -63,30 +75,35 @@ def bench(
     layers = sources(preset or [], config or [], set_ or [])
     if threads is not None:
         torch.set_num_threads(threads)
-    pipe = fastdiff.load(model)
+    pipe: Any = fastdiff.load(model)
+    if scheduler is not None:
+        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
     settings = Settings.of(
-        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch,
+        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=_OTHER_SOLVERS if peers else (),
         **({"converged_steps": None} if no_converged else {}),
     )  # fmt: skip
-    planned = contenders(pipe, layers, settings.steps)
+    planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings) if peers else [])
     texts = prompts_for(pipe, prompts, seed, prompt_file)
     with _observer(texts.texts) as observer:
         command = shlex.join(["fastdiff", *sys.argv[1:]])
         rows = run(pipe, planned, texts, settings, observer=observer, command=command)
     _write(rows, observer.tiles(), json_file, plot, sheet, to_stdout)
+    _judge(rows, verdict, shown=peers and not to_stdout)
     tried = [row for row in rows if row.kind == "fastdiff"]
     if tried and all(row.error is not None for row in tried):
         raise typer.Exit(1)
 
 
-def _check_outputs(json: Path | None, plot: Path | None, sheet: Path | None, overwrite: bool) -> None:
+def _check_outputs(
+    json: Path | None, plot: Path | None, sheet: Path | None, verdict: Path | None, overwrite: bool
+) -> None:
     from fastdiff.bench import output
     from fastdiff.errors import BadConfig
 
     for file, kinds in ((plot, _PLOT_TYPES), (sheet, _SHEET_TYPES)):
         if file is not None and file.suffix.lower() not in kinds:
             raise BadConfig(f"{str(file)!r} must end in {' or '.join(kinds)}")
-    output.check([json, plot, sheet], overwrite)
+    output.check([json, plot, sheet, verdict], overwrite)
 
 
 def _write(
@@ -109,6 +126,19 @@ def _write(
         by_prompt = [tile for row in zip(*tiles, strict=True) for tile in row]
         output.write(sheet, render.contact_sheet(by_prompt, columns=len(tiles)).save)
     print(text if to_stdout else render.markdown(rows))
+
+
+def _judge(rows: Sequence[Row], file: Path | None, shown: bool) -> None:
+    import json
+
+    from fastdiff.bench import output, verdict
+
+    found = verdict.verdict(rows)
+    if file is not None:
+        text = json.dumps(found, indent=2, allow_nan=False)
+        output.write(file, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    if shown:
+        print(f"\n{verdict.markdown(found)}")
 
 
 def _observer(texts: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""`fastdiff calibrate`: find the steps worth computing for a model and a solver, and write them to a plan file."""
+"""`fastdiff calibrate`: find what a cache method wants to know of a model and a solver; write it to a plan file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find the steps worth computing for the cache method dp, and write them to a plan file.
+    """Find what a cache method wants to know of a model, and write it to a plan file.
 
-    Use it with --set cache.method=dp --set cache.plan=FILE. The number of steps to compute is --set
-    cache.computed_steps=K.
+    For dp (the default) and cachequant that is which steps to compute, --set cache.computed_steps=K or
+    --set cache.interval=N; for magcache and teacache their ratios and coefficients, for a_sdm the sites by time. Use it
+    with --set cache.method=dp --set cache.plan=FILE.
     """
     from . import settings
 
@@ -112,11 +113,10 @@ def _tell(output: Path, plan: Plan, as_json: bool) -> None:
 
     from .console import say
 
-    steps, computed = len(plan.sigmas), len(plan.compute)
     if as_json:
-        told = {"file": str(output), "steps": steps, "computed_steps": computed, "error": plan.error}
-        print(json.dumps(told | {"compute": plan.compute, "scheduler": plan.scheduler}))
+        told = plan.model_dump(mode="json", exclude={"affine", "weights", "version"})
+        steps = {"steps": len(plan.sigmas)} | ({"computed_steps": len(told["compute"])} if "compute" in told else {})
+        print(json.dumps({"file": str(output)} | steps | told))
         return
     print(output)
-    chosen = ", ".join(map(str, plan.compute))
-    say(f"computes {computed} of {steps} steps: {chosen}; predicted error {plan.error:.2%} of the sum of the outputs")
+    say(plan.summary())

@@ -10,7 +10,7 @@ import torch
 from diffusers import LLaDA2Pipeline
 
 import fastdiff
-from fastdiff.caching.fast_dllm import FastDLLM
+from fastdiff.caching.fast_dllm import FastDLLM, Verdict
 from fastdiff.errors import BadConfig, UnsupportedModel
 from tests import language, tiny
 from tests.language import EOS, MASK, make, prompt, write
@@ -237,7 +237,7 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_installed():
 
 
 def test_delayed_caching_is_refused_with_the_reason():
-    with pytest.raises(UnsupportedModel, match="dkv_cache fits no pipeline of diffusers: .* Use fast_dllm"):
+    with pytest.raises(UnsupportedModel, match=r"dkv_cache fits no pipeline of diffusers: .* Use fast_dllm"):
         fastdiff.accelerate(make(), cache="dkv_cache")
     assert "dkv_cache" not in fastdiff.methods()["cache"]
 
@@ -254,3 +254,29 @@ def test_settings_that_would_do_nothing_are_refused():
     with pytest.raises(BadConfig, match="has no use for order, warmup_steps"):
         fastdiff.accelerate(make(), cache={"method": "fast_dllm", "order": 3, "warmup_steps": 1})
     assert FastDLLM.model_validate(FastDLLM().model_dump()) == FastDLLM()
+
+
+@pytest.mark.parametrize(
+    ("rounding", "differences", "says"),
+    [
+        (1e-3, [3.9e-3, 0.0], EXACT),
+        (1e-3, [3.9e-3, 4.1e-3], APPROXIMATE),
+        (0.0, [0.9e-5, 0.9e-5], EXACT),
+        (0.0, [1.1e-5], APPROXIMATE),
+        (0.0, [float("nan")], APPROXIMATE),
+        (float("nan"), [0.0], "everything computed"),
+        (0.2, [0.0], "everything computed"),
+        (0.0, [], OPEN),
+    ],
+)
+def test_only_what_rounding_explains_counts_as_exact(rounding, differences, says):
+    verdict = Verdict(1e-5, rounding)
+    for difference in differences:
+        assert verdict.asks(grown=True)
+        verdict.add(difference, grown=True)
+    assert says in str(verdict) and verdict.exact == (says == EXACT)
+
+
+def test_compiling_unknown_blocks_is_refused():
+    with pytest.raises(UnsupportedModel, match=r"set compile\.scope = denoiser"):
+        fastdiff.accelerate(make(), cache="fast_dllm", compile={"enabled": True})

@@ -16,7 +16,6 @@ from fastdiff.pipelines.families import FAMILIES, KNOWN, Families, anatomies
 from tests import tiny
 from tests.zoo import STACKED, ZOO
 
-
 # Double and single blocks, refiners, spatial and temporal blocks
 SEVERAL_LISTS = (
     "flux", "flux img2img", "flux fill", "flux kontext", "flux2", "chroma", "bria", "ovis", "auraflow", "lumina2",
@@ -125,10 +124,17 @@ def test_undescribed_blocks_of_one_stream_are_recognised():
     assert not anatomy.recognised and anatomy.family.stacks == (Stack("layers"),) and len(anatomy.blocks) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*is not described")
 @pytest.mark.parametrize("name", [n for n, entry in ZOO.items() if entry.method == "deepcache"])
-def test_every_unet_is_recognised_without_its_description_and_works(name):
-    pipe = ZOO[name].make()
-    assert recognise(pipe.unet, "unet", {}).family.kind == KNOWN[type(pipe.unet).__name__].kind == "unet"
+def test_every_unet_is_recognised_without_its_description_and_caches_the_same(name, monkeypatch):
+    entry, results = ZOO[name], []
+    for known in (FAMILIES, Families({})):
+        monkeypatch.setattr("fastdiff.pipelines.families.FAMILIES", known)
+        pipe = entry.make()
+        handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2})
+        results.append(entry.run(pipe, 4))
+        assert handle.report.cached == 2
+    assert torch.equal(*results)
 
 
 def proposed(denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Family:

@@ -1,0 +1,81 @@
+"""A scale and a shift for each channel of a feature: fitting them, and keeping them in a plan file."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from fastdiff.method import Settings
+
+
+class Affine(Settings):
+    """y = scale * x + shift; both are kept as float32 in base64, so that a plan is one JSON file."""
+
+    scale: str = Field(max_length=1_000_000)
+    shift: str = Field(max_length=1_000_000)
+
+    @field_validator("scale", "shift")
+    @classmethod
+    def _numbers(cls, text: str) -> str:
+        try:
+            found = _decoded(text)
+        except ValueError:
+            raise ValueError("a correction is not float32 numbers in base64") from None
+        if not found.isfinite().all():
+            raise ValueError("a correction holds a number that is not finite")
+        return text
+
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor) -> Affine:
+        return cls(scale=_encoded(scale), shift=_encoded(shift))
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return _decoded(self.scale), _decoded(self.shift)
+
+
+class AffineFit:
+    """Least squares y = a x + b for each channel, from running sums; a is pulled towards 1 by `ridge`."""
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+        self.count = 0
+        self.sums: Tensor | None = None  # x, y, xx, xy by channel
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        rows, wanted = _channel_rows(x), _channel_rows(y)
+        sums = torch.stack([rows.sum(0), wanted.sum(0), (rows * rows).sum(0), (rows * wanted).sum(0)])
+        self.count += len(rows)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift by channel; a channel that never changes is only shifted."""
+        assert self.sums is not None
+        x, y, xx, xy = self.sums / self.count
+        variance, covariance = (xx - x * x).clamp_min(0), xy - x * y
+        pull = self.ridge * variance
+        scale = torch.where(variance > 1e-12, (covariance + pull) / (variance + pull).clamp_min(1e-300), 1.0)
+        return scale, y - scale * x
+
+
+def corrected(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * value + shift, with channels as the second dimension of maps and the last of token sequences."""
+    shape = [1] * value.ndim
+    shape[1 if value.ndim > 3 else -1] = -1
+    return (value.float() * scale.float().view(shape) + shift.float().view(shape)).to(value.dtype)
+
+
+def _channel_rows(value: Tensor) -> Tensor:
+    moved = value.movedim(1, -1) if value.ndim > 3 else value
+    return moved.reshape(-1, moved.shape[-1]).double()
+
+
+def _encoded(numbers: Tensor) -> str:
+    return base64.b64encode(numbers.detach().cpu().float().numpy().astype("<f4").tobytes()).decode()
+
+
+def _decoded(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").copy())

@@ -1,0 +1,159 @@
+"""Sessions that leave nothing out: they show a method's regions, or what its predictions should have been."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run, Step, StepClock
+from fastdiff.recorder import Recorder
+
+from .base import CacheMethod
+from .plan import fingerprint, quantization
+from .region import Memory, Region
+from .session import Session
+
+Install = Callable[[Anatomy, StepClock, Recorder], "Session | None"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one call of the denoiser showed of a region: the value that would be kept, and its probe."""
+
+    step: Step
+    number: int
+    value: list[Any]
+    probe: Tensor | None
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """What a method may ask of a calibration: to draw all prompts once, with listeners or a session installed."""
+
+    anatomy: Anatomy
+    draw: Callable[[Install], None]
+
+    def origin(self, run: Run) -> dict[str, Any]:
+        """What a plan says of the run it was made on."""
+        return {
+            "denoiser": fingerprint(self.anatomy),
+            "quantization": quantization(self.anatomy),
+            "scheduler": run.scheduler,
+            "guidance_scale": run.guidance_scale,
+            "shape": run.shape,
+            "sigmas": run.sigmas,
+        }
+
+    def observe(self, method: CacheMethod, seen: Callable[[Sample], None], *, regions: Sequence[Region] = ()) -> Run:
+        """Draw uncached, showing the value of each region in each call. Raises ValueError if no run was complete."""
+        runs: list[Run] = []
+
+        def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session:
+            clock.on_start.append(runs.append)
+            return Recording(method, anatomy, clock, recorder, seen, regions)
+
+        self.draw(install)
+        if not runs:
+            raise ValueError("no run was seen")
+        return runs[-1]
+
+
+class Recording(Session):
+    """Computes every step and shows what each region gave."""
+
+    def __init__(
+        self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder,
+        seen: Callable[[Sample], None], regions: Sequence[Region] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(method, anatomy, clock, recorder, regions=regions)
+        self.seen = seen
+
+    def _start(self, run: Run) -> None:
+        self._branches, self._shapes = {}, {}
+        self.masks = [[True] * run.total for _ in self.regions]
+        self._needed = [[True] * run.total for _ in self.regions]
+
+    def _end(self, run: Run) -> None:
+        self._branches, self._current = {}, None
+
+    def _gate(self, number: int, region: Region, memory: Memory, inputs: dict[str, Any]) -> None:
+        if region.probe is not None and region.probe.module is None:
+            memory.probe = region.probe.read(inputs, None)
+
+    def commit(self, index: int) -> None:
+        step = self.clock.now
+        for number, memory in enumerate(self._current or ()):
+            if memory.taken is not None and step is not None:
+                self.seen(Sample(step, number, memory.taken, memory.probe))
+                memory.taken = None
+
+
+class Shadow(Session):
+    """Runs a method's schedule, but computes the cached steps too, and shows (step, region, prediction, truth).
+
+    The model goes on with what `seen` makes of the prediction, so that the truth is that of the cached trajectory.
+    """
+
+    def __init__(
+        self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder,
+        seen: Callable[[Step, int, list[Any], list[Any]], list[Any]],
+    ) -> None:  # fmt: skip
+        super().__init__(method, anatomy, clock, recorder)
+        self.seen = seen
+
+    def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:
+        super()._decide(number, step, memory, wanted)
+        memory.shadowed, memory.skipping = memory.skipping, False
+        memory.keep = memory.keep or memory.shadowed
+
+    def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
+        output = super()._take(number, region, memory, output)
+        if not memory.shadowed or memory.taken is None:
+            return output
+        step = self.clock.now
+        assert step is not None
+        truth, memory.taken = memory.taken, None
+        memory.ready = self.seen(step, number, self.predicted(number, step.index), truth)
+        return self._serve(number, region, memory)
+
+
+class Stopwatch:
+    """Seconds that regions take, by name, measured with hooks that wait for the device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def on(self, regions: Sequence[Region]) -> Iterator[None]:
+        hooks: list[Any] = []
+        for region in regions:
+            for unit in region.units:
+                hooks += self._hooks(region.name, unit)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hooks(self, name: str, unit: nn.Module) -> list[Any]:
+        begun: list[float] = []
+
+        def now() -> float:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def ended(*_: Any) -> None:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - begun.pop()
+
+        return [
+            unit.register_forward_pre_hook(lambda *_: begun.append(now())),
+            unit.register_forward_hook(ended),
+        ]
