@@ -120,7 +120,7 @@ class Shadow(Session):
         step = self.clock.now
         assert step is not None
         truth, memory.taken = memory.taken, None
-        memory.ready = self.seen(step, number, self.predicted(number, step.index), truth)
+        memory.ready = self.seen(step, number, self._combined(number, memory, step.index), truth)
         return self._serve(number, region, memory)
 
 

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.clock import Run, Step
 
-from .region import signature
+from .batches import Batches
+from .region import parameters, signature
 from .session import Session
 
 
@@ -26,6 +27,7 @@ class BatchedDecoding:
     def __init__(self, session: Session, forward: Callable[..., Any], most: int) -> None:
         self.session, self.forward, self.most = session, forward, most
         self._ahead: Sequence[int] = ()
+        self._batches = Batches(session.anatomy, parameters(session.anatomy.denoiser))
         self._batch = 0
         self._answers: dict[tuple[int, int], tuple[Any, Any]] = {}  # (branch, step): signature of its call, output
         self._linear: bool | None = None
@@ -49,10 +51,12 @@ class BatchedDecoding:
             self.session.recorder.skipped()
             return answer[1]
         self._ahead = self._following(step, args, kwargs)
-        if not self._ahead:
+        many = self._many(step, args, kwargs) if self._ahead else None
+        if many is None:
+            self._ahead = ()
             return self.forward(*args, **kwargs)
         try:
-            outputs = self._decode(step, args, kwargs)
+            outputs = self._split(self.forward(*many[0], **many[1]))
         finally:
             self._ahead = ()
         for index, output in zip(self._indices, outputs, strict=True):
@@ -73,7 +77,8 @@ class BatchedDecoding:
         """Whether the timestep the denoiser is given is the scheduler's, or a fixed share of it; looked at once a run,
         and not at the last level of noise, where 0 is a share of anything."""
         if self._linear is None:
-            given = float(torch.as_tensor(_timestep(args, kwargs)).flatten()[0])
+            asked = _timestep(args, kwargs)
+            given = float("nan") if asked is None else float(torch.as_tensor(asked).flatten()[0])
             own = step.run.timesteps[step.index]
             self._linear = any(abs(given - own * share) <= 1e-3 * max(abs(given), 1e-9) for share in (1.0, 1e-3))
             self._share = 1e-3 if self._linear and abs(given - own) > 1e-3 * max(abs(given), 1e-9) else 1.0
@@ -81,25 +86,26 @@ class BatchedDecoding:
                 self.session.recorder.note("decoded step by step: the denoiser is not given the scheduler's timesteps")
         return self._linear
 
-    def _decode(self, step: Step, args: tuple, kwargs: dict) -> list[Any]:
+    def _many(self, step: Step, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The arguments of all the steps' calls in one; None where they are not built so that this can be done."""
         self._indices = [step.index, *self._ahead]
-        count = len(self._indices)
-        sample = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1)
-        self._batch = batch = sample.shape[0]
+        count, self._batch = len(self._indices), self._batches.size(args, kwargs)
+        many = self._batches.change(args, kwargs, self._batch, lambda leaf: torch.cat([leaf] * count))
+        if many is None:
+            self.session.recorder.note("decoded step by step: not all inputs of this denoiser have the batch first")
+            return None
+        args, kwargs = many
         given = torch.as_tensor(_timestep(args, kwargs))
         times = [step.run.timesteps[index] * self._share for index in self._indices]
-        timestep = torch.tensor(times, device=sample.device).to(given.dtype).repeat_interleave(batch)
-
-        def repeated(leaf: Any) -> Any:
-            same = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-            return torch.cat([leaf] * count) if same else leaf
-
-        args, kwargs = pytree.tree_map(repeated, (args, kwargs))
+        timestep = torch.tensor(times, device=given.device).to(given.dtype).repeat_interleave(self._batch)
         if "timestep" in kwargs:
-            kwargs["timestep"] = timestep
-        else:
-            args = (args[0], timestep, *args[2:])
-        leaves, form = pytree.tree_flatten(self.forward(*args, **kwargs))
+            return args, {**kwargs, "timestep": timestep}
+        return (args[0], timestep, *args[2:]), kwargs
+
+    def _split(self, output: Any) -> list[Any]:
+        """The outputs of the single steps."""
+        count = len(self._indices)
+        leaves, form = pytree.tree_flatten(output)
         parts = [leaf.chunk(count) if isinstance(leaf, Tensor) else [leaf] * count for leaf in leaves]
         return [pytree.tree_unflatten(list(own), form) for own in zip(*parts, strict=True)]
 
@@ -137,4 +143,4 @@ class BatchedDecoding:
 
 
 def _timestep(args: tuple, kwargs: dict) -> Any:
-    return kwargs["timestep"] if "timestep" in kwargs else args[1]
+    return kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None

@@ -45,7 +45,7 @@ class FasterDiffusion(CacheMethod):
         return tuple(sorted({0, *steps}))
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        found = unet_encoder(anatomy) if anatomy.family.kind == "unet" else [first_half(anatomy)]
+        found = unet_encoder(anatomy) if anatomy.family.kind == "unet" else first_half(anatomy)
         return found if self.control_at_key_steps else [replace(region, hides_control=False) for region in found]
 
     def mask(self, run: Run, region: Region) -> list[bool]:

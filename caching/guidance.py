@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.clock import Run
 
+from .batches import Batches
 from .predictors import combine
+from .region import parameters
 from .session import Session
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class GuidanceGate:
 
     def __init__(self, method: TGate, session: Session, forward: Callable[..., Any], delta: bool) -> None:
         self.method, self.session, self.forward, self.delta = method, session, forward, delta
+        self._batches = Batches(session.anatomy, parameters(session.anatomy.denoiser))
         self._solved = 0
         self._halved = False
         self._cond: dict[int, list[Any]] = {}  # by step: what the conditional call gave
@@ -48,12 +51,16 @@ class GuidanceGate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = self.session.clock.now
         assert step is not None
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1]
-        batch = len(leaves[0])
+        batch = self._batches.size(args, kwargs)
         both = self._solved > 0 and batch == 2 * self._solved
         gated = self.method.gated(step.run, step.index)
-        if gated and both:
-            return self._half(step.index, batch, args, kwargs)
+        halves = None
+        if gated and both:  # rows of the second, conditional half of everything that holds two
+            halves = self._batches.change(args, kwargs, batch, lambda leaf: leaf[len(leaf) // 2 :])
+            if halves is None:
+                self.session.recorder.note("guidance goes on: not all inputs of this denoiser have the batch first")
+        if halves is not None:
+            return self._half(step.index, *halves)
         if gated and step.branch == 1 and step.index in self._cond and batch == self._solved:
             self.session.recorder.skipped()
             return self._rebuilt(step.index, self._cond[step.index])
@@ -80,14 +87,8 @@ class GuidanceGate:
         self._deltas.append(delta)
         del self._steps[: -self.method.order], self._deltas[: -self.method.order]
 
-    def _half(self, index: int, batch: int, args: tuple, kwargs: dict) -> Any:
-        """Both outputs from one forward of the second, conditional half of everything that holds two."""
-
-        def second(leaf: Any) -> Any:
-            double = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-            return leaf[batch // 2 :] if double else leaf
-
-        args, kwargs = pytree.tree_map(second, (args, kwargs))
+    def _half(self, index: int, args: tuple, kwargs: dict) -> Any:
+        """Both outputs from one forward of the conditional half."""
         self._halved = True
         try:
             leaves, form = pytree.tree_flatten(self.forward(*args, **kwargs))

@@ -39,6 +39,6 @@ class PAB(CacheMethod):
         known = {"self": self.self_interval, "temporal": self.temporal_interval, "cross": self.cross_interval}
         interval = known[region.kind]
         top = 1000.0 if max(run.timesteps) > 1 else 1.0
-        inside = [self.between[0] < t / top < self.between[1] for t in run.timesteps]
+        inside = [self.between[0] <= t / top <= self.between[1] for t in run.timesteps]
         first = inside.index(True) if True in inside else 0
         return [not here or (i - first) % interval == 0 for i, here in enumerate(inside)]

@@ -61,6 +61,8 @@ class Memory:
     previous: Tensor | None = None
     drift: Tensor | float = 0.0
     change: Reading | None = None
+    visits: int = 0
+    again: list[Memory] = field(default_factory=list)
     cached_in_row: int = 0
     cached: int = 0
     skipping: bool = False
@@ -76,9 +78,14 @@ def tensors(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def parameters(module: nn.Module) -> list[str]:
+    """Names of what a module's forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
 def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
     """Turns the arguments of a module's forward into a dict by name."""
-    order = list(inspect.signature(type(module).forward).parameters)[1:]
+    order = parameters(module)
 
     def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(zip(order, args, strict=False)) | kwargs

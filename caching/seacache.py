@@ -48,6 +48,8 @@ def wiener(latents: Tensor, signal: float, noise: float) -> Tensor:
     as packed by some transformers; the filter acts on all axes of place, normalised to mean gain 1.
     """
     axes = [1] if latents.ndim == 3 else list(range(2, latents.ndim))
+    if not axes:
+        return latents
     squared = torch.zeros([latents.shape[axis] for axis in axes], device=latents.device)
     for place, axis in enumerate(axes):
         shape = [-1 if k == place else 1 for k in range(len(axes))]

@@ -80,7 +80,7 @@ class Session:
     def _end(self, run: Run) -> None:
         self._branches, self._current = {}, None
         report = self.recorder.report
-        if report.steps == run.total and not report.cached:
+        if report.steps == run.total and not report.cached and not report.partly:
             self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
 
     def _stepped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ class Session:
         self._current = self._branches[step.branch]
         for number, mask in enumerate(self.masks):
             memory = self._current[number]
-            memory.ready = None
+            memory.ready, memory.visits = None, 0
             if mask is not None:
                 self._decide(number, step, memory, mask[step.index])
                 if self.ahead and memory.skipping:
@@ -183,7 +183,7 @@ class Session:
             def unit_forward(*args: Any, **kwargs: Any) -> Any:
                 if self._current is None:
                     return forward(*args, **kwargs)
-                memory = self._current[number]
+                memory = self._visit(number, first)
                 if first and gated:
                     self._gate(number, region, memory, by_name(args, kwargs))
                 if first and region.store == "residual":
@@ -202,6 +202,20 @@ class Session:
 
         patches.wrap_forward(unit, wrapper)
 
+    def _visit(self, number: int, first: bool) -> Memory:
+        """The memory of a region in the present call; one that runs several times in a call has one for each time."""
+        assert self._current is not None
+        memory = self._current[number]
+        memory.visits += first
+        if memory.visits == 1:
+            return memory
+        if len(memory.again) < memory.visits - 1:
+            memory.again.append(Memory())
+        later, step, mask = memory.again[memory.visits - 2], self.clock.now, self.masks[number]
+        if first and mask is not None and step is not None:
+            self._decide(number, step, later, mask[step.index])
+        return later
+
     def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
         """Keep what leaves a region until the step is committed."""
         leaves, memory.spec = pytree.tree_flatten(output)
@@ -215,7 +229,7 @@ class Session:
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
-        for memory in self._current or ():
+        for memory in [own for first in self._current or () for own in (first, *first.again)]:
             memory.entry = []
             if memory.taken is None:
                 continue
@@ -240,7 +254,9 @@ class Session:
     def predicted(self, number: int, index: int) -> list[Any]:
         """The leaves of what a region would give at a step, made of what the present branch remembers of it."""
         assert self._current is not None
-        memory = self._current[number]
+        return self._combined(number, self._current[number], index)
+
+    def _combined(self, number: int, memory: Memory, index: int) -> list[Any]:
         factors = self.weigh(index, memory.indices)
         leaves = [
             combine(factors, column) if isinstance(column[-1], Tensor) else column[-1]
@@ -256,7 +272,7 @@ class Session:
         if leaves is None:
             self.recorder.skipped()
             assert self.clock.now is not None
-            leaves = self.predicted(number, self.clock.now.index)
+            leaves = self._combined(number, memory, self.clock.now.index)
         memory.ready = None
         if region.store == "residual":
             entry = dict(zip(region.takes, memory.entry, strict=True))

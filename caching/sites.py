@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.anatomy import Anatomy, Stack
 from fastdiff.errors import BadConfig, UnsupportedModel
 
-from .region import Probe, Region
+from .region import Probe, Region, parameters
 from .unet import unet_inner, unet_parts
 
 Site: TypeAlias = Literal["auto", "output", "stack", "inner"]
@@ -32,7 +31,7 @@ def latent_probe(anatomy: Anatomy) -> Probe:
 
 def _first(module: nn.Module) -> Any:
     """Reads a module's first argument, as one tensor where it is a list of them (Z-Image)."""
-    name = [*inspect.signature(type(module).forward).parameters][1]
+    name = parameters(module)[0]
 
     def read(inputs: dict[str, Any], _output: Any) -> Tensor:
         leaves = [leaf.detach() for leaf in pytree.tree_leaves(inputs[name]) if isinstance(leaf, Tensor)]
@@ -68,6 +67,10 @@ def block_stack(anatomy: Anatomy, live: int, tail: int = 0, probe: Probe | None 
     blocks = stack_blocks(anatomy)
     if live + tail >= len(blocks):
         raise BadConfig(f"{live + tail} live blocks of {len(blocks)}: at least 1 must be left to cache")
+    if tail and anatomy.family.long_skips:
+        raise UnsupportedModel(
+            f"the last blocks of {anatomy.family.name} read what the cached ones give; set none live"
+        )
     inner = blocks[live : len(blocks) - tail]
     entry, exit_ = anatomy.stack_of(inner[0]), anatomy.stack_of(inner[-1])
     if set(entry.takes) < set(exit_.returns):
@@ -100,10 +103,13 @@ def each_block(anatomy: Anatomy) -> list[Region]:
     return regions
 
 
-def first_half(anatomy: Anatomy) -> Region:
-    """The first half of the transformer blocks, whose output is kept."""
+def first_half(anatomy: Anatomy) -> list[Region]:
+    """The first half of the transformer blocks, whose output is kept: of each block, where later ones read them all."""
     blocks = stack_blocks(anatomy)
-    return Region("first half", tuple(blocks[: max(1, len(blocks) // 2)]), hides_control=False)
+    half = blocks[: max(1, len(blocks) // 2)]
+    if anatomy.family.long_skips:
+        return [Region(f"block {number}", (block,)) for number, block in enumerate(half)]
+    return [Region("first half", tuple(half))]
 
 
 def attention_input(anatomy: Anatomy) -> Probe:

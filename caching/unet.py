@@ -64,7 +64,17 @@ def unet_parts(anatomy: Anatomy, level: Level) -> list[Region]:
 def _layers(block: Any) -> list[list[nn.Module]]:
     """Modules of each layer of a UNet block, in call order."""
     parts = [getattr(block, name) for name in _LAYER_PARTS if getattr(block, name, None) is not None]
-    return [[part[k] for part in parts if k < len(part) and part[k] is not None] for k in range(len(block.resnets))]
+    layers = len(block.resnets)
+    each = [max(1, len(part) // layers) for part in parts]  # AudioLDM2 has several attentions in a layer
+    return [
+        [
+            module
+            for part, n in zip(parts, each, strict=True)
+            for module in part[k * n : (k + 1) * n]
+            if module is not None
+        ]
+        for k in range(layers)
+    ]
 
 
 def _after_skip(down: list[Any], branch: int) -> list[nn.Module]:

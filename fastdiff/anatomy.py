@@ -37,6 +37,8 @@ class Family:
     kind: "unet" has `conv_in, down_blocks, mid_block, up_blocks`; "transformer" has `stacks`; "language" takes tokens.
     split: dimensions of the latent input that may be split across devices.
     guidance: how classifier-free guidance reaches the denoiser.
+    batches: whether every input of the denoiser that belongs to an image has the batch first.
+    long_skips: whether blocks are given what much earlier blocks gave.
     defaults: fields of methods that suit this family, by method name; the weakest layer of a config.
     """
 
@@ -45,6 +47,8 @@ class Family:
     stacks: tuple[Stack, ...] = ()
     split: tuple[str, ...] = ("height", "width")
     guidance: Literal["batch", "calls", "none"] = "batch"
+    batches: bool = True
+    long_skips: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

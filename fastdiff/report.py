@@ -39,6 +39,12 @@ class RunReport:
         """Steps in which no branch ran in full."""
         return sum(map(self.is_cached, range(self.steps)))
 
+    @property
+    def partly(self) -> int:
+        """Steps in which one branch ran in full and another was served from the cache."""
+        states = [{row[i] for row in self.branches.values() if len(row) > i} for i in range(self.steps)]
+        return sum({COMPUTED, CACHED} <= found for found in states)
+
     def is_cached(self, index: int) -> bool:
         """Whether every branch that was called at a step was served from the cache."""
         states = {row[index] for row in self.branches.values() if len(row) > index} - {ABSENT}
@@ -71,6 +77,7 @@ class RunReport:
             "steps": self.steps,
             "computed": self.computed,
             "cached": self.cached,
+            "partly": self.partly,
             "seconds": round(self.seconds, 4),
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
@@ -83,7 +90,8 @@ class RunReport:
         if not self.steps:
             return "nothing ran yet"
         parts = [
-            f"{self.steps} steps: {self.computed} computed, {self.cached} cached",
+            f"{self.steps} steps: {self.computed} computed, {self.cached} cached"
+            + (f" ({self.partly} with one branch cached)" if self.partly else ""),
             f"{self.seconds:.2f} s denoising",
         ]
         if saved := self.saved_seconds():

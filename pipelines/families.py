@@ -62,12 +62,12 @@ KNOWN = {
     "QwenImageTransformer2DModel": Family("qwenimage", "transformer", _JOINT, guidance="calls"),
     "AuraFlowTransformer2DModel": Family("auraflow", "transformer", _SINGLE_ONLY),
     # Each single block is given other text, appended and cut off outside the block: the residual holds for the picture.
-    "HiDreamImageTransformer2DModel": Family("hidream", "transformer", (Stack("single_stream_blocks"),)),
+    "HiDreamImageTransformer2DModel": Family("hidream", "transformer", (Stack("single_stream_blocks"),), batches=False),
     "PixArtTransformer2DModel": Family("pixart", "transformer", _BLOCKS),
     "DiTTransformer2DModel": Family("dit", "transformer", _BLOCKS),
     "SanaTransformer2DModel": Family("sana", "transformer", _BLOCKS),
-    "PriorTransformer": Family("prior", "transformer", _BLOCKS, split=()),
-    "HunyuanDiT2DModel": Family("hunyuandit", "transformer", (Stack("blocks"),)),
+    "PriorTransformer": Family("prior", "transformer", _BLOCKS, split=(), batches=False),
+    "HunyuanDiT2DModel": Family("hunyuandit", "transformer", (Stack("blocks"),), long_skips=True),
     "CogView3PlusTransformer2DModel": Family("cogview3plus", "transformer", _TEXT_LAST_BLOCKS),
     "CogView4Transformer2DModel": Family("cogview4", "transformer", _TEXT_LAST_BLOCKS, guidance="calls"),
     # Refiners before `layers` prepare each stream alone; they always run.

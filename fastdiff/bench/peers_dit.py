@@ -33,7 +33,7 @@ class CacheDit(Peer):
     def fit(self, twin: Twin) -> Fitted:
         import cache_dit
 
-        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)  # it tells its whole config for every call of fit
+        _hush("cache_dit")
         if self.taylorseer:
             _text_through(twin)
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if self.taylorseer else None
@@ -135,6 +135,13 @@ class Ratios:
             for hook in hooks:
                 hook.remove()
         return [1.0, *(float((now / (before + 1e-8)).mean()) for before, now in pairwise(magnitudes))]
+
+
+def _hush(package: str) -> None:
+    """No progress reports on stdout, where the rows go: each module has a logger of its own that does not propagate."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == package:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _text_through(twin: Twin) -> None:

@@ -21,7 +21,7 @@ from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
 from .peers import Peer, Running, peers_for
 from .row import Kind
-from .solvers import TITLES, solver
+from .solvers import TITLES, check_name, solver
 
 _PROMPTS = (
     "a red fox in the snow, photograph",
@@ -140,6 +140,7 @@ def other_solvers(scheduler: Any, names: Sequence[str]) -> tuple[dict[str, Any],
     """Schedulers that solve the same ODE, by title, without the pipeline's own; and why others are left out."""
     found, remarks = {}, []
     for name in names:
+        check_name(name)
         try:
             candidate = solver(name, scheduler)
         except BadConfig as error:

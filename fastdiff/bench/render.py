@@ -73,7 +73,7 @@ def pareto(rows: Sequence[Row]) -> Any:
     for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _panel(axes, rows, name, title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 * len(panels), fontsize=8)
     good = next(row for row in rows if row.kind == "baseline")
     figure.suptitle(f"{good.model}, {good.scheduler}, {good.steps} steps, {good.prompts} prompts")
     return figure
@@ -86,20 +86,33 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, title: str) -> None:
     points = [(float(row.speedup or 0), min(float(getattr(row, name)), top)) for row in shown]
     best = frontier(points)
     axes.plot(*zip(*[points[i] for i in best], strict=True), color="0.6", linewidth=1, zorder=1)
+    axes.margins(x=0.22)  # room for the labels
     for group, (colour, marker) in _styles(rows).items():
         mine = [i for i, row in enumerate(shown) if _group(row, rows) == group]
         alpha = [1 if i in best else 0.4 for i in mine]
         spots = [points[i] for i in mine] or [(float("nan"), float("nan"))]
         axes.scatter(*zip(*spots, strict=True), c=colour, marker=marker, alpha=alpha or 1, s=30, zorder=2, linewidths=0)
         axes.scatter([], [], c=colour, marker=marker, s=30, label=group)  # a legend entry that is not pale
-    few = len(shown) <= _FEW
-    for index, (row, (x, y)) in enumerate(zip(shown, points, strict=True)):
-        if few or index in best:
-            label = f"{row.name} (identical)" if y == top and row.kind != "baseline" else row.name
-            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    named = range(len(shown)) if len(shown) <= _FEW else best
+    _name(axes, {i: points[i] for i in named}, {i: _label(shown[i], points[i][1] == top) for i in named})
     axes.set(xlabel="speed-up of the whole call", ylabel=title)
-    axes.margins(x=0.15)  # room for the labels
     axes.grid(alpha=0.3)
+
+
+def _label(row: Row, identical: bool) -> str:
+    return f"{row.name} (identical)" if identical and row.kind != "baseline" else row.name
+
+
+def _name(axes: Any, points: dict[int, tuple[float, float]], labels: dict[int, str]) -> None:
+    """Write labels beside points: above or, if the last one is in the way, below."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    before, above = (-1.0, -1.0), True
+    for index, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        place = ((x - left) / (right - left), (y - low) / (high - low))
+        close = abs(place[0] - before[0]) < 0.15 and abs(place[1] - before[1]) < 0.03
+        before, above = place, not (close and above)
+        offset = (5, 4 if above else -10)
+        axes.annotate(labels[index], (x, y), xytext=offset, textcoords="offset points", fontsize=7)
 
 
 def _group(row: Row, rows: Sequence[Row]) -> str:
@@ -108,8 +121,7 @@ def _group(row: Row, rows: Sequence[Row]) -> str:
         return str(row.config.get("package", "peer"))
     if row.kind == "fewer_steps":
         own = next(other.scheduler for other in rows if other.kind == "baseline")
-        name = row.scheduler.removesuffix("Scheduler").removesuffix("Multistep")
-        return "fewer steps" if row.scheduler == own else f"fewer steps, {name}"
+        return "fewer steps" if row.scheduler == own else f"fewer {row.name.partition(' ')[2]}"
     return row.kind
 
 
@@ -119,9 +131,7 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     own = {"baseline": ("black", "o"), "fastdiff": ("tab:blue", "o"), "fewer steps": ("tab:orange", "s")}
     fewer = iter(_FEWER_STYLES * len(groups))
     peers = iter(_PEER_STYLES * len(groups))
-    return {
-        group: own.get(group) or (next(fewer) if group.startswith("fewer steps") else next(peers)) for group in groups
-    }
+    return {group: own.get(group) or (next(fewer) if group.startswith("fewer ") else next(peers)) for group in groups}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import wraps
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.pipelines.families import denoisers
 
@@ -58,11 +58,23 @@ class Clock:
 
     def __init__(self, twin: Twin) -> None:
         self.scheduler = twin.pipe.scheduler
+        self._grid: Tensor | None = None
+        self._values: list[float] = []
         self._parameters = list(inspect.signature(type(twin.denoiser).forward).parameters)[1:]
         self.reset()
 
     def reset(self) -> None:
         self.step, self.branch, self.timestep = -1, 0, float("nan")
+
+    def _value(self, timestep: Tensor) -> float:
+        """A number, without waiting for a GPU if the tensor is a view of the scheduler's own list."""
+        grid = self.scheduler.timesteps
+        if self._grid is not grid:
+            self._grid, self._values = grid, grid.tolist()
+        index, rest = divmod(timestep.data_ptr() - grid.data_ptr(), grid.element_size())
+        if rest == 0 and 0 <= index < len(self._values) and timestep.dtype == grid.dtype:
+            return float(self._values[index])
+        return float(timestep.reshape(-1)[0])
 
     def now(self) -> Any:
         """The timestep; caches of diffusers say that they want an integer, but only compare it."""
@@ -74,8 +86,7 @@ class Clock:
 
     def see(self, args: tuple, kwargs: dict) -> None:
         """A call of the denoiser begins; the second one at a timestep is another branch of guidance, not a new step."""
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        timestep = float(given["timestep"].reshape(-1)[0])
+        timestep = self._value((dict(zip(self._parameters, args, strict=False)) | kwargs)["timestep"])
         if timestep == self.timestep:
             self.branch += 1
         else:

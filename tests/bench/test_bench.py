@@ -236,6 +236,22 @@ def test_command_prints_json_and_fails_if_nothing_could_be_measured(command, tmp
     assert [row["error"] is None for row in json.loads(result.stdout)] == [True, False]
 
 
+def test_command_measures_rivals_and_judges(command, tmp_path):
+    invoke, _ = command
+    config, file, judged = tmp_path / "mine.toml", tmp_path / "rows.json", tmp_path / "verdict.json"
+    config.write_text('[cache]\nmethod = "deepcache"\ninterval = 2\n')
+    arguments = ["--config", config, "--peers", "--scheduler", "unipc", "--json", file, "--verdict", judged]
+    result = invoke(*arguments, "--steps", 4, "--prompts", 1, "--rounds", 1, "--no-converged")
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    assert rows["baseline"]["scheduler"] == rows["PAB 2/3"]["scheduler"] == "UniPCMultistepScheduler"
+    assert rows["2 steps"]["error"] is None and rows["2 steps DPM++ 2M"]["error"] is None
+    assert not any(name.endswith("UniPC") for name in rows)  # it is the own one already
+    found = {entry["rival"]: entry for entry in json.loads(judged.read_text())}
+    assert {"PAB 2/3", "2 steps", "2 steps DPM++ 2M"} <= set(found) and "mine" not in found
+    assert "rivals beaten" in result.stdout
+
+
 def test_command_refuses_before_it_loads(command, tmp_path, monkeypatch):
     invoke, loaded = command
     taken = tmp_path / "rows.json"
@@ -243,6 +259,8 @@ def test_command_refuses_before_it_loads(command, tmp_path, monkeypatch):
     assert isinstance(invoke("--json", taken).exception, BadConfig)
     assert isinstance(invoke("--plot", tmp_path / "plot.xyz").exception, BadConfig)
     assert isinstance(invoke("--preset", "nonsense").exception, UnknownName)
+    assert isinstance(invoke("--scheduler", "nonsense").exception, UnknownName)
+    assert isinstance(invoke("--verdict", taken).exception, BadConfig)
     monkeypatch.setattr("fastdiff.bench.metrics.find_spec", lambda name: None)
     missing = invoke().exception
     assert isinstance(missing, BackendUnavailable) and "pip install 'fastdiff[bench]'" in str(missing)

@@ -10,7 +10,8 @@ import torch
 from diffusers import LLaDA2Pipeline
 
 import fastdiff
-from fastdiff.caching.fast_dllm import FastDLLM, Verdict
+from fastdiff.caching.fast_dllm import FastDLLM
+from fastdiff.caching.prefix import Verdict
 from fastdiff.errors import BadConfig, UnsupportedModel
 from tests import language, tiny
 from tests.language import EOS, MASK, make, prompt, write
