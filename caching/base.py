@@ -46,6 +46,11 @@ class CacheMethod(Method):
 
     language: ClassVar[bool] = False  # whether the method is for language models, not for images and video
 
+    @property
+    def predicts_inside(self) -> bool:
+        """Whether predictions are made while the denoiser runs, so that no graph of all of it can hold."""
+        return False
+
     @field_validator("predictor")
     @classmethod
     def _known_predictor(cls, name: str) -> str:

@@ -12,14 +12,8 @@ from fastdiff.anatomy import Anatomy
 
 from .region import tensors
 
-_NO_BATCH = (
-    "rotary",
-    "rope",
-    "freqs",
-    "grid",
-    "img_ids",
-    "txt_ids",
-)  # parts of the names of inputs that hold places, not images
+# parts of the names of inputs that hold places, not images
+_NO_BATCH = ("rotary", "rope", "freqs", "grid", "img_ids", "txt_ids")
 
 
 class Batches:

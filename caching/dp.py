@@ -15,6 +15,7 @@ from fastdiff.recorder import Recorder
 
 from .base import CacheMethod, Weigh
 from .plan import Schedule, from_file
+from .predictors import Axis
 from .region import Region
 from .schedule import Costs, fewest, optimal_steps, spans
 from .sites import model_output
@@ -33,6 +34,7 @@ class DP(CacheMethod):
 
     method: Literal["dp"] = "dp"
     predictor: str = "adams_bashforth"
+    coordinate: Axis = Field("logsnr", description="axis on which predictions extrapolate")
     computed_steps: int = Field(20, ge=1, description="steps to compute; what calibrate plans for")
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
     ridge: float | None = Field(

@@ -44,6 +44,10 @@ class FasterDiffusion(CacheMethod):
             raise ValueError(f"key_steps holds {min(steps)}; steps count from 0")
         return tuple(sorted({0, *steps}))
 
+    @property
+    def predicts_inside(self) -> bool:
+        return self.max_parallel > 1
+
     def regions(self, anatomy: Anatomy) -> list[Region]:
         found = unet_encoder(anatomy) if anatomy.family.kind == "unet" else first_half(anatomy)
         return found if self.control_at_key_steps else [replace(region, hides_control=False) for region in found]

@@ -47,14 +47,15 @@ class Memory:
     """What one branch of one run remembers of a region.
 
     `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of the step
-    before, computed or not; `drift` what an accumulating policy has gathered since the last computed step.
+    before, computed or not; `drift` what an accumulating policy has gathered since the last computed step;
+    `placeholders` what each module of the region gives where it is left out.
     """
 
     indices: list[int] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
     peaks: list[Reading] = field(default_factory=list)
-    placeholders: dict[int, Any] = field(default_factory=dict)
+    placeholders: list[Any] = field(default_factory=list)
     spec: Any = None
     entry: list[Tensor] = field(default_factory=list)
     probe: Tensor | None = None
@@ -94,19 +95,16 @@ def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
 
 
 def placeholder(output: Any) -> Any:
-    """The same structure with one-element tensors expanded to the same shapes: what `unread` needs to know."""
-
-    def empty(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-
-    return pytree.tree_map(empty, output)
+    """What `unread` needs to know of an output: shapes, types and places, no tensors."""
+    leaves, form = pytree.tree_flatten(output)
+    return [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
 
 
-def unread(form: Any) -> Any:
+def unread(known: Any) -> Any:
     """Fresh memory for outputs that nobody reads, but that some models write into (FreeU, T2I adapters)."""
-    return pytree.tree_map_only(Tensor, torch.empty_like, form)
+    told, form = known
+    leaves = [torch.empty(x[0], dtype=x[1], device=x[2]) if isinstance(x, tuple) else x for x in told]
+    return pytree.tree_unflatten(leaves, form)
 
 
 def signature(args: tuple, kwargs: dict) -> Any:

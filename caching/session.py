@@ -105,16 +105,17 @@ class Session:
         shape = signature(args, kwargs)
         if self._shapes.get(step.branch) != shape:
             self._shapes[step.branch] = shape
-            self._branches[step.branch] = [Memory() for _ in self.regions]
+            self._branches[step.branch] = [Memory(placeholders=[None] * len(region.units)) for region in self.regions]
         self._current = self._branches[step.branch]
         for number, mask in enumerate(self.masks):
-            memory = self._current[number]
-            memory.ready, memory.visits = None, 0
-            if mask is not None:
-                self._decide(number, step, memory, mask[step.index])
-                if self.ahead and memory.skipping:
-                    self.recorder.skipped()
-                    memory.ready = self.predicted(number, step.index)
+            first = self._current[number]
+            for memory in (first, *first.again):
+                memory.ready, memory.visits = None, 0
+                if mask is not None:
+                    self._decide(number, step, memory, mask[step.index])
+                    if self.ahead and memory.skipping:
+                        self.recorder.skipped()
+                        memory.ready = self._combined(number, memory, step.index)
 
     def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:
         compute = wanted or not memory.values
@@ -125,7 +126,10 @@ class Session:
         memory.cached_in_row = 0 if compute else memory.cached_in_row + 1
         memory.cached += memory.skipping
         use = self._needed[number]
-        memory.keep = compute and (use is None or use[step.index] or (not memory.values and any(use)))
+        if self.ahead and use is not None:  # every computed step alike: they share a graph
+            memory.keep = compute and any(use)
+        else:
+            memory.keep = compute and (use is None or use[step.index] or (not memory.values and any(use)))
 
     def _bounded(self, memory: Memory, step: Step) -> bool:
         """Whether the prediction is finite for certain: amplified values may leave what the dtype holds."""
@@ -194,7 +198,7 @@ class Session:
                 output = forward(*args, **kwargs)
                 if memory.keep and last:
                     return self._take(number, region, memory, output)
-                if memory.keep and position not in memory.placeholders:
+                if memory.keep and (self.ahead or memory.placeholders[position] is None):
                     memory.placeholders[position] = placeholder(output)
                 return output
 
@@ -210,11 +214,8 @@ class Session:
         if memory.visits == 1:
             return memory
         if len(memory.again) < memory.visits - 1:
-            memory.again.append(Memory())
-        later, step, mask = memory.again[memory.visits - 2], self.clock.now, self.masks[number]
-        if first and mask is not None and step is not None:
-            self._decide(number, step, later, mask[step.index])
-        return later
+            memory.again.append(Memory(keep=memory.keep, placeholders=[None] * len(memory.placeholders)))
+        return memory.again[memory.visits - 2]
 
     def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
         """Keep what leaves a region until the step is committed."""
@@ -233,6 +234,8 @@ class Session:
             memory.entry = []
             if memory.taken is None:
                 continue
+            if self.ahead:  # a CUDA graph writes over what it gave
+                memory.taken = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in memory.taken]
             memory.indices.append(index)
             memory.values.append(memory.taken)
             if self.method.predictor != "reuse":

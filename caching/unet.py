@@ -12,7 +12,7 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from .region import Region
 
 Level = Literal["block", "layer", "unit"]
-_LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
+LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
 
 
 def _unet(anatomy: Anatomy, lacks: str) -> Any:
@@ -63,7 +63,7 @@ def unet_parts(anatomy: Anatomy, level: Level) -> list[Region]:
 
 def _layers(block: Any) -> list[list[nn.Module]]:
     """Modules of each layer of a UNet block, in call order."""
-    parts = [getattr(block, name) for name in _LAYER_PARTS if getattr(block, name, None) is not None]
+    parts = [getattr(block, name) for name in LAYER_PARTS if getattr(block, name, None) is not None]
     layers = len(block.resnets)
     each = [max(1, len(part) // layers) for part in parts]  # AudioLDM2 has several attentions in a layer
     return [

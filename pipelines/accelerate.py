@@ -17,7 +17,7 @@ from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
 
 from .attention import install_backend
-from .compile import compile_blocks, compile_denoiser
+from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
@@ -70,9 +70,11 @@ class Accelerated:
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
+        session = self._session(anatomy, whole)
+        if config.compile.enabled and session is not None:
+            check_cache(session, config.compile)
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
-        session = self._session(anatomy, whole)
         if session is not None:
             session.attach(patches)
         if whole:

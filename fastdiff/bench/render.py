@@ -16,9 +16,14 @@ from .row import Row
 
 _FEW = 12  # points up to which every one can have its name beside it
 _FEWER_STYLES = (("goldenrod", "P"), ("tab:brown", "X"), ("darkkhaki", "p"))
-_PEER_STYLES = (
-    ("tab:green", "^"), ("tab:red", "v"), ("tab:purple", "D"), ("tab:pink", "<"), ("tab:cyan", ">"), ("tab:olive", "h"),
-)  # fmt: skip
+_PEER_STYLES = {  # fixed, so that plots of different models can be compared
+    "DeepCache": ("tab:green", "^"),
+    "cache-dit": ("tab:cyan", ">"),
+    "diffusers": ("tab:red", "v"),
+    "tgate": ("tab:purple", "D"),
+    "tomesd": ("tab:pink", "<"),
+}
+_OTHER_PEER = ("tab:olive", "h")
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("computed", "computed_steps", "d"),
     ("latency s", "latency_s", ".3f"),
@@ -130,8 +135,8 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     groups = dict.fromkeys(_group(row, rows) for row in rows if row.error is None)
     own = {"baseline": ("black", "o"), "fastdiff": ("tab:blue", "o"), "fewer steps": ("tab:orange", "s")}
     fewer = iter(_FEWER_STYLES * len(groups))
-    peers = iter(_PEER_STYLES * len(groups))
-    return {group: own.get(group) or (next(fewer) if group.startswith("fewer ") else next(peers)) for group in groups}
+    known = own | _PEER_STYLES
+    return {group: known.get(group) or (next(fewer) if group.startswith("fewer ") else _OTHER_PEER) for group in groups}
 
 
 @dataclass(frozen=True)

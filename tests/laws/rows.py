@@ -5,7 +5,7 @@ A new method fails `test_every_method_has_a_row` until it has a row here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,45 +14,96 @@ from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.caching.plan import Plan, fingerprint
+from fastdiff.caching.cachequant import Corrected
+from fastdiff.caching.calibration import Calibrator
+from fastdiff.caching.magcache import Ratios
+from fastdiff.caching.plan import Plan, Schedule
 from fastdiff.pipelines.families import anatomies
 from tests import tiny
 from tests.tiny import FAMILIES, TRANSFORMERS, UNETS
 
 STEPS = 6
+CROSS = ("sd15", "sdxl", "pixart", "wan")  # families with cross-attention layers
+# One UNet, one transformer whose guidance is a batch, one whose guidance is two calls: where a law tests machinery that
+# knows no method and no family, and costs many runs, these stand for the others.
+KINDS = ("sd15", "sd3", "wan")
+
+Leaf = Callable[[DiffusionPipeline], nn.Module]
+
+
+def last_attention(pipe: DiffusionPipeline) -> nn.Module:
+    """A projection in the last attention layer: for methods that leave out layers, not whole blocks."""
+    return [m for path, m in tiny.denoiser(pipe).named_modules() if path.endswith(".to_q")][-1]
+
+
+def last_cross_attention(pipe: DiffusionPipeline) -> nn.Module:
+    return [m for path, m in tiny.denoiser(pipe).named_modules() if path.endswith("attn2.to_q")][-1]
+
+
+def encoder_leaf(pipe: DiffusionPipeline) -> nn.Module:
+    """A layer of what Faster Diffusion leaves out: a UNet's middle, or a transformer's first block."""
+    if hasattr(pipe, "unet"):
+        return tiny.deepest_leaf(pipe)
+    first = next(child for child in pipe.transformer.children() if isinstance(child, nn.ModuleList))
+    return next(m for m in first[0].modules() if isinstance(m, nn.Linear))
 
 
 @dataclass(frozen=True)
 class Row:
     """neutral and aggressive settings of a method, the steps of STEPS that the aggressive ones compute, and where it
-    works; `refusal` is part of what it says elsewhere."""
+    works; `refusal` is part of what it says elsewhere.
+
+    leaf: a layer that runs exactly when a step is computed. partly: steps in which one of two calls is computed.
+    saves: what a cached step saves of the rows (images, both halves of guidance) that run through the leaf: all, or
+    with guidance dropped one of two.
+    """
 
     neutral: dict[str, Any]
     aggressive: dict[str, Any]
     computed: int
     families: tuple[str, ...] = FAMILIES
     refusal: str = ""
+    leaf: Leaf = tiny.deepest_leaf
+    partly: int = 0
+    saves: int = 2
 
     @property
     def method(self) -> str:
         return self.aggressive["method"]
 
+    @property
+    def cached(self) -> int:
+        return STEPS - self.computed
 
-def _row(method: str, neutral: dict[str, Any], aggressive: dict[str, Any], computed: int, *where: Any) -> Row:
-    return Row({"method": method, **neutral}, {"method": method, **aggressive}, computed, *where)
+    @property
+    def rows(self) -> int:
+        """Rows that run through the leaf in the standard call: two a step, but for what is saved."""
+        return 2 * STEPS - self.saves * (self.cached + self.partly)
+
+
+def _row(
+    method: str, neutral: dict[str, Any], aggressive: dict[str, Any], computed: int, *where: Any, **more: Any
+) -> Row:
+    return Row({"method": method, **neutral}, {"method": method, **aggressive}, computed, *where, **more)
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A Row of `dp` on one family: its plan, made when a test asks for it, names the denoiser and the noise levels."""
+    """A row on one family: its plan, made when a test asks for it, names the denoiser and the noise levels."""
 
+    method: str
     name: str
-    method = "dp"
-    computed = 3
+    kind: type[Plan]
+    nothing: Callable[[], dict[str, dict[str, Any]]]  # settings, and fields of the plan, with which nothing is skipped
+    much: Callable[[], dict[str, dict[str, Any]]]
+    computed: int
     refusal = ""
+    leaf = staticmethod(tiny.deepest_leaf)
+    partly, saves = 0, 2
+    cached, rows = Row.cached, Row.rows
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -60,11 +111,17 @@ class PlannedRow:
 
     @property
     def neutral(self) -> dict[str, Any]:
-        return {"method": "dp", "plan": _plan_file(self.name, tuple(range(STEPS)))}
+        return self._settings("neutral", self.nothing())
 
     @property
     def aggressive(self) -> dict[str, Any]:
-        return {"method": "dp", "plan": _plan_file(self.name, (0, 2, 4))}
+        return self._settings("aggressive", self.much())
+
+    def _settings(self, which: str, told: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        path = Path(_plan_folder().name) / f"{self.method}-{self.name}-{which}.json"
+        if not path.exists():
+            path.write_text(self.kind(**origin(self.name), **told["plan"]).model_dump_json())
+        return {"method": self.method, "plan": str(path), **told["settings"]}
 
 
 @cache
@@ -73,23 +130,32 @@ def _plan_folder() -> TemporaryDirectory:
 
 
 @cache
-def _plan_file(name: str, compute: tuple[int, ...]) -> str:
-    """Path of a plan for the standard call of a family."""
+def origin(name: str) -> dict[str, Any]:
+    """What a plan says of the standard call of a family."""
     pipe = tiny.make(name)
     with fastdiff.accelerate(pipe) as handle:
         runs: list[Any] = []
         handle.clock.on_start.append(runs.append)
         tiny.run(pipe, name, steps=STEPS)
-    plan = Plan(
-        denoiser=fingerprint(anatomies(pipe)[0]), scheduler=runs[0].scheduler, sigmas=runs[0].sigmas, compute=compute
-    )
-    path = Path(_plan_folder().name) / f"{name}-{len(compute)}.json"
-    path.write_text(plan.model_dump_json())
-    return str(path)
+    return Calibrator(anatomies(pipe)[0], lambda install: None).origin(runs[0])
+
+
+def _schedule(*steps: int) -> Callable[[], dict[str, dict[str, Any]]]:
+    return lambda: {"settings": {}, "plan": {"compute": steps}}
+
+
+def _magnitudes(**settings: Any) -> Callable[[], dict[str, dict[str, Any]]]:
+    return lambda: {"settings": settings, "plan": {"ratios": [1.0, *(0.9 for _ in range(STEPS - 1))]}}
 
 
 _ALL, _TWO = {"compute_steps": list(range(STEPS))}, {"compute_steps": [0, 3]}
-_NO_UNET, _NO_STACK = "is no UNet", "no stack of transformer blocks"
+_NO_UNET, _NO_STACK, _NO_CROSS = "is no UNet", "no stack of transformer blocks", "has no cross-attention"
+_EACH, _THIRD = {"interval": 1}, {"interval": 3, "warmup_steps": 1}
+_NEVER, _ALWAYS = {"threshold": 0, "cooldown_steps": 0}, {"threshold": 1e9, "cooldown_steps": 0}
+_GATE, _NO_GATE = {"gate": 0.5}, {"gate": 1.0}
+_ATTENTION = {"leaf": last_attention}
+_FEW = {"max_consecutive_cached": 99}  # more than there are steps; TOML, in which rows are written too, has no None
+
 ROWS: dict[str, Row | PlannedRow] = {
     "static": _row("static", _ALL, _TWO, 2),
     "static inner": _row(
@@ -98,20 +164,68 @@ ROWS: dict[str, Row | PlannedRow] = {
     "static stack": _row(
         "static", {**_ALL, "site": "stack"}, {**_TWO, "site": "stack"}, 2, TRANSFORMERS, _NO_STACK
     ),
-    "deepcache": _row("deepcache", {"interval": 1}, {"interval": 3}, 2, UNETS, _NO_UNET),
+    "deepcache": _row("deepcache", _EACH, {"interval": 3}, 2, UNETS, _NO_UNET),
     "first_block": _row("first_block", {"threshold": 0}, {"threshold": 1e9}, 1, TRANSFORMERS, _NO_STACK),
-    "ab_cache": _row("ab_cache", {"interval": 1}, {"interval": 3, "warmup_steps": 1}, 2),
-    **{f"dp {name}": PlannedRow(name) for name in FAMILIES},
+    "dbcache": _row(
+        "dbcache", {"threshold": 0, "live_blocks": 1}, {"threshold": 1e9, "live_blocks": 1, "warmup_steps": 1}, 1,
+        TRANSFORMERS, _NO_STACK,
+    ),
+    "ab_cache": _row("ab_cache", _EACH, _THIRD, 2),
+    "ab_cache blocks": _row("ab_cache", {**_EACH, "site": "blocks"}, {**_THIRD, "site": "blocks"}, 2),
+    "ab_cache stack": _row(
+        "ab_cache", {**_EACH, "site": "stack"}, {**_THIRD, "site": "stack"}, 2, TRANSFORMERS, _NO_STACK
+    ),
+    "teacache": _row("teacache", _NEVER, _ALWAYS, 1, TRANSFORMERS, _NO_STACK),
+    "easycache": _row("easycache", _NEVER, {**_ALWAYS, "warmup_steps": 1}, 1),
+    "seacache": _row("seacache", _NEVER, {**_ALWAYS, **_FEW}, 1),
+    "taylorseer": _row("taylorseer", _EACH, _THIRD, 2, **_ATTENTION),
+    "taylorseer lite": _row("taylorseer", {**_EACH, "lite": True}, {**_THIRD, "lite": True}, 2),
+    "fora": _row("fora", _EACH, {"interval": 3}, 2, **_ATTENTION),
+    "pab": _row(
+        "pab",
+        {"self_interval": 1, "temporal_interval": 1, "cross_interval": 1, "between": [0, 1]},
+        {"self_interval": 3, "temporal_interval": 3, "cross_interval": 3, "between": [0, 1]}, 2, **_ATTENTION,
+    ),
+    # frozen cross-attention alone: self-attention and both halves of guidance always run
+    "tgate keep": _row(
+        "tgate", {**_NO_GATE, "guidance": "keep"}, {**_GATE, "guidance": "keep"}, 3, CROSS, _NO_CROSS,
+        leaf=last_cross_attention,
+    ),
+    # the conditional half always runs, but for its cross-attention, which no deepest leaf is a part of
+    "tgate": _row("tgate", _NO_GATE, _GATE, 3, tuple(name for name in FAMILIES if name != "flux"), saves=1),
+    # guidance is two calls and nothing of the conditional one is frozen: no step is cached, three are partly
+    "tgate flux": _row("tgate", _NO_GATE, _GATE, STEPS, ("flux",), partly=3, saves=1),
+    "faster_diffusion": _row(
+        "faster_diffusion", _EACH, {"interval": 3, "max_parallel": 3}, 2, leaf=encoder_leaf
+    ),
+    "faster_diffusion serial": _row(
+        "faster_diffusion", {**_EACH, "max_parallel": 1}, {"interval": 3, "max_parallel": 1}, 2, leaf=encoder_leaf
+    ),
+    "a_sdm": _row("a_sdm", _EACH, {"interval": 3, "sites": ["*"]}, 2),
+    "a_sdm unit": _row(
+        "a_sdm", {**_EACH, "level": "unit"}, {"interval": 3, "level": "unit", "sites": ["*"]}, 2, **_ATTENTION
+    ),
+    **{
+        f"{method} {name}": PlannedRow(method, name, kind, nothing, much, computed)
+        for method, kind, nothing, much, computed in (
+            ("dp", Schedule, _schedule(*range(STEPS)), _schedule(0, 2, 4), 3),
+            ("cachequant", Corrected, _schedule(*range(STEPS)), _schedule(0, 3), 2),
+            ("magcache", Ratios, _magnitudes(threshold=0), _magnitudes(threshold=1e9, retention=0, **_FEW), 1),
+        )
+        for name in FAMILIES
+    },
 }  # fmt: skip
 
 SUPPORTED = [(row, name) for row in ROWS for name in ROWS[row].families]
 REFUSED = [(row, name) for row in ROWS for name in FAMILIES if ROWS[row].refusal and name not in ROWS[row].families]
+ONE_A_KIND = [(row, name) for row, name in SUPPORTED if name in KINDS or ROWS[row].families == ("flux",)]
 
 
 def each(pairs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     """Parametrize a test over (row, family) pairs, with readable ids."""
     pairs = list(pairs)
-    return pytest.mark.parametrize(("row", "name"), pairs, ids=[f"{row}-{name}" for row, name in pairs])
+    ids = [row if row.endswith(f" {name}") else f"{row}-{name}" for row, name in pairs]
+    return pytest.mark.parametrize(("row", "name"), pairs, ids=ids)
 
 
 @cache

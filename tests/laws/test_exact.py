@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.registry import registry
 from tests import tiny
-from tests.laws.rows import REFUSED, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, plain
+from tests.laws.rows import ONE_A_KIND, REFUSED, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, plain
 from tests.state import differences, snapshot
 from tests.tiny import FAMILIES
 
@@ -33,7 +33,8 @@ def test_neutral_settings_change_no_bit(row, name):
     pipe = tiny.make(name)
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].neutral)
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
-    assert (handle.report.computed, handle.report.cached) == (STEPS, 0)
+    assert (handle.report.computed, handle.report.cached, handle.report.partly) == (STEPS, 0, 0)
+    assert "skipped nothing" in str(handle.report), "0 cached steps must be said"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -78,7 +79,7 @@ def test_a_method_that_cannot_work_on_a_model_says_why_and_leaves_it_alone(row, 
     assert differences(before, snapshot(pipe)) == []
 
 
-@each(SUPPORTED)
+@each(ONE_A_KIND)  # six runs each, and state is a session's own whatever the family
 def test_two_pipelines_of_one_class_do_not_touch_each_other(row, name):
     fast, slow, other = tiny.make(name), tiny.make(name), tiny.make(name)
     before = snapshot(slow)
