@@ -18,8 +18,9 @@ from .plan import Schedule, from_file
 from .predictors import Axis
 from .region import Region
 from .schedule import Costs, fewest, optimal_steps, spans
-from .sites import model_output
-from .trace import Trace, influence
+from .session import Session
+from .sites import Site, at
+from .trace import SiteTrace, Trace, influence
 
 if TYPE_CHECKING:
     from .calibration import Calibrator
@@ -36,6 +37,9 @@ class DP(CacheMethod):
     predictor: str = "adams_bashforth"
     coordinate: Axis = Field("logsnr", description="axis on which predictions extrapolate")
     computed_steps: int = Field(20, ge=1, description="steps to compute; what calibrate plans for")
+    site: Site = Field("output", description="what a skipped step leaves out and predicts")
+    branch: int = Field(0, ge=0, description="skip connection to split at (site inner)")
+    live_blocks: int = Field(1, ge=0, description="blocks that always run (site stack)")
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
     ridge: float | None = Field(
         None, ge=0, description="fit weights to the trace, pulled this much to the predictor's; None: the predictor's"
@@ -46,7 +50,10 @@ class DP(CacheMethod):
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
         self._plan.check_model(anatomy)
-        return [model_output(anatomy)]
+        return [self._region(anatomy)]
+
+    def _region(self, anatomy: Anatomy) -> Region:
+        return at(self.site, anatomy, live=self.live_blocks, branch=self.branch)
 
     def mask(self, run: Run, region: Region) -> list[bool]:
         steps = set(self._plan.steps(run))
@@ -82,20 +89,32 @@ class DP(CacheMethod):
             )
 
     def calibrated(self, calibrator: Calibrator) -> DP:
-        traces: list[Trace] = []
+        from .calibration import Recording
 
-        def install(_anatomy: Anatomy, clock: StepClock, _recorder: Recorder) -> None:
+        traces: list[Trace] = []
+        inside = None if self.site == "output" else SiteTrace()
+
+        def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session | None:
             traces.append(Trace(clock))
             clock.on_start.append(self.check)
+            if inside is None:
+                return None
+            return Recording(self, anatomy, clock, recorder, inside.seen, [self._region(anatomy)])
 
         calibrator.draw(install)
-        return self.planned(traces[0], calibrator)
+        return self.planned(traces[0], calibrator, inside)
 
-    def planned(self, trace: Trace, calibrator: Calibrator) -> DP:
-        """This method with the plan of least predicted error. Raises ValueError where no plan is possible."""
+    def planned(self, trace: Trace, calibrator: Calibrator, inside: SiteTrace | None = None) -> DP:
+        """This method with the plan of least predicted error, of what is cached `inside`, or else of the outputs.
+
+        The dynamic program predicts from the last two computed steps; a higher order takes part in the weights of the
+        plan. An error inside counts as much for the final latents as the output of its step would. Raises ValueError
+        where no plan is possible.
+        """
         run, gram = trace.run, trace.gram
         if run is None or gram is None:
             raise ValueError("no complete run was traced")
+        gram = gram if inside is None else inside.gram
         if not np.isfinite(gram).all():
             raise ValueError("the model's outputs are not finite numbers; try another dtype or guidance scale")
         self.check(run)
@@ -105,7 +124,7 @@ class DP(CacheMethod):
         plan = Schedule(
             **calibrator.origin(run),
             compute=tuple(steps),
-            weights={at: costs.weights(at, a, j) for a, j, end in groups for at in range(j + 1, end)},
+            weights={k: costs.weights(k, known) for known, end in groups for k in range(known[-1] + 1, end)},
             error=costs.error(steps),
         )
         return self.model_copy(update={"plan": plan})

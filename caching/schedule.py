@@ -41,11 +41,10 @@ class Costs:
         self.influence = np.ones(self.total) if influence is None else influence
         self.longest = min(longest, self.total - 1)
 
-    def weights(self, at: int, previous: int | None, last: int) -> Weights:
-        """(computed step, factor) pairs that make the value of step `at` where `previous` and `last` were computed."""
-        known = [last] if previous is None else [previous, last]
-        factors: Floats = np.asarray(self.predict(at, known), dtype=np.float64)
-        known = known[len(known) - len(factors) :]
+    def weights(self, at: int, computed: Sequence[int]) -> Weights:
+        """(computed step, factor) pairs that make the value of step `at` where these, of before it, were computed."""
+        factors: Floats = np.asarray(self.predict(at, computed), dtype=np.float64)
+        known = list(computed[len(computed) - len(factors) :])
         if self.ridge is not None:
             block = self.gram[np.ix_(known, known)]
             pull = self.ridge * float(np.trace(block)) / len(known)
@@ -53,12 +52,13 @@ class Costs:
             factors = np.linalg.lstsq(block + pull * np.eye(len(known)), wanted, rcond=None)[0].astype(np.float64)
         return tuple((step, float(factor)) for step, factor in zip(known, factors, strict=True) if factor)
 
-    def groups(self, previous: int | None, last: int, end: int) -> Floats:
-        """Costs of skipping last+1 .. k-1, for k = last+1 (nothing skipped, 0), ..., end."""
+    def groups(self, computed: Sequence[int], end: int) -> Floats:
+        """Costs of skipping all after the last of the computed steps, up to each k-1 until end-1; 0 for the first k."""
+        last = computed[-1]
         errors = np.zeros((end - last, self.total))
         for row, at in enumerate(range(last + 1, end), 1):
             errors[row, at] = -self.influence[at]
-            for step, factor in self.weights(at, previous, last):
+            for step, factor in self.weights(at, computed):
                 errors[row, step] += self.influence[at] * factor
         summed = errors.cumsum(0)
         return np.maximum(0.0, ((summed @ self.gram) * summed).sum(1))
@@ -71,25 +71,26 @@ class Costs:
         for j in range(self.total):
             end = min(self.total, j + width)
             for a in range(1, min(j, width) + 1) if j else (0,):
-                out[j, a, 1 : end - j + 1] = self.groups(j - a if a else None, j, end)
+                out[j, a, 1 : end - j + 1] = self.groups([j - a, j] if a else [j], end)
         return out
 
     def error(self, steps: Sequence[int]) -> float:
         """Predicted error of the final latents for these computed steps, relative to what the outputs make of them."""
-        cost = sum(float(self.groups(previous, last, end)[-1]) for previous, last, end in spans(steps, self.total))
+        cost = sum(float(self.groups(known, end)[-1]) for known, end in spans(steps, self.total))
         whole = float(self.influence @ self.gram @ self.influence)
         return float(np.sqrt(cost / whole)) if whole > 0 else 0.0
 
 
-def spans(steps: Sequence[int], total: int) -> Iterator[tuple[int | None, int, int]]:
-    """For each computed step the one before it, if any, itself, and the next one or the end of the run."""
-    yield from zip([None, *steps[:-1]], steps, [*steps[1:], total], strict=True)
+def spans(steps: Sequence[int], total: int) -> Iterator[tuple[Sequence[int], int]]:
+    """For each computed step: all up to it, and the next one or the end of the run."""
+    for count, end in enumerate([*steps[1:], total], 1):
+        yield steps[:count], end
 
 
 def fewest(total: int, longest: int, forced: Sequence[int]) -> int:
     """How many steps must be computed, at least those in `forced` and 0, with at most `longest` skipped in a row."""
     must = sorted({0, *forced})
-    return len(must) + sum((end - step - 1) // (longest + 1) for _, step, end in spans(must, total))
+    return len(must) + sum((end - known[-1] - 1) // (longest + 1) for known, end in spans(must, total))
 
 
 def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = (), *, shortest: int = 1) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Calibrator, Install
 from fastdiff.caching.session import Session
-from fastdiff.config import Config, Resolved
+from fastdiff.config import Compile, Config, Resolved
 from fastdiff.errors import BadConfig, FastdiffError
 
 from .accelerate import Accelerated, put, restore
@@ -26,8 +26,8 @@ def calibrate(
 ) -> Config:  # fmt: skip
     """The config with what calibration finds for this pipeline in its cache method.
 
-    Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on;
-    `watch` is told how many steps of how many are done in the pass under way. An accelerated pipeline is restored
+    Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on,
+    uncompiled; `watch` is told how many steps of how many are done in the pass under way. An accelerated pipeline is restored
     first.
 
     Raises BadConfig for a method that takes no plan, a number of computed steps that is not possible, and a solver
@@ -38,7 +38,7 @@ def calibrate(
         raise BadConfig("calibrate needs a cache method that takes a plan; add --set cache.method=dp")
     restore(pipe)
     found = anatomies(pipe)
-    plain = config.model_copy(update={"cache": None})
+    plain = config.model_copy(update={"cache": None, "compile": Compile()})  # it looks inside what would be compiled
 
     def draw(install: Install) -> None:
         handle = Observed(pipe, plain, install, found[0])

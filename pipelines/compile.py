@@ -46,16 +46,21 @@ def check_cache(session: Session, settings: Compile) -> None:
 
 
 def compile_blocks(anatomy: Anatomy, settings: Compile, patches: PatchSet) -> None:
-    """Compile each block's forward; installed before the cache, so that its decisions stay outside the graphs."""
+    """Compile each block's forward; installed before the cache, so that its decisions stay outside the graphs.
+
+    Blocks of one class and with weights of the same shapes share their graphs. A UNet has more kinds of layers than
+    torch keeps graphs for one function.
+    """
     of_a_kind: dict[Any, Callable[..., Any]] = {}
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         function, block = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
-        if function is None:  # somebody patched this one block
+        if function is None or not isinstance(block, nn.Module):  # somebody patched this one block
             return _compiled(forward, settings)
-        if function not in of_a_kind:
-            of_a_kind[function] = _compiled(function, settings)
-        return partial(of_a_kind[function], block)
+        kind = (function, *((name, weight.shape) for name, weight in block.named_parameters()))
+        if kind not in of_a_kind:
+            of_a_kind[kind] = _compiled(function, settings)
+        return partial(of_a_kind[kind], block)
 
     for block in repeated(anatomy):
         patches.wrap_forward(block, wrapper)
