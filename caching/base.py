@@ -104,12 +104,14 @@ class CacheMethod(Method):
 
     def guarded_mask(self, run: Run, region: Region) -> list[bool] | None:
         wished = self.mask(run, region)
-        if wished is None:
-            return None
+        return None if wished is None else self.guard(wished)
+
+    def guard(self, wished: Sequence[bool]) -> list[bool]:
+        """A mask with the guards on it."""
         out: list[bool] = []
         for index, wanted in enumerate(wished):
             in_row = next((k for k, done in enumerate(reversed(out)) if done), len(out))
-            out.append(self.guarded(wanted, index, run.total, in_row, out.count(False)))
+            out.append(self.guarded(wanted, index, len(wished), in_row, out.count(False)))
         return out
 
 

@@ -54,7 +54,9 @@ class TGate(CacheMethod):
         return round(self.gate * run.total)
 
     def gated(self, run: Run, index: int) -> bool:
-        return not self.guarded(index < self.closes(run), index, run.total)
+        """Whether guidance is left out at a step."""
+        gate = self.closes(run)
+        return not self.guard([i < gate for i in range(run.total)])[index]
 
     def around(self, forward: Forward, session: Session) -> Forward:
         return forward if self.guidance == "keep" else GuidanceGate(self, session, forward, self.guidance == "delta")

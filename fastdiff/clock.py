@@ -7,6 +7,7 @@ per branch: Heun has 2n - 1 of them, PNDM n + 1.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -161,14 +162,16 @@ class StepClock:
         self._patches.set(scheduler, name, MethodType(listened, scheduler))
 
     def _with_sample(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments of scheduler.step(model_output, timestep, sample, ...) with the latents of `before_step`."""
-        if self.run is None:
+        """The arguments of scheduler.step with the latents of `before_step`, which it calls `sample`."""
+        if self.run is None or not self.before_step:
             return args, kwargs
+        order = list(inspect.signature(type(self._scheduler).step).parameters)[1:]
+        place = order.index("sample") if "sample" in order else 2  # CogVideoX's DPM solver takes more before it
         for change in self.before_step:
             if "sample" in kwargs:
                 kwargs = {**kwargs, "sample": change(self.index, kwargs["sample"])}
-            elif len(args) > 2:
-                args = (*args[:2], change(self.index, args[2]), *args[3:])
+            elif len(args) > place:
+                args = (*args[:place], change(self.index, args[place]), *args[place + 1 :])
         return args, kwargs
 
     @property

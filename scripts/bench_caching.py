@@ -1,35 +1,53 @@
-"""Calibrates the plans that the files of benchmarks/configs name, and measures all of them beside the rivals.
+"""Calibrates the plans that the files of benchmarks/configs name, and measures all of them, with what is added.
 
-`python scripts/bench_caching.py shapes-unet [--steps N] [--scheduler NAME] [options of fastdiff bench]`; about an hour
-a model on one quiet core. Needs the extras bench and peers.
+`python scripts/bench_caching.py shapes-unet --peers`: all further options are those of `fastdiff bench`. About an hour a
+model with the rivals on one quiet core. Needs the extras bench and peers.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
+from fastdiff.config import read_file
+
 ROOT = Path(__file__).parents[1]
-CALIBRATED = ("dp", "cachequant", "magcache")
 
 
-def main(model: str, *options: str) -> int:
-    folder = ROOT / "benchmarks" / "configs" / model
-    given = dict(zip(options[::2], options[1::2], strict=False))
-    names = [model, *(given[key] for key in ("--steps", "--scheduler") if key in given)]
-    for config in sorted(folder.glob("*.toml")):
-        cache = tomllib.loads(config.read_text())["cache"]
-        plan = (folder / cache["plan"]).resolve() if "plan" in cache else None
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--steps")
+    parser.add_argument("--scheduler")
+    known, options = parser.parse_known_args()
+    configs = sorted((ROOT / "benchmarks" / "configs" / known.model).glob("*.toml"))
+    for config in configs:
+        named = read_file(config)["cache"].get("plan")
+        plan = (config.parent / named).resolve() if named else None
         if plan is not None and not plan.exists():  # made for the model's own steps and solver; other runs re-map it
-            call = ["calibrate", "-m", model, "--config", str(config.relative_to(ROOT)), "--prompts", "16"]
-            run(*call, "--batch", "8", "-o", str(plan.relative_to(ROOT)))
-    out = ROOT.joinpath("benchmarks", "-".join(names)).relative_to(ROOT)
+            run(
+                "calibrate",
+                "-m",
+                known.model,
+                "--config",
+                short(config),
+                *"--prompts 16 --batch 8 -o".split(),
+                short(plan),
+            )
+    out = "benchmarks/" + "-".join(filter(None, [known.model, known.steps, known.scheduler]))
     files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.png"]
-    configs = [word for config in sorted(folder.glob("*.toml")) for word in ("--config", str(config.relative_to(ROOT)))]
+    chosen = [word for config in configs for word in ("--config", short(config))]
+    for name in ("steps", "scheduler"):
+        if getattr(known, name):
+            options += [f"--{name}", getattr(known, name)]
     presets = ["--preset", "balanced", "--preset", "fast"]
-    return run("bench", "-m", model, *presets, *configs, *files, "--verdict", f"{out}-verdict.json", *options)
+    return run("bench", "-m", known.model, *presets, *chosen, *files, "--verdict", f"{out}-verdict.json", *options)
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def run(*arguments: str) -> int:
@@ -37,4 +55,4 @@ def run(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Write the generated parts of README.md: the table of methods, the picture and the measured presets.
+"""Write the generated parts of README.md (methods, picture, measured rows), and docs/results.md, which has all rows.
 
-    python scripts/readme.py            # rewrite README.md
-    python scripts/readme.py --check    # change nothing; exit 1 if README.md is out of date
+    python scripts/readme.py            # rewrite them
+    python scripts/readme.py --check    # change nothing; exit 1 if one is out of date
 
-Methods come from the registry, numbers from benchmarks/<model>.json (written by `fastdiff bench --json`).
+Methods come from the registry, numbers from benchmarks/*.json (written by `fastdiff bench --json`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastdiff.registry import ROOMS, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results.md"
 MODELS = ("shapes-unet", "shapes-dit")
 PICTURE = "docs/images/shapes-unet-balanced.png"
 COLUMNS = {
@@ -36,6 +37,17 @@ COLUMNS = {
     "prompt_accuracy": "prompt accuracy",
 }
 _DIGITS = {"speedup": 2, "psnr": 1, "ssim": 3, "psnr_converged": 1, "prompt_accuracy": 3}
+HEAD = """# Results
+
+Every row of the committed benchmarks, made from `benchmarks/*.json` by `make readme`. Speedup is the baseline's median
+latency of a whole call over the row's, rounds interleaved in one process; PSNR and SSIM are against the plain picture of
+the same seed, PSNR to converged against the same seed solved in 500 steps; computed counts the steps in which the
+denoiser ran in full. Rows of kind `fewer_steps` take fewer steps of the named solver, rows of kind `peer` are other
+libraries on the same pipeline. A rival is called beaten if a row of ours has at least its PSNR at 1.25 times its speedup,
+or at least its speedup and 3 dB more.
+
+Quality was measured in batches of 8, time on single images: methods that decide by a threshold decide for a batch as a
+whole, so that their computed steps may differ between the two."""
 _URL = re.compile(r"https?://[^\s)>,]+")
 
 
@@ -48,18 +60,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
     check = parser.parse_args().check
     try:
-        before = README.read_text(encoding="utf-8")
-        after = rendered(before)
+        wanted = {README: rendered(README.read_text(encoding="utf-8")), RESULTS: results_page()}
     except OutOfShape as error:
         print(error, file=sys.stderr)
         return 1
-    if after == before:
-        return 0
-    if check:
-        print("README.md is out of date; run `make readme`", file=sys.stderr)
-        return 1
-    README.write_text(after, encoding="utf-8")
-    print("README.md rewritten")
+    for path, after in wanted.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == after:
+            continue
+        if check:
+            print(f"{path.name} is out of date; run `make readme`", file=sys.stderr)
+            return 1
+        path.write_text(after, encoding="utf-8")
+        print(f"{path.name} rewritten")
     return 0
 
 
@@ -119,11 +131,58 @@ def rows_of(model: str) -> list[Mapping[str, Any]]:
     return rows
 
 
+def shown(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of README: plain, presets, our own plans, and those rivals that no other rival beats in both respects."""
+    rivals = [row for row in rows if row["kind"] in ("peer", "fewer_steps") and row["psnr"] is not None]
+    best = [
+        row for row in rivals
+        if not any(other["psnr"] > row["psnr"] and other["speedup"] > row["speedup"] for other in rivals)
+    ]  # fmt: skip
+    own = [row for row in rows if row["name"] in ("baseline", "lossless", "balanced", "fast")]
+    own += [row for row in rows if str(row["name"]).startswith("dp") and row["kind"] == "fastdiff"]
+    return own + sorted(best, key=lambda row: row["speedup"])
+
+
+def results_page() -> str:
+    """Every row of every committed benchmark, with what made it."""
+    parts = [HEAD]
+    for path in sorted((ROOT / "benchmarks").glob("shapes-*.json")):
+        if path.stem.endswith("-verdict"):
+            continue
+        rows = rows_of(path.stem)
+        first = rows[0]
+        facts = (
+            f"{first['prompts']} held-out captions, {first['rounds']} timed rounds, {first['scheduler']}, "
+            f"{first['environment']['device']}, {first['environment']['threads']} thread; "
+            f"torch {first['environment']['versions'].get('torch', '?')}"
+        )
+        body = table(tuple(COLUMNS.values()), [tuple(cell(key, row[key]) for key in COLUMNS) for row in rows])
+        failed = [f"- {row['name']}: {row['error']}" for row in rows if row.get("error")]
+        plot = f"![Quality over speed](../benchmarks/{path.stem}.png)\n\n" if path.with_suffix(".png").is_file() else ""
+        parts.append(f"## {path.stem}\n\n{facts}. Made by `{first['command']}`.\n\n{plot}{body}")
+        parts += [verdict_of(path)] + (["Failed:\n\n" + "\n".join(failed)] if failed else [])
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict_of(path: Path) -> str:
+    """For how many rivals some row of ours has at least their quality at 1.25 times their speed, or 3 dB more at it."""
+    file = path.with_name(f"{path.stem}-verdict.json")
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lost = [row for row in found if not row["beaten_by"]]
+    told = f"{len(found) - len(lost)} of {len(found)} rival rows are beaten by that rule."
+    if not lost:
+        return told
+    names = ", ".join(f"{row['rival']} ({row['speedup']:.2f}x, {row['psnr']:.1f} dB)" for row in lost)
+    return f"{told} Not beaten: {names}."
+
+
 def presets(results: Mapping[str, list[Mapping[str, Any]]]) -> str:
     parts = []
     for model, rows in results.items():
         body = (
-            table(tuple(COLUMNS.values()), [tuple(cell(key, row[key]) for key in COLUMNS) for row in rows])
+            table(tuple(COLUMNS.values()), [tuple(cell(key, row[key]) for key in COLUMNS) for row in shown(rows)])
             if rows
             else "Not measured yet."
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from fastdiff.config import Config, Layer, layers_of, parse_set, presets, resolve
@@ -157,13 +158,14 @@ def fewer_steps(
     """The honest rivals: the stock pipeline with as many evaluations as each row computes.
 
     `evaluations` is what `steps` cost the stock pipeline, which is more than `steps` for Heun and PNDM. `others` are
-    schedulers of one evaluation a step, by title.
+    schedulers of one evaluation a step, by title; they take at most 8 of those numbers, evenly picked.
     """
     computed = set(computed)
     wanted = {max(1, round(count * steps / evaluations)) for count in computed}
     found = [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
     for title, scheduler in (others or {}).items():
         counts = sorted((n for n in computed if 0 < n < evaluations), reverse=True)
+        counts = [counts[round(k)] for k in np.linspace(0, len(counts) - 1, min(8, len(counts)))]
         found += [Contender(f"{n} steps {title}", "fewer_steps", n, scheduler=scheduler) for n in counts]
     return found
 

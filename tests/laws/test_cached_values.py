@@ -16,7 +16,7 @@ def hidden(anatomy_returns: tuple[str, ...], output) -> Tensor:
     return output[anatomy_returns.index("hidden_states")] if isinstance(output, tuple) else output
 
 
-@each((row, name) for row, name in SUPPORTED if row in ("first_block", "static stack"))
+@each((row, name) for row, name in SUPPORTED if row in ("first_block", "static stack", "dbcache"))
 def test_a_skipped_stack_adds_the_residual_of_the_last_computed_step(row, name):
     from fastdiff.pipelines.families import anatomies
 
@@ -93,15 +93,14 @@ def test_a_caller_may_write_into_what_it_was_given(row):
 def test_a_dynamic_policy_compares_with_the_last_computed_step(monkeypatch):
     compared: list[tuple[Tensor, Tensor]] = []
 
-    def skip_until_the_fourth(self, probe, last) -> bool:
-        compared.append((probe.clone(), last.clone()))
-        return len(compared) == 3
+    def skip_until_the_fourth(self, step, memory) -> Tensor:
+        compared.append((memory.probe.clone(), memory.probes[-1].clone()))
+        return torch.tensor(1.0 if len(compared) == 3 else 0.0)
 
-    monkeypatch.setattr(FirstBlock, "should_compute", skip_until_the_fourth)
+    monkeypatch.setattr(FirstBlock, "change", skip_until_the_fourth)
     pipe = tiny.make("pixart")
     handle = fastdiff.accelerate(pipe, cache="first_block")
     tiny.run(pipe, "pixart", steps=STEPS)
-    assert [s[0] for s in handle.report.branches[0]] == ["c"] * STEPS
     assert [s == "computed" for s in handle.report.branches[0]] == [True, False, False, True, False, False]
     first = compared[0][1]
     assert all(torch.equal(last, first) for _, last in compared[:3]), "of step 0"
@@ -115,9 +114,8 @@ def test_the_rows_that_skip_differ_from_plain_diffusers_but_not_wildly(row):
     name = ROWS[row].families[0]
     plain, pipe = tiny.run(tiny.make(name), name, steps=30), tiny.make(name)
     settings = {"compute_steps": list(range(0, 30, 2))} if ROWS[row].method == "static" else {}
-    settings |= {"max_consecutive_cached": 1} if ROWS[row].method == "first_block" else {}
-    settings |= {"interval": 2} if "interval" in ROWS[row].aggressive else {}
+    settings |= {"gate": 0.8} if ROWS[row].method == "tgate" else {"max_consecutive_cached": 1}  # it drops guidance
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].aggressive | settings)
     cached = tiny.run(pipe, name, steps=30)
-    assert handle.report.cached > 5
-    assert float((cached - plain).norm() / plain.norm()) < 0.2
+    assert handle.report.cached + handle.report.partly > 5
+    assert 0 < float((cached - plain).norm() / plain.norm()) < 0.2
