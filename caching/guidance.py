@@ -55,6 +55,8 @@ class GuidanceGate:
         both = self._solved > 0 and batch == 2 * self._solved
         gated = self.method.gated(step.run, step.index)
         halves = None
+        if gated and 0 < 2 * self._solved < batch:
+            self.session.recorder.note("guidance goes on: the denoiser is given more than two batches (PAG)")
         if gated and both:  # rows of the second, conditional half of everything that holds two
             halves = self._batches.change(args, kwargs, batch, lambda leaf: leaf[len(leaf) // 2 :])
             if halves is None:

@@ -109,7 +109,7 @@ def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = (), *, sho
         for b in range(2, width + 1):
             allowed[max(0, step - b + 1) : step, :, b] = np.inf
     for j in range(total):
-        for b in range(1, min(shortest, total - j)):
+        for b in range(1, min(shortest, total - j, width + 1)):
             if j + b not in forced:
                 allowed[j, :, b] = np.inf
     best = np.full((total, width + 1), np.inf)  # best[j, a]: the last computed steps are j - a and j

@@ -10,6 +10,7 @@ from .errors import NotReversible
 _MISSING = object()
 # where accelerate's offload hooks keep the forward they wrap; they take it out and put it back after every call
 _HOOKED = "_old_forward"
+_REGISTRY = "_diffusers_hook"  # where diffusers keeps the hooks of a module
 
 
 class PatchSet:
@@ -22,6 +23,7 @@ class PatchSet:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._intact: dict[tuple[int, str], tuple[str, Callable[[], bool]]] = {}
+        self._wrapped: dict[int, tuple[str, Callable[[], Any]]] = {}
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` on the instance, past any `__setattr__` (nn.Module registers nothing)."""
@@ -31,22 +33,33 @@ class PatchSet:
         self._expect(owner, name, lambda: vars(owner).get(name, _MISSING) is value)
 
     def wrap_forward(self, module: Any, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put `wrapper(forward)` in the place of a module's forward, below any offload hook, present or future."""
-        slot = _slot(module)
-        before = vars(module).get(slot, _MISSING)
-        value = wrapper(current_forward(module))
-        object.__setattr__(module, slot, value)
+        """Put `wrapper(forward)` in the place of a module's forward, below any offload hook that comes later.
 
-        def found() -> str | None:
-            return next((s for s in (_HOOKED, "forward") if vars(module).get(s) is value), None)
+        Below those of accelerate that are there, too, but above those of diffusers' group offloading: what is left out
+        is then not loaded.
+        """
+        owner, name = _slot(module)
+        before = vars(owner).get(name, _MISSING)
+        value = wrapper(current_forward(module))
+        object.__setattr__(owner, name, value)
+
+        def found() -> tuple[Any, str] | None:
+            return next((place for place in _places(module) if vars(place[0]).get(place[1]) is value), None)
 
         def undo() -> None:
-            now = found() or slot
+            place = found()
+            if place is None:
+                return  # a hook that was there before was taken off, and the patch with it
             original = type(module).forward.__get__(module) if before is _MISSING else before
-            _put(module, now, original if now == _HOOKED else before)
+            _put(*place, before if place == (module, "forward") else original)
 
         self._undo.append(undo)
-        self._expect(module, "forward", lambda: found() is not None)
+        self._expect(module, "forward", lambda: found() is not None or _bare(module))
+        self._wrapped[id(module)] = (type(module).__name__, found)
+
+    def lost(self) -> list[str]:
+        """Classes of modules whose patch went with a hook that was below it, and that work as unpatched since then."""
+        return sorted({name for name, found in self._wrapped.values() if found() is None})
 
     def call(self, apply: Callable[[], Any], undo: Callable[[], Any]) -> Any:
         """A change that is more than an attribute, with its exact inverse."""
@@ -77,6 +90,7 @@ class PatchSet:
 
     def _rollback(self) -> None:
         self._intact.clear()
+        self._wrapped.clear()
         while self._undo:
             self._undo.pop()()
 
@@ -88,13 +102,38 @@ class PatchSet:
             self._rollback()
 
 
-def _slot(module: Any) -> str:
-    return _HOOKED if _HOOKED in vars(module) else "forward"
+def _slot(module: Any) -> tuple[Any, str]:
+    """Where a new patch of a module's forward goes. Group offloading with a stream puts hooks on every module that
+    take themselves off after the first call, and what is above them: there it goes below."""
+    if _HOOKED in vars(module):
+        return module, _HOOKED
+    registry = vars(module).get(_REGISTRY)
+    groups = [getattr(hook, "group", None) for hook in registry.hooks.values()] if registry is not None else []
+    if any(getattr(group, "stream", None) is not None for group in groups):
+        first = registry._fn_refs[0]
+        return first, "forward" if first.original_forward is None else "original_forward"
+    return module, "forward"
+
+
+def _places(module: Any) -> list[tuple[Any, str]]:
+    """Wherever a module's forward may be kept: by itself, and by the hooks of accelerate and diffusers."""
+    references = getattr(vars(module).get(_REGISTRY), "_fn_refs", [])
+    kept = [(reference, name) for reference in references for name in ("original_forward", "forward")]
+    return [(module, _HOOKED), (module, "forward"), *kept]
+
+
+def _bare(module: Any) -> bool:
+    """Whether nothing but hooks of diffusers is above a forward that is the class's own."""
+    references = getattr(vars(module).get(_REGISTRY), "_fn_refs", None)
+    if references is None:
+        return False
+    inner = (references[0].original_forward or references[0].forward) if references else module.forward
+    return getattr(inner, "__func__", None) is type(module).forward
 
 
 def current_forward(module: Any) -> Callable[..., Any]:
-    """A module's forward as it is now, below any offload hook."""
-    return getattr(module, _slot(module))
+    """A module's forward as it is now, below the hooks that patches go below."""
+    return getattr(*_slot(module))
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

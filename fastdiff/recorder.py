@@ -22,6 +22,7 @@ class Recorder:
         clock.on_call.append(self._call)
         clock.on_return.append(self._return)
         clock.on_tick.append(self._tick)
+        clock.on_end.append(self._end)
 
     def skipped(self) -> None:
         self._skipped = True
@@ -52,4 +53,7 @@ class Recorder:
         now = time.perf_counter()
         self.report.step_seconds.append(now - self._mark)
         self._mark = now
+
+    def _end(self, run: Run) -> None:
+        """Asking for the peak takes milliseconds on some systems, so not at every step."""
         self.report.peak_memory_mb = peak_memory_mb(self.device.type)

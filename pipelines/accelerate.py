@@ -41,6 +41,11 @@ class Accelerated:
     @property
     def report(self) -> RunReport:
         """The last run's report."""
+        if lost := self._patches.lost():
+            self._recorder.note(
+                f"the hooks below fastdiff's patches were replaced: {', '.join(lost)} runs as without them; accelerate "
+                "the pipeline again"
+            )
         return self._recorder.report
 
     @property

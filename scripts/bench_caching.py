@@ -1,7 +1,7 @@
 """Calibrates the plans that the files of benchmarks/configs name, and measures all of them, with what is added.
 
-`python scripts/bench_caching.py shapes-unet --peers`: all further options are those of `fastdiff bench`. About an hour a
-model with the rivals on one quiet core. Needs the extras bench and peers.
+`python scripts/bench_caching.py shapes-unet --peers`: all further options are those of `fastdiff bench`. About an hour
+a model with the rivals on one quiet core. Needs the extras bench and peers.
 """
 
 from __future__ import annotations
@@ -27,15 +27,8 @@ def main() -> int:
         named = read_file(config)["cache"].get("plan")
         plan = (config.parent / named).resolve() if named else None
         if plan is not None and not plan.exists():  # made for the model's own steps and solver; other runs re-map it
-            run(
-                "calibrate",
-                "-m",
-                known.model,
-                "--config",
-                short(config),
-                *"--prompts 16 --batch 8 -o".split(),
-                short(plan),
-            )
+            call = ["calibrate", "-m", known.model, "--config", short(config), "--prompts", "16", "--batch", "8"]
+            run(*call, "-o", short(plan))
     out = "benchmarks/" + "-".join(filter(None, [known.model, known.steps, known.scheduler]))
     files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.png"]
     chosen = [word for config in configs for word in ("--config", short(config))]

@@ -40,11 +40,11 @@ _DIGITS = {"speedup": 2, "psnr": 1, "ssim": 3, "psnr_converged": 1, "prompt_accu
 HEAD = """# Results
 
 Every row of the committed benchmarks, made from `benchmarks/*.json` by `make readme`. Speedup is the baseline's median
-latency of a whole call over the row's, rounds interleaved in one process; PSNR and SSIM are against the plain picture of
-the same seed, PSNR to converged against the same seed solved in 500 steps; computed counts the steps in which the
+latency of a whole call over the row's, rounds interleaved in one process; PSNR and SSIM are against the plain picture
+of the same seed, PSNR to converged against the same seed solved in 500 steps; computed counts the steps in which the
 denoiser ran in full. Rows of kind `fewer_steps` take fewer steps of the named solver, rows of kind `peer` are other
-libraries on the same pipeline. A rival is called beaten if a row of ours has at least its PSNR at 1.25 times its speedup,
-or at least its speedup and 3 dB more.
+libraries on the same pipeline. A rival is called beaten if a row of ours has at least its PSNR at 1.25 times its
+speedup, or at least its speedup and 3 dB more.
 
 Quality was measured in batches of 8, time on single images: methods that decide by a threshold decide for a batch as a
 whole, so that their computed steps may differ between the two."""
@@ -132,7 +132,7 @@ def rows_of(model: str) -> list[Mapping[str, Any]]:
 
 
 def shown(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of README: plain, presets, our own plans, and those rivals that no other rival beats in both respects."""
+    """The rows of README: plain, presets, our plans, and those rivals that no other rival beats in both respects."""
     rivals = [row for row in rows if row["kind"] in ("peer", "fewer_steps") and row["psnr"] is not None]
     best = [
         row for row in rivals

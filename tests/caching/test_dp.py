@@ -13,7 +13,7 @@ import torch
 import fastdiff
 from fastdiff.anatomy import Anatomy
 from fastdiff.caching.dp import DP
-from fastdiff.caching.plan import Plan, fingerprint
+from fastdiff.caching.plan import LARGEST, Schedule, fingerprint
 from fastdiff.clock import Run
 from fastdiff.config import layers_of, resolve
 from fastdiff.errors import BadConfig
@@ -97,7 +97,10 @@ def test_an_impossible_number_of_computed_steps_is_refused_in_the_first_run(comp
 
 def test_what_takes_no_plan_is_refused():
     pipe = tiny.make("sd15")
-    for config, reason in ((fastdiff.Config(cache="deepcache"), "not deepcache"), (fastdiff.Config(), "no cache")):
+    for config, reason in (
+        (fastdiff.Config(cache="deepcache"), "the cache method deepcache has nothing to calibrate"),
+        (fastdiff.Config(), "needs a cache"),
+    ):
         with pytest.raises(BadConfig, match=reason):
             calibrate(pipe, config, ["a cat"])
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler()
@@ -153,7 +156,7 @@ def run_at(*sigmas: float) -> Run:
 
 
 def test_steps_are_re_mapped_to_where_the_plan_computes():
-    plan = Plan(denoiser="x", scheduler="y", sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1], compute=[0, 1, 2, 4])
+    plan = Schedule(denoiser="x", scheduler="y", sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1], compute=[0, 1, 2, 4])
     assert plan.steps(run_at(*plan.sigmas)) == (0, 1, 2, 4)
     assert plan.steps(run_at(0.6, 0.4, 0.2, 0.1)) == (0, 1, 3), "the same run, begun later"
     twice = plan.steps(run_at(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05))
@@ -162,7 +165,7 @@ def test_steps_are_re_mapped_to_where_the_plan_computes():
     noisier = plan.steps(run_at(1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1))
     assert max(np.diff(noisier)) <= 3, "what is noisier than the plan is not one long gap"
     assert plan.steps(run_at(0.1, 0.05))[0] == 0, "less noise than in the plan"
-    every = Plan(denoiser="x", scheduler="y", sigmas=plan.sigmas, compute=range(6))
+    every = Schedule(denoiser="x", scheduler="y", sigmas=plan.sigmas, compute=range(6))
     assert every.steps(run_at(14.0, 3.0, 0.5)) == (0, 1, 2)
 
 
@@ -171,7 +174,7 @@ def test_re_mapped_steps_are_always_steps(seed):
     rng = np.random.default_rng(seed)
     grid = np.sort(rng.uniform(0, 14, 20))[::-1]
     compute = [0, *sorted(rng.choice(np.arange(1, 20), size=rng.integers(0, 19), replace=False).tolist())]
-    plan = Plan(denoiser="x", scheduler="y", sigmas=grid.tolist(), compute=compute)
+    plan = Schedule(denoiser="x", scheduler="y", sigmas=grid.tolist(), compute=compute)
     sigmas = np.sort(rng.uniform(0, 20, rng.integers(1, 40)))[::-1]
     steps = plan.steps(run_at(*sigmas.tolist()))
     assert steps[0] == 0 and list(steps) == sorted(set(steps)) and steps[-1] < len(sigmas)
@@ -214,6 +217,10 @@ def test_a_plan_of_another_model_is_refused(sd15):
 # files
 
 
+def test_the_largest_plan_that_is_read_is_below_100_mb():
+    assert LARGEST < 100 << 20
+
+
 def test_a_plan_is_the_same_from_a_file_and_inside_a_config(tmp_path, monkeypatch, sd15, plan):
     (tmp_path / "plans").mkdir()
     file = tmp_path / "plans" / "plan.json"
@@ -236,8 +243,15 @@ BROKEN = {
     "not text": (lambda plan: b"\xff\xfe\x00", "is truncated or no JSON"),
     "another kind": (lambda plan: '{"cache": {"method": "deepcache"}}', "holds no plan"),
     "a list": (lambda plan: "[1, 2]", "holds no plan"),
-    "version": (lambda plan: json.dumps(plan | {"version": 2}), "has version 2, this fastdiff reads 1; calibrate"),
-    "unknown key": (lambda plan: json.dumps(plan | {"more": 1}), "is damaged: more: extra inputs"),
+    "version": (lambda plan: json.dumps(plan | {"version": 1}), "has version 1, this fastdiff reads 2; calibrate"),
+    "larger than any plan": (lambda plan: b" " * (100 << 20), f"has {100 << 20} bytes, more than any plan"),
+    "deeply nested": (lambda plan: "[" * 100_000, "is truncated or no JSON"),
+    "unknown key": (lambda plan: json.dumps(plan | {"more": 1}), "made for another cache method: more is unknown"),
+    "of another method": (
+        lambda plan: json.dumps({k: v for k, v in plan.items() if k not in ("compute", "weights", "error")}),
+        "made for another cache method: compute is missing",
+    ),
+    "negative noise": (lambda plan: json.dumps(plan | {"sigmas": [1.0, -0.5] * 4}), "damaged: sigmas.1: "),
     "not a number": (lambda plan: json.dumps(plan | {"sigmas": [float("nan")] * 8}), "damaged: sigmas.0: .*finite"),
     "infinite weight": (
         lambda plan: json.dumps(plan | {"compute": [0], "weights": {"1": [[0, float("inf")]]}}),

@@ -29,14 +29,17 @@ def traced(seed: int, total: int, *, ridge: float | None = None, longest: int = 
 
 def cost_of(table, steps) -> float:
     """The sum of the group costs of a list of computed steps."""
-    return sum(table[j, 0 if i is None else j - i, k - j] for i, j, k in spans(list(steps), len(table)))
+    return sum(
+        table[known[-1], known[-1] - known[-2] if len(known) > 1 else 0, end - known[-1]]
+        for known, end in spans(list(steps), len(table))
+    )
 
 
 def allowed(total: int, budget: int, forced, longest: int):
     """Every list of computed steps that keeps the rules."""
     for rest in combinations(range(1, total), budget - 1):
         steps = [0, *rest]
-        if set(forced) <= set(steps) and all(k - j - 1 <= longest for _, j, k in spans(steps, total)):
+        if set(forced) <= set(steps) and all(end - known[-1] - 1 <= longest for known, end in spans(steps, total)):
             yield steps
 
 
@@ -70,6 +73,27 @@ def test_the_chosen_steps_are_as_good_as_the_best_of_all(problem):
     assert cost_of(table, chosen) <= best + 1e-9 * (1 + best)
 
 
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(1, 4))
+def test_groups_of_a_least_length_are_as_good_as_the_best_of_all(problem, shortest):
+    """CacheQuant's bounds: a group is shorter only where a forced step or the end of the run cuts it."""
+    seed, total, budget, forced, longest, ridge = problem
+    table = traced(seed, total, ridge=ridge, longest=longest)[-1].table()
+    every = [
+        steps
+        for steps in allowed(total, budget, forced, longest)
+        if all(end - known[-1] >= shortest or end in (*forced, total) for known, end in spans(steps, total))
+    ]
+    if not every:
+        with pytest.raises(ValueError, match=r"computed steps .*not possible"):
+            optimal_steps(table, budget, forced, shortest=shortest)
+        return
+    chosen = optimal_steps(table, budget, forced, shortest=shortest)
+    assert chosen in every
+    best = min(cost_of(table, steps) for steps in every)
+    assert cost_of(table, chosen) <= best + 1e-9 * (1 + best)
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(0, 8), max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_the_fewest_steps_that_keep_the_rules(total, longest, forced):
@@ -82,13 +106,13 @@ def test_the_fewest_steps_that_keep_the_rules(total, longest, forced):
 @pytest.mark.parametrize("ridge", [None, 0.0, 0.3])
 def test_a_group_costs_what_it_does_to_the_sum(ridge):
     outputs, _, influence, costs = traced(3, 8, ridge=ridge)
-    for previous, last, end in [(None, 0, 4), (1, 2, 6), (0, 3, 8), (4, 5, 6)]:
+    for known, end in [([0], 4), ([1, 2], 6), ([0, 3], 8), ([4, 5], 6)]:
         shift = np.zeros(outputs.shape[1])
-        for at in range(last + 1, end):
-            predicted = sum(factor * outputs[step] for step, factor in costs.weights(at, previous, last))
+        for at in range(known[-1] + 1, end):
+            predicted = sum(factor * outputs[step] for step, factor in costs.weights(at, known))
             shift += influence[at] * (predicted - outputs[at])
-        a = 0 if previous is None else last - previous
-        assert costs.table()[last, a, end - last] == pytest.approx(shift @ shift, rel=1e-9, abs=1e-9)
+        a = known[-1] - known[0]
+        assert costs.table()[known[-1], a, end - known[-1]] == pytest.approx(shift @ shift, rel=1e-9, abs=1e-9)
 
 
 def test_the_error_is_relative_to_what_the_outputs_add_up_to():
@@ -109,16 +133,16 @@ def test_what_the_predictor_makes_exactly_costs_nothing():
 
 def test_a_fit_is_the_least_squares_one_and_a_strong_pull_gives_the_predictors_weights():
     outputs, _, _, free = traced(6, 8, ridge=0.0, lebesgue_max=1e9)
-    (_, w0), (_, w1) = free.weights(5, 1, 3)
+    (_, w0), (_, w1) = free.weights(5, [1, 3])
     best = np.linalg.lstsq(outputs[[1, 3]].T, outputs[5], rcond=None)[0]
     assert (w0, w1) == pytest.approx(tuple(best), rel=1e-6)
     pulled, plain = (traced(6, 8, ridge=ridge, lebesgue_max=1e9)[-1] for ridge in (1e9, None))
-    assert np.allclose(pulled.weights(5, 1, 3), plain.weights(5, 1, 3), rtol=1e-6)
+    assert np.allclose(pulled.weights(5, [1, 3]), plain.weights(5, [1, 3]), rtol=1e-6)
 
 
 def test_a_predictor_of_lower_order_uses_the_newest_value_alone():
     costs = Costs(np.eye(4), lambda at, known: [1.0])
-    assert costs.weights(3, 0, 1) == ((1, 1.0),)
+    assert costs.weights(3, [0, 1]) == ((1, 1.0),)
     assert costs.table()[1, 1, 2] == pytest.approx(2.0)
 
 

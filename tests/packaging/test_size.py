@@ -19,7 +19,8 @@ def text(path):
 
 
 def test_the_product_stays_small():
-    assert sum(len(text(path).splitlines()) for path in FILES) < 10_000
+    """What is installed; the scripts that trained the embedded models and measured things are not."""
+    assert sum(len(text(path).splitlines()) for path in product()) < 10_000
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
