@@ -88,6 +88,10 @@ class BatchedDecoding:
 
     def _many(self, step: Step, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The arguments of all the steps' calls in one; None where they are not built so that this can be done."""
+        control = any("controlnet" in name and value is not None for name, value in kwargs.items())
+        if control and self.session.anatomy.family.kind == "transformer":  # whose inner streams hold one step only
+            self.session.recorder.note("decoded step by step: a ControlNet adds to the streams between the blocks")
+            return None
         self._indices = [step.index, *self._ahead]
         count, self._batch = len(self._indices), self._batches.size(args, kwargs)
         many = self._batches.change(args, kwargs, self._batch, lambda leaf: torch.cat([leaf] * count))

@@ -52,15 +52,18 @@ class GuidanceGate:
         step = self.session.clock.now
         assert step is not None
         batch = self._batches.size(args, kwargs)
-        both = self._solved > 0 and batch == 2 * self._solved
+        perturbed = getattr(self.session.clock.pipe, "do_perturbed_attention_guidance", False) is True
+        both = self._solved > 0 and batch == 2 * self._solved and not perturbed  # PAG has other halves
         gated = self.method.gated(step.run, step.index)
         halves = None
-        if gated and 0 < 2 * self._solved < batch:
-            self.session.recorder.note("guidance goes on: the denoiser is given more than two batches (PAG)")
+        if gated and (perturbed or 0 < 2 * self._solved < batch):
+            self.session.recorder.note("guidance goes on: the batch does not hold two halves, or those of PAG")
         if gated and both:  # rows of the second, conditional half of everything that holds two
             halves = self._batches.change(args, kwargs, batch, lambda leaf: leaf[len(leaf) // 2 :])
             if halves is None:
                 self.session.recorder.note("guidance goes on: not all inputs of this denoiser have the batch first")
+        elif gated and self._solved > 0 and batch == 0:  # a list of images
+            self.session.recorder.note("guidance goes on: not all inputs of this denoiser have the batch first")
         if halves is not None:
             return self._half(step.index, *halves)
         if gated and step.branch == 1 and step.index in self._cond and batch == self._solved:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff.errors import BadConfig
 from tests import tiny
+from tests.caching.control import control_image, controlled
 from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
 
 UNETS = ("sd15", "sdxl", "sd15_one_layer")
@@ -149,33 +150,15 @@ def test_a_branch_that_the_unet_does_not_have_is_refused(name, beyond):
         fastdiff.accelerate(pipe, cache={"method": "deepcache", "branch": SKIPS[name] - 1 + beyond})
 
 
-def _controlled(seed: int = 0):
-    """An SD 1.5 pipeline with a ControlNet, and the arguments of a call with the control image of `seed`."""
-    base = tiny.make("sd15")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_channels=3).eval()
-        for layer in control.modules():  # zero convolutions would make the control invisible
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.2)
-    pipe = diffusers.StableDiffusionControlNetPipeline(**base.components, controlnet=control)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _control_image(seed: int) -> Tensor:
-    return torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("branch", [0, 3, 7])
 def test_deepcache_keeps_obeying_a_controlnet_at_cached_steps(branch):
-    pipe = _controlled()
-    plain = tiny.run(pipe, "sd15", steps=4, image=_control_image(1))
+    pipe = controlled()
+    plain = tiny.run(pipe, "sd15", steps=4, image=control_image(1))
     handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 1, "branch": branch})
-    assert torch.equal(tiny.run(pipe, "sd15", steps=4, image=_control_image(1)), plain)
+    assert torch.equal(tiny.run(pipe, "sd15", steps=4, image=control_image(1)), plain)
     handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 4, "branch": branch})
-    one = tiny.run(pipe, "sd15", steps=4, image=_control_image(1))
-    two = tiny.run(pipe, "sd15", steps=4, image=_control_image(2))
+    one = tiny.run(pipe, "sd15", steps=4, image=control_image(1))
+    two = tiny.run(pipe, "sd15", steps=4, image=control_image(2))
     assert handle.report.cached == 3
     assert not torch.equal(one, two) and torch.isfinite(one).all()
 
@@ -200,5 +183,5 @@ def test_deepcache_works_with_a_t2i_adapter(branch):
     pipe = diffusers.StableDiffusionAdapterPipeline(**components, adapter=adapter, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2, "branch": branch})
-    one = tiny.run(pipe, "sd15", steps=4, image=_control_image(1))
+    one = tiny.run(pipe, "sd15", steps=4, image=control_image(1))
     assert handle.report.cached == 2 and torch.isfinite(one).all()
