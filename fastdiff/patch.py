@@ -127,7 +127,12 @@ def _bare(module: Any) -> bool:
     references = getattr(vars(module).get(_REGISTRY), "_fn_refs", None)
     if references is None:
         return False
-    inner = (references[0].original_forward or references[0].forward) if references else module.forward
+    inner = module.forward
+    if references:
+        closure = getattr(getattr(inner, "func", None), "__closure__", None) or ()
+        if not any(cell.cell_contents is references[-1] for cell in closure):
+            return False  # somebody else's forward is on top
+        inner = references[0].original_forward or references[0].forward
     return getattr(inner, "__func__", None) is type(module).forward
 
 

@@ -27,8 +27,8 @@ def calibrate(
     """The config with what calibration finds for this pipeline in its cache method.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on,
-    uncompiled; `watch` is told how many steps of how many are done in the pass under way. An accelerated pipeline is restored
-    first.
+    but not compiled; `watch` is told how many steps of how many are done in the pass under way. An accelerated
+    pipeline is restored first.
 
     Raises BadConfig for a method that takes no plan, a number of computed steps that is not possible, and a solver
     that adds noise of its own, for which no fixed plan can be right.

@@ -1,4 +1,4 @@
-"""Faster Diffusion: decoding in one batch is decoding one by one, on every pipeline; noise, key steps and ControlNets."""
+"""Faster Diffusion: decoding in one batch is decoding one by one on every pipeline; noise, key steps, ControlNets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastdiff.caching.session import Session
 from fastdiff.clock import Run
 from tests import tiny
 from tests.caching.control import control_image, controlled
+from tests.laws.rows import ROWS
 from tests.zoo import ZOO
 
 STEPS = 6
@@ -212,11 +213,17 @@ def test_a_controlnet_is_asked_again_in_every_call():
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("site", ["output", "blocks"])
-def test_where_no_one_looks_at_a_controlnet_it_is_left_out_and_the_picture_is_the_same(monkeypatch, site):
-    cache = {"method": "ab_cache", "interval": 3, "warmup_steps": 1, "site": site}
-    ran, _, picture = count_control(**cache)
-    assert len(ran) == (2 if site == "output" else STEPS)
+AB = {"method": "ab_cache", "interval": 3, "warmup_steps": 1}
+
+
+@pytest.mark.parametrize(("cache", "count"), [
+    (lambda: AB | {"site": "output"}, 2),
+    (lambda: AB | {"site": "blocks"}, STEPS),  # between the blocks, the UNet adds what the ControlNet says
+    (lambda: ROWS["dp sd15"].aggressive, 3),
+], ids=["ab_cache", "ab_cache blocks", "dp"])  # fmt: skip
+def test_where_no_one_looks_at_a_controlnet_it_is_left_out_and_the_picture_is_the_same(monkeypatch, cache, count):
+    ran, _, picture = count_control(**cache())
+    assert len(ran) == count
     monkeypatch.setattr(Session, "_at_key_steps", lambda self, forward: forward)
-    always, _, same = count_control(**cache)
+    always, _, same = count_control(**cache())
     assert len(always) == STEPS and torch.equal(picture, same)

@@ -287,3 +287,118 @@ def test_a_deep_copy_of_the_scheduler_goes_its_own_way():
     assert (len(other.timesteps), len(pipe.scheduler.timesteps)) == (3, 5)
     other.step(torch.zeros(1), other.timesteps[0], torch.zeros(1))
     assert other.step_index == 1 and pipe.scheduler.step_index is None and not seen.ticks
+
+
+# what rooms are told before the denoiser runs, and what they may change
+
+
+def test_the_upcoming_step_is_known_before_its_calls_but_not_before_the_first():
+    """What runs before the denoiser, a ControlNet for example, reads it; the run is made at the first call."""
+    pipe, handle, _ = observed("sd15")
+    clock, seen = handle.clock, []
+    step = pipe.scheduler.scale_model_input  # called before each call of the denoiser
+
+    def spied(*args, **kwargs):
+        seen.append((clock.upcoming, clock.number))
+        return step(*args, **kwargs)
+
+    assert (clock.upcoming, clock.number) == (None, 1)
+    pipe.scheduler.scale_model_input = spied
+    for _ in range(2):
+        tiny.run(pipe, "sd15", steps=3)
+    assert seen == [(None, 1), (1, 1), (2, 1), (None, 2), (1, 2), (2, 2)]
+    assert (clock.upcoming, clock.number) == (None, 3)
+
+
+def test_inside_a_run_its_own_number_is_told():
+    pipe, handle, _ = observed("wan")
+    numbers = []
+    handle.clock.on_call.append(lambda step: numbers.append((handle.clock.number, handle.clock.upcoming, step.index)))
+    tiny.run(pipe, "wan", steps=2)
+    assert numbers == [(1, 0, 0), (1, 0, 0), (1, 1, 1), (1, 1, 1)]
+
+
+BEFORE_STEP = {
+    "sd15": None, "sd3": None, "wan": None, "cogvideox": None,
+    "cogvideox dpm": diffusers.CogVideoXDPMScheduler(),  # whose step takes two things more before the latents
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEFORE_STEP)
+def test_the_latents_given_to_the_solver_may_be_replaced(case):
+    name = case.split()[0]
+    pipe, handle, _ = observed(name, BEFORE_STEP[case])
+    shapes: list[Any] = []
+    plain = tiny.run(pipe, name, steps=4)
+
+    def seen(index: int, latents: torch.Tensor) -> torch.Tensor:
+        shapes.append((index, tuple(latents.shape)))
+        return latents
+
+    handle.clock.before_step.append(seen)
+    assert torch.equal(tiny.run(pipe, name, steps=4), plain)
+    assert shapes == [(index, tuple(plain.shape)) for index in range(4)]
+    handle.clock.before_step.append(lambda index, latents: latents + 1)
+    assert not torch.equal(tiny.run(pipe, name, steps=4), plain)
+
+
+def test_latents_that_are_named_may_be_replaced_too_and_none_outside_a_run():
+    pipe, handle, _ = observed("sd15")
+    given = []
+    handle.clock.before_step.append(lambda index, latents: given.append(index) or latents * 0)
+    latents, text = torch.ones(1, 4, 8, 8), torch.ones(1, 4, 32)
+    pipe.scheduler.set_timesteps(3)
+    first, *_ = pipe.scheduler.timesteps
+    zeros = torch.zeros_like(latents)
+    assert pipe.scheduler.step(model_output=zeros, timestep=first, sample=latents).prev_sample.any()
+    with torch.no_grad():
+        pipe.unet(latents, first, text)
+    assert not pipe.scheduler.step(model_output=zeros, timestep=first, sample=latents).prev_sample.any()
+    assert given == [0]
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_run_knows_the_shape_of_what_the_denoiser_is_given(name):
+    pipe, _, seen = observed(name)
+    shapes = []
+    tiny.denoiser(pipe).register_forward_pre_hook(
+        lambda _m, args, kwargs: shapes.append((args[0] if args else kwargs["hidden_states"]).shape), with_kwargs=True
+    )
+    tiny.run(pipe, name, steps=2, prompt=["a", "b"], negative_prompt=["c", "d"])
+    assert seen.started[0].shape == tuple(shapes[0][1:]) and len(seen.started[0].shape) >= 2
+    assert seen.started[0].guidance_scale == getattr(pipe, "guidance_scale", None)
+    assert seen.started[0].scheduler == type(pipe.scheduler).__name__
+
+
+@pytest.mark.parametrize(("strength", "late"), [(0.5, True), (1.0, False)])
+@pytest.mark.parametrize("kind", ["DDIM", "DPM++ 2M", "Euler"])
+def test_a_run_knows_whether_it_starts_late(kind, strength, late):
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(tiny.make("sd15"))
+    pipe.scheduler = type(SCHEDULERS[kind][0]).from_config(SCHEDULERS[kind][0].config)
+    pipe.set_progress_bar_config(disable=True)
+    handle = fastdiff.accelerate(pipe)
+    seen = Observer(pipe, handle)
+    pipe("a cat", image=torch.rand(1, 3, 64, 64), num_inference_steps=4, strength=strength, output_type="latent")
+    assert seen.started[0].late is late
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_signal_and_noise_are_those_of_the_noise_schedule(kind):
+    """x = sqrt(a) x_0 + sqrt(1 - a) e; between two training steps where the solver's sigmas are."""
+    pipe, _, seen = observed("sd15", SCHEDULERS[kind][0])
+    tiny.run(pipe, "sd15", steps=5)
+    (run,) = seen.started
+    alphas = pipe.scheduler.alphas_cumprod.double()
+    for index, timestep in enumerate(run.timesteps):
+        signal, noise = run.signal_and_noise(index)
+        assert signal**2 + noise**2 == pytest.approx(1)
+        least, most = (float(alphas[place(timestep)]) for place in (math.ceil, math.floor))
+        assert least * 0.999 <= signal**2 <= most * 1.001
+
+
+def test_signal_and_noise_of_flow_matching_add_up_to_1():
+    pipe, _, seen = observed("sd3")
+    tiny.run(pipe, "sd3", steps=5)
+    (run,) = seen.started
+    for index, sigma in enumerate(run.sigmas):
+        assert run.signal_and_noise(index) == pytest.approx((1 - sigma, sigma))

@@ -39,6 +39,24 @@ def test_a_step_is_cached_if_no_branch_ran_in_full(branches, computed, cached):
     assert made.to_dict()["computed"] + made.to_dict()["cached"] == made.to_dict()["steps"] == 6
 
 
+@pytest.mark.parametrize(
+    ("branches", "partly"),
+    [
+        ({"cond": "xxxx", "uncond": "xx.."}, 2),
+        ({"cond": "x..x", "uncond": "x..x"}, 0),
+        ({"cond": "x.x.", "uncond": "x..x"}, 2),
+        ({"cond": "xx..", "uncond": "x---"}, 0),
+        ({"batch": "x..x"}, 0),
+        ({}, 0),
+    ],
+)
+def test_steps_in_which_one_of_two_calls_is_cached_are_counted_apart(branches, partly):
+    made = report([1.0] * 4, **branches)
+    assert made.partly == made.to_dict()["partly"] == partly
+    assert (f"({partly} with one branch cached)" in str(made)) == (partly > 0)
+    assert made.cached + partly <= made.steps
+
+
 def test_what_was_saved_is_measured_on_this_very_run():
     assert report([9, 2, 1, 1, 2, 1], batch="xx..x.").saved_seconds() == pytest.approx(3)
     assert report([9, 2, 2], batch="xxx").saved_seconds() == 0
