@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from types import FunctionType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet
 
 _REPLAYED = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
-_numbers = count()
 
 
 def check_cache(session: Session, settings: Compile) -> None:
@@ -94,7 +93,7 @@ def _apart(forward: Callable[..., Any]) -> Callable[..., Any]:
     def entered(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    code = entered.__code__.replace(co_name=f"entered_{next(_numbers)}")
+    code = entered.__code__.replace(co_name=f"entered_{uuid4().hex}")
     return FunctionType(code, entered.__globals__, code.co_name, None, entered.__closure__)
 
 

@@ -48,7 +48,8 @@ INSIDE = {
 DENOISER_CASES = [
     ("deepcache", "sd15"),
     *[(row, "sd2") for row in (*ANYWHERE, "static inner")],  # a UNet that is traced in a third of the time
-    *[(row, name) for name in ("sd3", "flux", "pixart", "wan") for row in (*ANYWHERE, "ab_cache stack")],
+    *[(row, name) for name in ("flux", "pixart") for row in (*ANYWHERE, "ab_cache stack")],
+    *[(row, name) for name in ("sd3", "wan") for row in ("ab_cache stack", "ab_cache blocks", "fora", "a_sdm")],
 ]
 
 

@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.registry import registry
 from tests import tiny
-from tests.laws.rows import ONE_A_KIND, REFUSED, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, plain
+from tests.laws.rows import ONCE, REFUSED, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, plain
 from tests.state import differences, snapshot
 from tests.tiny import FAMILIES
 
@@ -79,7 +79,7 @@ def test_a_method_that_cannot_work_on_a_model_says_why_and_leaves_it_alone(row, 
     assert differences(before, snapshot(pipe)) == []
 
 
-@each(ONE_A_KIND)  # six runs each, and state is a session's own whatever the family
+@each(ONCE)  # six runs each, and state is a session's own whatever the family
 def test_two_pipelines_of_one_class_do_not_touch_each_other(row, name):
     fast, slow, other = tiny.make(name), tiny.make(name), tiny.make(name)
     before = snapshot(slow)

@@ -8,7 +8,7 @@ import torch
 
 import fastdiff
 from tests import tiny
-from tests.laws.rows import ONE_A_KIND, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh
+from tests.laws.rows import ONCE, ONE_A_KIND, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh
 
 CHANGES = {
     "size": {"height": 128, "width": 64},
@@ -27,16 +27,20 @@ def changes(name: str) -> dict[str, dict]:
 
 @each(SUPPORTED)
 def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, name):
+    """The solver, too: each takes its own arguments."""
     pipe = tiny.make(name)
     accelerate(pipe, row)
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
     known = changes(name)
     settings = {"seed": 5, **known["size"], **known["batch"], **known["more steps"]}
-    assert torch.equal(tiny.run(pipe, name, **settings), fresh(row, name, **settings))
-    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
+    first, pipe.scheduler = pipe.scheduler, tiny.other_scheduler(name)
+    changed = fresh(row, name, scheduler=tiny.other_scheduler(name), **settings)
+    assert torch.equal(tiny.run(pipe, name, **settings), changed)
+    pipe.scheduler = first
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "and the first one again"
 
 
-@each(ONE_A_KIND)  # ten runs each: where a change of everything is a fresh start, this tells which change was not
+@each(ONCE)  # ten runs each: where a change of everything is a fresh start, this tells which change was not
 def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name):
     pipe = tiny.make(name)
     accelerate(pipe, row)
@@ -45,19 +49,15 @@ def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name
         assert torch.equal(tiny.run(pipe, name, **settings), fresh(row, name, **overrides)), change
 
 
-@each(SUPPORTED)  # each solver is another one
-def test_a_call_with_another_scheduler_equals_that_of_a_fresh_pipeline(row, name):
+@each(ONE_A_KIND)
+def test_a_call_with_another_scheduler_is_cached_as_much_and_leaves_nothing_on_it(row, name):
     pipe = tiny.make(name)
     handle = accelerate(pipe, row)
-    tiny.run(pipe, name, steps=STEPS)
     first, pipe.scheduler = pipe.scheduler, tiny.other_scheduler(name)
-    swapped = tiny.run(pipe, name, steps=STEPS)
-    assert torch.equal(swapped, fresh(row, name, scheduler=tiny.other_scheduler(name)))
+    tiny.run(pipe, name, steps=STEPS)
     assert (handle.report.cached, handle.report.partly) == (ROWS[row].cached, ROWS[row].partly)
-    second, pipe.scheduler = pipe.scheduler, first
-    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "and the first one again"
     handle.restore()
-    for scheduler in (first, second):
+    for scheduler in (first, pipe.scheduler):
         assert not {"step", "set_timesteps", "scale_model_input"} & vars(scheduler).keys()
 
 
@@ -87,7 +87,7 @@ def repaint(pipe, name: str, strength: float) -> torch.Tensor:
 def test_a_call_with_another_strength_equals_that_of_a_fresh_pipeline(row, name):
     pipe = img2img(name)
     handle = accelerate(pipe, row)
-    for strength in (0.6, 1.0, 0.4):
+    for strength in (0.6, 0.4):
         alone = img2img(name)
         accelerate(alone, row)
         assert torch.equal(repaint(pipe, name, strength), repaint(alone, name, strength)), strength

@@ -42,6 +42,7 @@ def script():
 
 def test_generated_parts_are_up_to_date(script):
     assert script.rendered(README) == README, "run `make readme`"
+    assert script.results_page() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "run `make readme`"
 
 
 def test_check_mode_tells(script, tmp_path, monkeypatch, capsys):
