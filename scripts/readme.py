@@ -139,8 +139,8 @@ def shown(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if not any(other["psnr"] > row["psnr"] and other["speedup"] > row["speedup"] for other in rivals)
     ]  # fmt: skip
     own = [row for row in rows if row["name"] in ("baseline", "lossless", "balanced", "fast")]
-    own += [row for row in rows if str(row["name"]).startswith("dp") and row["kind"] == "fastdiff"]
-    return own + sorted(best, key=lambda row: row["speedup"])
+    plans = [row for row in rows if str(row["name"]).startswith("dp") and row["speedup"] is not None]
+    return own + sorted(plans, key=lambda row: row["speedup"]) + sorted(best, key=lambda row: row["speedup"])
 
 
 def results_page() -> str:
