@@ -17,40 +17,44 @@ _PLOT_TYPES, _SHEET_TYPES = (".png", ".svg", ".pdf"), (".png", ".jpg", ".webp")
 _OTHER_SOLVERS = ("dpm++", "unipc")  # what a user would try before any cache
 _SHEET_ROWS = 8  # prompts shown in the contact sheet
 
+Presets = Annotated[
+    list[str] | None, typer.Option(help="Preset to measure; repeatable. Default: all, unless --config is given.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, help="Default: 3 for the embedded models, else the pipeline's own.")
+]
+Peers = Annotated[
+    bool, typer.Option("--peers", help="Measure rival packages and faster schedulers too (extra: peers).")
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch for all rows. Default: the model's own.")
+]
+Verdict = Annotated[Path | None, typer.Option(help="Write which rivals are beaten, and by what, here (.json).")]
+NoConverged = Annotated[
+    bool, typer.Option("--no-converged", help="Leave out the 500-step reference, the slowest part.")
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="section.key=value on top of every config; repeatable.")]
+
 
 def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
-    preset: Annotated[
-        list[str] | None, typer.Option(help="Preset to measure; repeatable. Default: all, unless --config is given.")
-    ] = None,
+    preset: Presets = None,
     config: Annotated[list[Path] | None, typer.Option(help="Config file to measure; repeatable.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value on top of every config; repeatable.")
-    ] = None,
+    set_: Sets = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps. Default: the pipeline's own.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Images that the quality is measured on.")] = 32,
     prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls a row.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Default: 3 for the embedded models, else the pipeline's own.")
-    ] = None,
+    guidance_scale: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call while measuring quality.")] = 8,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Measure rival packages and faster schedulers too (extra: peers).")
-    ] = False,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch for all rows. Default: the model's own.")
-    ] = None,
+    peers: Peers = False,
+    scheduler: Scheduler = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here; - prints them instead of the table.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality over speed-up here (.png, .svg, .pdf).")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Put the first images side by side here (.png, .jpg).")] = None,
-    verdict: Annotated[
-        Path | None, typer.Option(help="Write which rivals are beaten, and by what, here (.json).")
-    ] = None,
-    no_converged: Annotated[
-        bool, typer.Option("--no-converged", help="Leave out the 500-step reference, the slowest part.")
-    ] = False,
+    verdict: Verdict = None,
+    no_converged: NoConverged = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace result files that exist.")] = False,
 ) -> None:
@@ -63,7 +67,6 @@ def bench(
     metrics.require_extra()
     if scheduler is not None:
         solvers.check_name(scheduler)
-
     import torch
 
     import fastdiff
@@ -73,8 +76,7 @@ def bench(
 
     quiet()
     layers = sources(preset or [], config or [], set_ or [])
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     pipe: Any = fastdiff.load(model)
     if scheduler is not None:
         pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
