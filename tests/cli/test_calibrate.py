@@ -26,7 +26,7 @@ def test_a_plan_is_written_and_told(cli, model: str) -> None:
     found = json.loads(Path("plan.json").read_text())
     steps = ", ".join(map(str, found["compute"]))
     assert f"computes 3 of 6 steps: {steps}; predicted error {found['error']:.2%}" in done.err
-    assert (found["version"], found["scheduler"], len(found["sigmas"])) == (1, "DDIMScheduler", 6)
+    assert (found["version"], found["scheduler"], len(found["sigmas"])) == (2, "DDIMScheduler", 6)
     assert [file.name for file in Path().iterdir()] == ["plan.json"], "nothing else is left behind"
 
 
@@ -94,8 +94,8 @@ def test_an_existing_file_is_kept(cli, model: str, plan: Path) -> None:
 REFUSED = {
     "no output": ((), "Missing option '--output'"),
     "no directory": (("-o", "none/plan.json"), "directory 'none' does not exist"),
-    "another method": (("-o", "p.json", "--set", "cache.method=deepcache"), "not deepcache"),
-    "preset with another method": (("-o", "p.json", "--preset", "fast"), "plans for the cache method dp, not"),
+    "another method": (("-o", "p.json", "--set", "cache.method=deepcache"), "cache method deepcache has nothing to calibrate; set cache.method to"),
+    "preset with another method": (("-o", "p.json", "--preset", "fast"), "cache method ab_cache has nothing to calibrate"),
     "a file that is no config": (("-o", "p.json", "--config", "none.toml"), "'none.toml' does not exist"),
     "both": (("-o", "p.json", "--config", "c.toml", "--preset", "fast"), "exclude each other"),
     "no prompts": (("-o", "p.json", "--prompts", "0"), "--prompts"),
