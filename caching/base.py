@@ -89,8 +89,8 @@ class CacheMethod(Method):
         Raises BadConfig for a method that has nothing to calibrate, ValueError where calibration cannot succeed.
         """
         raise BadConfig(
-            f"the cache method {self.method} has nothing to calibrate; set cache.method to one that takes a plan, dp for "
-            "example"
+            f"the cache method {self.method} has nothing to calibrate; set cache.method to one that takes a plan, "
+            "dp for example"
         )
 
     def notes(self, run: Run, anatomy: Anatomy) -> list[str]:

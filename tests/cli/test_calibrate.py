@@ -94,8 +94,14 @@ def test_an_existing_file_is_kept(cli, model: str, plan: Path) -> None:
 REFUSED = {
     "no output": ((), "Missing option '--output'"),
     "no directory": (("-o", "none/plan.json"), "directory 'none' does not exist"),
-    "another method": (("-o", "p.json", "--set", "cache.method=deepcache"), "cache method deepcache has nothing to calibrate; set cache.method to"),
-    "preset with another method": (("-o", "p.json", "--preset", "fast"), "cache method ab_cache has nothing to calibrate"),
+    "another method": (
+        ("-o", "p.json", "--set", "cache.method=deepcache"),
+        "cache method deepcache has nothing to calibrate; set cache.method to",
+    ),
+    "preset with another method": (
+        ("-o", "p.json", "--preset", "fast"),
+        "cache method ab_cache has nothing to calibrate",
+    ),
     "a file that is no config": (("-o", "p.json", "--config", "none.toml"), "'none.toml' does not exist"),
     "both": (("-o", "p.json", "--config", "c.toml", "--preset", "fast"), "exclude each other"),
     "no prompts": (("-o", "p.json", "--prompts", "0"), "--prompts"),
