@@ -298,8 +298,9 @@ def test_a_foreign_patch_above_a_hook_is_still_refused():
 
 @each
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_model_offload_takes_its_hooks_off_and_on_at_every_call(name, method, first):
+def test_model_offload_takes_its_hooks_off_and_on_at_every_call(name, method, first, request):
     pipe = tiny.make(name)
+    request.addfinalizer(pipe.remove_all_hooks)  # from the text encoders, which other tests share
     plain = run(pipe, name)
     with fastdiff.accelerate(pipe, cache=aggressive(method)):
         expected = run(pipe, name)
