@@ -1,7 +1,8 @@
 """Calibrates the plans that the files of benchmarks/configs name, and measures all of them, with what is added.
 
-`python scripts/bench_caching.py shapes-unet --peers`: all further options are those of `fastdiff bench`. About an hour
-a model with the rivals on one quiet core. Needs the extras bench and peers.
+`python scripts/bench_caching.py shapes-unet --peers`: all further options are those of `fastdiff bench`. Other steps or
+another solver have plans of their own where benchmarks/configs has a folder for them (shapes-unet-20-dpm++), else those
+of the model are re-mapped. About an hour a model with the rivals on one quiet core. Needs the extras bench and peers.
 """
 
 from __future__ import annotations
@@ -22,21 +23,25 @@ def main() -> int:
     parser.add_argument("--steps")
     parser.add_argument("--scheduler")
     known, options = parser.parse_known_args()
-    configs = sorted((ROOT / "benchmarks" / "configs" / known.model).glob("*.toml"))
+    asked = [
+        word for name in ("steps", "scheduler") if getattr(known, name) for word in (f"--{name}", getattr(known, name))
+    ]
+    label = "-".join(filter(None, [known.model, known.steps, known.scheduler]))
+    own = (ROOT / "benchmarks" / "configs" / label).is_dir()
+    configs = sorted((ROOT / "benchmarks" / "configs" / (label if own else known.model)).glob("*.toml"))
     for config in configs:
         named = read_file(config)["cache"].get("plan")
         plan = (config.parent / named).resolve() if named else None
-        if plan is not None and not plan.exists():  # made for the model's own steps and solver; other runs re-map it
+        if plan is not None and not plan.exists():
             call = ["calibrate", "-m", known.model, "--config", short(config), "--prompts", "16", "--batch", "8"]
-            run(*call, "-o", short(plan))
-    out = "benchmarks/" + "-".join(filter(None, [known.model, known.steps, known.scheduler]))
+            run(*call, *(asked if own else []), "-o", short(plan))
+    out = f"benchmarks/{label}"
     files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.png"]
     chosen = [word for config in configs for word in ("--config", short(config))]
-    for name in ("steps", "scheduler"):
-        if getattr(known, name):
-            options += [f"--{name}", getattr(known, name)]
     presets = ["--preset", "balanced", "--preset", "fast"]
-    return run("bench", "-m", known.model, *presets, *chosen, *files, "--verdict", f"{out}-verdict.json", *options)
+    return run(
+        "bench", "-m", known.model, *presets, *chosen, *files, "--verdict", f"{out}-verdict.json", *asked, *options
+    )
 
 
 def short(path: Path) -> str:

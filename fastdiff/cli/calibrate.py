@@ -26,6 +26,9 @@ def calibrate(
     prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
@@ -42,11 +45,15 @@ def calibrate(
     layers = _unplanned(settings.layers(preset, config, None, None, sets or [], None))
 
     from fastdiff.bench import output as files
-    from fastdiff.bench import prompts_for
+    from fastdiff.bench import prompts_for, solvers
     from fastdiff.pipelines.calibrate import calibrate as plan_for
 
     files.check([output], overwrite)
+    if scheduler is not None:
+        solvers.check_name(scheduler)
     pipe, resolved = _loaded(model, layers)
+    if scheduler is not None:
+        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
     call = _arguments(pipe, steps, guidance_scale)
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts
     with _progress() as watch:
