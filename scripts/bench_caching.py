@@ -36,8 +36,8 @@ def main() -> int:
             call = ["calibrate", "-m", known.model, "--config", short(config), "--prompts", "16", "--batch", "8"]
             run(*call, *(asked if own else []), "-o", short(plan))
     out = f"benchmarks/{label}"
-    files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.png"]
-    chosen = [word for config in configs for word in ("--config", short(config))]
+    files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.jpg"]
+    chosen = ["--config", short(configs[0].parent)]
     presets = ["--preset", "balanced", "--preset", "fast"]
     return run(
         "bench", "-m", known.model, *presets, *chosen, *files, "--verdict", f"{out}-verdict.json", *asked, *options

@@ -159,9 +159,14 @@ def results_page() -> str:
         body = table(tuple(COLUMNS.values()), [tuple(cell(key, row[key]) for key in COLUMNS) for row in rows])
         failed = [f"- {row['name']}: {row['error']}" for row in rows if row.get("error")]
         plot = f"![Quality over speed](../benchmarks/{path.stem}.png)\n\n" if path.with_suffix(".png").is_file() else ""
-        parts.append(f"## {path.stem}\n\n{facts}. Made by `{first['command']}`.\n\n{plot}{body}")
+        parts.append(f"## {path.stem}\n\n{facts}. Made by `{folded(first['command'])}`.\n\n{plot}{body}")
         parts += [verdict_of(path)] + (["Failed:\n\n" + "\n".join(failed)] if failed else [])
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def folded(command: str) -> str:
+    """A command that names each file of a folder of configs, as the shorter one that names the folder."""
+    return re.sub(r"(--config (\S+)/[^/\s]+\.toml)( --config \2/[^/\s]+\.toml)+", r"--config \2", command)
 
 
 def verdict_of(path: Path) -> str:

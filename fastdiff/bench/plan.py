@@ -112,16 +112,26 @@ def _scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
 def sources(names: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> dict[str, list[Layer]]:
     """The layers of each preset and config file (all presets if neither is given), with `overrides` (a.b=c) on top.
 
-    Needs no model. Raises BadConfig for what does not exist or cannot be read.
+    A folder stands for the .toml files in it. Needs no model. Raises BadConfig for what does not exist or cannot be
+    read.
     """
     tables = [("--set", parse_set(assignment)) for assignment in overrides]
     found: dict[str, list[Layer]] = {}
-    given: list[str | Path] = [*dict.fromkeys(names), *dict.fromkeys(files)]
+    given: list[str | Path] = [*dict.fromkeys(names), *dict.fromkeys(path for file in files for path in _listed(file))]
     for source in given or presets():
         label = " ".join([source.stem if isinstance(source, Path) else source, *overrides])
         if label in found:
             raise BadConfig(f"two configs would be called {label!r}; rename one of the files")
         found[label] = [*layers_of(source), *tables]
+    return found
+
+
+def _listed(file: Path) -> list[Path]:
+    if not file.is_dir():
+        return [file]
+    found = sorted(file.glob("*.toml"))
+    if not found:
+        raise BadConfig(f"{str(file)!r} holds no .toml file; name a config file, or a folder with some")
     return found
 
 

@@ -39,7 +39,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="section.key=value
 def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
     preset: Presets = None,
-    config: Annotated[list[Path] | None, typer.Option(help="Config file to measure; repeatable.")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="Config file, or folder of them; repeatable.")] = None,
     set_: Sets = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps. Default: the pipeline's own.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Images that the quality is measured on.")] = 32,

@@ -227,6 +227,16 @@ def test_command_writes_everything(command, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([config, *files])
 
 
+def test_a_folder_stands_for_its_configs(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.toml").write_text('[cache]\nmethod = "deepcache"\n')
+    (tmp_path / "notes.txt").write_text("no config")
+    assert list(sources([], [tmp_path], [])) == ["a", "b"]
+    with pytest.raises(BadConfig, match=r"holds no \.toml file"):
+        (tmp_path / "empty").mkdir()
+        sources([], [tmp_path / "empty"], [])
+
+
 def test_command_prints_json_and_fails_if_nothing_could_be_measured(command, tmp_path):
     invoke, _ = command
     config = tmp_path / "mine.toml"
