@@ -41,6 +41,7 @@ class Session:
         self.regions, self.ahead = list(regions) or method.regions(anatomy), ahead
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
+        self.agree: Callable[[Tensor], Tensor] | None = None  # makes a reading the same on all ranks
         self._branches: dict[int, list[Memory]] = {}
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
@@ -138,7 +139,10 @@ class Session:
             return True
         dtypes = [leaf.dtype for leaf in memory.values[-1] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         limit = min(torch.finfo(dtype).max for dtype in dtypes)
-        if all(gain * float(top) <= limit for top in memory.peaks[-len(memory.factors) :]):
+        fits = all(gain * float(top) <= limit for top in memory.peaks[-len(memory.factors) :])
+        if self.agree is not None:
+            fits = bool(self.agree(torch.tensor(float(fits))) == 1)
+        if fits:
             return True
         self.recorder.note(f"step {step.index} was computed: its prediction would not have been finite")
         return False
@@ -153,6 +157,7 @@ class Session:
         compute = compute or not memory.probes
         if not compute:
             change = method.change(step, memory)
+            change = change if self.agree is None else self.agree(change)
             reading = peak([change])
             known = memory.change if method.lagged and memory.change is not None else reading
             memory.change = reading
@@ -245,6 +250,10 @@ class Session:
             for history in (memory.indices, memory.values, memory.peaks, memory.probes):
                 del history[: -max(2, self.method.order)]
             memory.taken = None
+
+    def forget(self) -> None:
+        """What is remembered holds no longer: compute anew."""
+        self._branches, self._shapes = {}, {}
 
     def skipping(self, number: int) -> bool:
         """Whether a region is left out in the present call; known of a static one before the denoiser is entered."""

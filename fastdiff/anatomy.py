@@ -39,6 +39,8 @@ class Family:
     guidance: how classifier-free guidance reaches the denoiser.
     batches: whether every input of the denoiser that belongs to an image has the batch first.
     long_skips: whether blocks are given what much earlier blocks gave.
+    tokens: where the text is in the attention of a transformer's blocks: "apart" (in cross-attention, or in one stream
+    with the picture), or before or after the picture's tokens in joint attention; None if that is not known.
     defaults: fields of methods that suit this family, by method name; the weakest layer of a config.
     """
 
@@ -49,6 +51,7 @@ class Family:
     guidance: Literal["batch", "calls", "none"] = "batch"
     batches: bool = True
     long_skips: bool = False
+    tokens: Literal["apart", "text_first", "text_last"] | None = None
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -95,7 +95,8 @@ class StepClock:
 
     `on_start` and `on_end` are told of each run (`on_end` also of one cut short), `on_call` and `on_return` of each
     denoiser call inside a run, `on_output` of what the solver was given at a step, `on_tick` of each finished step.
-    `before_step` may replace the latents that the solver is given at a step.
+    `before_step` may replace the latents that the solver is given at a step; `solve`, if set, is called in the place of
+    the solver's step, with it and its arguments. `solved` is what it gave last.
     """
 
     pipe: Any
@@ -106,6 +107,8 @@ class StepClock:
     on_return: list[Callable[[Step], None]] = field(default_factory=list)
     on_output: list[Callable[[int, Any], None]] = field(default_factory=list)
     before_step: list[Callable[[int, Any], Any]] = field(default_factory=list)
+    solve: Callable[[Callable[..., Any], tuple, dict], Any] | None = None
+    solved: Any = None
 
     open_ended: ClassVar[bool] = False  # whether a run has no list of steps: it takes as many as it needs
 
@@ -155,7 +158,10 @@ class StepClock:
                 return getattr(type(this), name)(this, *args, **kwargs)
             if change is not None:
                 args, kwargs = change(args, kwargs)
-            result = method(*args, **kwargs)
+            solve = self.solve if name == "step" and self.run is not None else None
+            result = method(*args, **kwargs) if solve is None else solve(method, args, kwargs)
+            if name == "step":
+                self.solved = result
             heard(*args, **kwargs)
             return result
 

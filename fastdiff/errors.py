@@ -39,3 +39,7 @@ class BackendUnavailable(FastdiffError):
 
 class NotReversible(FastdiffError):
     """Something else changed what fastdiff had patched, so it cannot be put back exactly."""
+
+
+class PeerLost(FastdiffError):
+    """Another rank of a parallel run died, hung, or broke off."""

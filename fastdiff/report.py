@@ -14,6 +14,9 @@ COMPUTED, CACHED, ABSENT = "computed", "cached", "absent"
 class RunReport:
     """Filled while the pipeline runs; `str()` is the one-line log, `to_dict()` is what `--json` prints.
 
+    `ranks` has an entry for each rank of a parallel run (bytes sent by kind, seconds waited, age of the oldest value used,
+    seconds by step), `spans` this rank's transfers and waits for a timeline.
+
     `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `step_seconds`
     has one entry a step.
     """
@@ -23,6 +26,8 @@ class RunReport:
     step_seconds: list[float] = field(default_factory=list)
     peak_memory_mb: float = 0.0
     bytes_sent: int = 0
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    spans: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +87,7 @@ class RunReport:
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "bytes_sent": self.bytes_sent,
+            "ranks": list(self.ranks),
             "branches": {names[b]: row for b, row in sorted(self.branches.items())},
             "notes": list(self.notes),
         }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
+import torch
 from diffusers import DiffusionPipeline
 
+import fastdiff
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
-from fastdiff.errors import UnsupportedModel
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
@@ -21,6 +24,9 @@ from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
+
+if TYPE_CHECKING:
+    from fastdiff.parallel.crew import Crew
 
 HANDLE = "_fastdiff"
 
@@ -65,6 +71,7 @@ class Accelerated:
         """All of the config or, on an exception, nothing; may be called again after `restore()`."""
         self._listen()
         with self._patches as patches:
+            self._crew = self._meet(found)
             for anatomy in found:
                 self._install_on(anatomy, patches)
             patches.set(self.pipe, HANDLE, self)
@@ -75,6 +82,9 @@ class Accelerated:
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
+        crew = self._crew
+        if crew is not None:
+            crew.inside(anatomy, patches)
         session = self._session(anatomy, whole)
         if config.compile.enabled and session is not None:
             check_cache(session, config.compile)
@@ -82,11 +92,34 @@ class Accelerated:
             compile_blocks(anatomy, config.compile, patches)
         if session is not None:
             session.attach(patches)
+            if crew is not None:
+                session.agree = crew.agrees
+                crew.forget.append(session.forget)
+        if crew is not None:
+            crew.outside(patches)
         if whole:
             compile_denoiser(anatomy, config.compile, patches)
         if session is not None:
             session.attach_denoiser(patches)
+        if crew is not None:
+            crew.outermost(anatomy, patches)
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
+
+    def _meet(self, found: list[Anatomy]) -> Crew | None:
+        """The other ranks of a parallel run, who must have the same model and config."""
+        method = self.config.parallel
+        if method is None:
+            return None
+        from fastdiff.parallel.crew import Crew, fingerprint
+
+        if self.config.compile.enabled:
+            raise BadConfig("parallel and compile do not go together: layers talk to other ranks inside the graph")
+        alike = {
+            "config": self.config.model_dump_json(),
+            "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
+            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, fastdiff {fastdiff.__version__}",
+        }
+        return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
 
     def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
         if self.config.cache is None:

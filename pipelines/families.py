@@ -53,38 +53,46 @@ KNOWN = {
     "UNetSpatioTemporalConditionModel": Family("svd", "unet"),
     "UNetMotionModel": Family("animatediff", "unet"),
     "AudioLDM2UNet2DConditionModel": Family("audioldm2", "unet"),
-    "SD3Transformer2DModel": Family("sd3", "transformer", _JOINT),
-    "FluxTransformer2DModel": Family("flux", "transformer", _JOINT_THEN_SINGLE, guidance="calls"),
-    "Flux2Transformer2DModel": Family("flux2", "transformer", _SINGLE_ONLY, guidance="none"),
-    "ChromaTransformer2DModel": Family("chroma", "transformer", _SINGLE_ONLY, guidance="calls"),
-    "BriaTransformer2DModel": Family("bria", "transformer", _JOINT_THEN_SINGLE),
-    "OvisImageTransformer2DModel": Family("ovis", "transformer", _JOINT_THEN_SINGLE, guidance="calls"),
-    "QwenImageTransformer2DModel": Family("qwenimage", "transformer", _JOINT, guidance="calls"),
-    "AuraFlowTransformer2DModel": Family("auraflow", "transformer", _SINGLE_ONLY),
+    "SD3Transformer2DModel": Family("sd3", "transformer", _JOINT, tokens="text_last"),
+    "FluxTransformer2DModel": Family("flux", "transformer", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"),
+    "Flux2Transformer2DModel": Family("flux2", "transformer", _SINGLE_ONLY, guidance="none", tokens="apart"),
+    "ChromaTransformer2DModel": Family("chroma", "transformer", _SINGLE_ONLY, guidance="calls", tokens="apart"),
+    "BriaTransformer2DModel": Family("bria", "transformer", _JOINT_THEN_SINGLE, tokens="text_first"),
+    "OvisImageTransformer2DModel": Family(
+        "ovis", "transformer", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"
+    ),
+    "QwenImageTransformer2DModel": Family("qwenimage", "transformer", _JOINT, guidance="calls", tokens="text_first"),
+    "AuraFlowTransformer2DModel": Family("auraflow", "transformer", _SINGLE_ONLY, tokens="apart"),
     # Each single block is given other text, appended and cut off outside the block: the residual holds for the picture.
     "HiDreamImageTransformer2DModel": Family("hidream", "transformer", (Stack("single_stream_blocks"),), batches=False),
-    "PixArtTransformer2DModel": Family("pixart", "transformer", _BLOCKS),
-    "DiTTransformer2DModel": Family("dit", "transformer", _BLOCKS),
+    "PixArtTransformer2DModel": Family("pixart", "transformer", _BLOCKS, tokens="apart"),
+    "DiTTransformer2DModel": Family("dit", "transformer", _BLOCKS, tokens="apart"),
     "SanaTransformer2DModel": Family("sana", "transformer", _BLOCKS),
     "PriorTransformer": Family("prior", "transformer", _BLOCKS, split=(), batches=False),
     "HunyuanDiT2DModel": Family("hunyuandit", "transformer", (Stack("blocks"),), long_skips=True),
-    "CogView3PlusTransformer2DModel": Family("cogview3plus", "transformer", _TEXT_LAST_BLOCKS),
-    "CogView4Transformer2DModel": Family("cogview4", "transformer", _TEXT_LAST_BLOCKS, guidance="calls"),
+    "CogView3PlusTransformer2DModel": Family("cogview3plus", "transformer", _TEXT_LAST_BLOCKS, tokens="text_first"),
+    "CogView4Transformer2DModel": Family(
+        "cogview4", "transformer", _TEXT_LAST_BLOCKS, guidance="calls", tokens="text_first"
+    ),
     # Refiners before `layers` prepare each stream alone; they always run.
-    "Lumina2Transformer2DModel": Family("lumina2", "transformer", (Stack("layers"),), guidance="calls"),
-    "ZImageTransformer2DModel": Family("zimage", "transformer", (Stack("layers", takes=("x",), returns=("x",)),)),
-    "WanTransformer3DModel": Family("wan", "transformer", (Stack("blocks"),), guidance="calls"),
-    "SkyReelsV2Transformer3DModel": Family("skyreels", "transformer", (Stack("blocks"),), guidance="calls"),
-    "CogVideoXTransformer3DModel": Family("cogvideox", "transformer", _TEXT_LAST_BLOCKS),
+    "Lumina2Transformer2DModel": Family("lumina2", "transformer", (Stack("layers"),), guidance="calls", tokens="apart"),
+    "ZImageTransformer2DModel": Family(
+        "zimage", "transformer", (Stack("layers", takes=("x",), returns=("x",)),), tokens="apart"
+    ),
+    "WanTransformer3DModel": Family("wan", "transformer", (Stack("blocks"),), guidance="calls", tokens="apart"),
+    "SkyReelsV2Transformer3DModel": Family(
+        "skyreels", "transformer", (Stack("blocks"),), guidance="calls", tokens="apart"
+    ),
+    "CogVideoXTransformer3DModel": Family("cogvideox", "transformer", _TEXT_LAST_BLOCKS, tokens="text_first"),
     "HunyuanVideoTransformer3DModel": Family(
         "hunyuanvideo",
         "transformer",
         (*_TEXT_LAST_BLOCKS, Stack("single_transformer_blocks", **_TEXT_LAST)),
         guidance="calls",
     ),
-    "LTXVideoTransformer3DModel": Family("ltx", "transformer", _BLOCKS),
+    "LTXVideoTransformer3DModel": Family("ltx", "transformer", _BLOCKS, tokens="apart"),
     "MochiTransformer3DModel": Family("mochi", "transformer", _TEXT_LAST_BLOCKS),
-    "AllegroTransformer3DModel": Family("allegro", "transformer", _BLOCKS),
+    "AllegroTransformer3DModel": Family("allegro", "transformer", _BLOCKS, tokens="apart"),
     # Blocks of two lists take turns, which no Stack says: no method that needs a stack works here.
     "LatteTransformer3DModel": Family("latte", "transformer"),
     "StableAudioDiTModel": Family("stableaudio", "transformer", _BLOCKS, split=()),

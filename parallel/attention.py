@@ -1,0 +1,141 @@
+"""Self-attention of split tokens: the model's own processor runs, and finds more keys and values than its own.
+
+The call of scaled_dot_product_attention is where every stock processor ends, after rotary embeddings and norms of
+queries and keys: what arrives there is what has to be exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastdiff.errors import UnsupportedModel
+from fastdiff.patch import PatchSet
+
+from .exchange import Exchange
+from .split import Split, named
+
+
+class Layout(Protocol):
+    """How the tokens of one attention call lie on the patch ranks."""
+
+    text_first: bool
+
+    def counts(self, own: int) -> list[int]:
+        """Tokens of each patch rank at a layer where this rank has `own`."""
+        ...
+
+    def edge(self, place: int, count: int, portion: float) -> int:
+        """How many of a rank's `count` tokens a neighbour is shown: whole rows."""
+        ...
+
+    def text(self, keys: int, named: dict[str, Any]) -> int:
+        """How many of an attention call's keys are of the text, which every rank has."""
+        ...
+
+    def crosses(self, module: nn.Module, named: dict[str, Any]) -> bool:
+        """Whether an attention call looks at the text alone."""
+        ...
+
+
+def split_attention(split: Split, root: nn.Module, layout: Layout, patches: PatchSet, prefix: str = "") -> None:
+    for name, module in root.named_modules():
+        if is_attention(module) and split.once(module, "attention"):
+            _attention(split, prefix + name, module, layout, patches)
+
+
+def is_attention(module: Any) -> bool:
+    return any(hasattr(module, part) for part in ("to_q", "to_qkv")) and hasattr(module, "processor")
+
+
+def _attention(split: Split, name: str, module: nn.Module, layout: Layout, patches: PatchSet) -> None:
+    exchange, by_name = split.exchange(name, "kv"), named(module)
+
+    def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def attention_forward(*args: Any, **kwargs: Any) -> Any:
+            if not split.active:
+                return forward(*args, **kwargs)
+            given = by_name(args, kwargs)
+            if layout.crosses(module, given):
+                return forward(*args, **kwargs)
+            with Intercept(lambda *call, **options: _attend(split, exchange, layout, given, *call, **options)) as mode:
+                output = forward(*args, **kwargs)
+            if not mode.calls:
+                raise UnsupportedModel(
+                    f"{name} attends without torch's scaled_dot_product_attention (processor "
+                    f"{type(module.processor).__name__}); patches need it: set attention.backend = native"
+                )
+            return output
+
+        return attention_forward
+
+    patches.wrap_forward(module, wrapper)
+
+
+class Intercept(TorchFunctionMode):
+    """Puts another function in the place of scaled_dot_product_attention while one layer runs."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend, self.calls = attend, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.attend(*args, **(kwargs or {}))
+
+
+def _attend(
+    split: Split, exchange: Exchange, layout: Layout, given: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and of the text's where it is joint."""
+    if attn_mask is not None:
+        raise UnsupportedModel(f"{exchange.layer} masks its self-attention, which cannot be split into patches")
+    text = layout.text(key.shape[-2], given)
+    begin = text if layout.text_first else 0
+    own = slice(begin, begin + key.shape[-2] - text)
+    if split.method.heads:
+        from .ulysses import attend
+
+        return attend(split, exchange, layout, own, query, key, value, options)
+    both = torch.cat([key[..., own, :], value[..., own, :]], -1)
+    parts = _context(split, exchange, layout, both)
+    keys = [part[..., : key.shape[-1]] for part in parts]
+    values = [part[..., key.shape[-1] :] for part in parts]
+    rest = [slice(0, own.start), slice(own.stop, key.shape[-2])]
+    key = torch.cat([*keys, *(key[..., piece, :] for piece in rest)], -2)
+    value = torch.cat([*values, *(value[..., piece, :] for piece in rest)], -2)
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _context(split: Split, exchange: Exchange, layout: Layout, own: Tensor) -> list[Tensor]:
+    """Keys and values that this rank may see: of all ranks, or of parts of its neighbours where the method says so."""
+    counts = layout.counts(own.shape[-2])
+    portion = None if split.step is not None and split.method.whole(split.step.index) else split.method.context
+    if portion is None:
+        shapes = {rank: (*own.shape[:-2], counts[k], own.shape[-1]) for k, rank in enumerate(split.ranks)}
+        shapes.pop(split.bus.topology.rank)
+        own = own.contiguous()
+        got = split.swap(exchange, dict.fromkeys(split.peers, own), shapes, own.dtype)
+        return [own, *got.values()]
+    sends, shapes = {}, {}
+    mine = layout.edge(split.place, counts[split.place], portion)
+    for offset in (-1, 1):
+        peer = split.neighbour(offset)
+        if peer is None:
+            continue
+        theirs = layout.edge(split.place + offset, counts[split.place + offset], portion)
+        if mine:
+            sends[peer] = own[..., :mine, :] if offset < 0 else own[..., own.shape[-2] - mine :, :]
+        if theirs:
+            shapes[peer] = (*own.shape[:-2], theirs, own.shape[-1])
+    return [own, *split.swap(exchange, sends, shapes, own.dtype).values()]

@@ -1,0 +1,69 @@
+"""What every parallel method shares: its place on the mesh, its time-outs, and when it may use what is old."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from fastdiff.errors import BadConfig
+from fastdiff.method import Method
+
+from .codec import Codec
+from .mesh import Topology
+
+
+class ParallelMethod(Method):
+    """A point in split (the mesh) x context (`context`) x freshness (`fresh`) x codec.
+
+    The processes form one mesh of cfg x step x patch; what a method does not name is 1, and what is left of `devices`
+    goes to its own axis.
+    """
+
+    devices: int | None = Field(None, ge=1, description="processes in all; None takes those that run")
+    cfg: Literal[1, 2] = Field(1, description="2 gives each half of classifier-free guidance its own ranks (exact)")
+    step: int = Field(1, ge=1, description="ranks that compute different steps at a time (see parastep)")
+    warmup_steps: int = Field(4, ge=0, description="steps at the start in which every rank waits for fresh values")
+    codec: Codec = Field("raw", description="keys and values on the wire: raw, int8, or residual (4 bits)")
+    max_age: int = Field(4, ge=1, description="steps after which a value that a cached layer did not renew is too old")
+    vae: bool = Field(False, description="decode by patches too (exact)")
+    timeout: float = Field(60.0, gt=0, description="seconds that a rank waits for another")
+    on_peer_loss: Literal["raise", "local"] = Field(
+        "raise", description="when a rank is lost: raise, or let each that is left finish the image alone"
+    )
+
+    heads: ClassVar[bool] = False  # whether attention is shared out by heads, not by what it may see
+    own_axis: ClassVar[str] = "patch"
+
+    @model_validator(mode="after")
+    def _whole_mesh(self) -> ParallelMethod:
+        if self.devices is not None:
+            self.topology(self.devices, 0)
+        return self
+
+    @property
+    def context(self) -> float | None:
+        """The part of a neighbour's rows that attention sees; None for all rows of all ranks."""
+        return None
+
+    def fresh(self, index: int) -> bool:
+        """Whether a step waits for this very step's values of the other ranks."""
+        return True
+
+    def whole(self, index: int) -> bool:
+        """Whether attention sees everything in a step, whatever `context` says."""
+        return True
+
+    def topology(self, world: int, rank: int) -> Topology:
+        """Raises BadConfig where the axes do not fill the mesh."""
+        sizes = {"cfg": self.cfg, "step": self.step, "patch": 1}
+        given = self.cfg * (self.step if self.own_axis != "step" or self.step > 1 else 1)
+        if world % given:
+            raise BadConfig(
+                f"parallel.devices = {world} is no multiple of cfg * step = {given}; choose a multiple of it"
+            )
+        if self.own_axis == "step" and self.step == 1:
+            sizes["step"] = world // given
+        else:
+            sizes["patch"] = world // given
+        return Topology(**sizes, rank=rank)

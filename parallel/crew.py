@@ -1,0 +1,190 @@
+"""All ranks of one accelerated pipeline: they meet, agree that they are alike, start alike, and end together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run, StepClock
+from fastdiff.errors import BadConfig, PeerLost
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+
+from .base import ParallelMethod
+from .bus import Bus
+from .cfg import split_guidance
+from .mesh import join
+from .parastep import Cycle
+from .split import Forward
+from .tokens import split_tokens
+from .unet import split_unet
+
+
+class Crew:
+    """Installs a parallel method in three layers: inside the denoiser, around its blocks, around all of it.
+
+    `alike` is what must be the same on all ranks, by name. Raises BadConfig where it is not, or where the processes do
+    not fill the mesh.
+    """
+
+    def __init__(
+        self,
+        method: ParallelMethod,
+        clock: StepClock,
+        recorder: Recorder,
+        device: torch.device,
+        alike: Mapping[str, str],
+    ) -> None:
+        world = dist.get_world_size() if dist.is_initialized() else None
+        if method.devices is None and world is None:
+            raise BadConfig("parallel needs several processes: set parallel.devices, or start them with torchrun")
+        rank = join(method.devices or world or 1, device, method.timeout)
+        self.method, self.clock, self.recorder = method, clock, recorder
+        self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
+        _compare({"devices of kind": device.type, **alike}, self.bus)
+        self.cycle = Cycle(method, self.bus, clock) if self.bus.topology.step > 1 else None
+        self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
+        self._outside: Callable[[PatchSet], None] | None = None
+        self._others_inputs = False
+        clock.on_start.append(self._start)
+        clock.on_end.append(self._end)
+
+    @property
+    def agrees(self) -> Callable[[Tensor], Tensor]:
+        """A reading of a cache, averaged over the ranks that have to decide alike."""
+        return lambda reading: reading if self.bus.alone else self.bus.mean(reading, ("patch", "cfg"))
+
+    def inside(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        if self.bus.topology.patch == 1:
+            return
+        if anatomy.family.kind == "unet":
+            split_unet(self.method, anatomy, self.bus, self.clock, patches)
+        else:
+            self._outside = split_tokens(self.method, anatomy, self.bus, self.clock, patches)
+
+    def outside(self, patches: PatchSet) -> None:
+        if self._outside is not None:
+            self._outside(patches)
+
+    def outermost(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        if self.bus.topology.cfg > 1:
+            split_guidance(anatomy, self.bus, self.clock, patches, self.recorder.note)
+        if self.cycle is not None:
+            self.cycle.attach(anatomy, patches)
+        patches.wrap_forward(anatomy.denoiser, self._together)
+
+    def _index(self) -> int | None:
+        return self.clock.index if self.clock.run is not None else None
+
+    def _start(self, run: Run) -> None:
+        self.bus.begin()
+        self._others_inputs = False
+        if run.total <= self.method.warmup_steps and not self.method.fresh(run.total):
+            self.recorder.note(
+                f"parallel.warmup_steps = {self.method.warmup_steps} covers all {run.total} steps: each of them waited"
+            )
+
+    def _together(self, forward: Forward) -> Forward:
+        """The denoiser's forward with rank 0's inputs, and with an end to it where a rank is lost."""
+
+        @wraps(forward)
+        def together(*args: Any, **kwargs: Any) -> Any:
+            step = self.clock.now
+            if step is None or self.bus.alone:
+                return forward(*args, **kwargs)
+            try:
+                if step.index == 0 or self._others_inputs:
+                    args, kwargs = self._same(args, kwargs, step.index == 0 and step.branch == 0)
+                return forward(*args, **kwargs)
+            except PeerLost as error:
+                if self.method.on_peer_loss == "raise":
+                    raise
+                self._go_alone(error)
+                return forward(*args, **kwargs)
+
+        return together
+
+    def _same(self, args: tuple, kwargs: dict, first: bool) -> tuple[tuple, dict]:
+        """Rank 0's inputs; those of later steps too where a rank's own were different."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        told = [
+            self.bus.broadcast("the inputs of rank 0", leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        if first:
+            state = self.bus.broadcast("the random state of rank 0", torch.get_rng_state())
+            torch.set_rng_state(state)
+            if self.clock.before_step.count(self._latents) == 0:
+                self.clock.before_step.append(self._latents)
+        changed = any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(leaves, told, strict=True))
+        anywhere = self.bus.mean(torch.tensor(float(changed)), ("cfg", "step", "patch"))
+        self._others_inputs = bool(anywhere > 0)
+        return pytree.tree_unflatten(told, spec)
+
+    def _latents(self, index: int, latents: Any) -> Any:
+        """The first latents that the solver is given, and, where ranks differ, all of them, are rank 0's."""
+        if isinstance(latents, Tensor) and (index == 0 or self._others_inputs) and not self.bus.alone:
+            return self.bus.broadcast("the latents of rank 0", latents)
+        return latents
+
+    def _go_alone(self, error: PeerLost) -> None:
+        self.bus.abort()
+        self.bus.alone = True
+        for forget in self.forget:
+            forget()
+        self.recorder.note(f"{error}; this rank finished alone")
+
+    def _end(self, run: Run) -> None:
+        """Complete runs are compared and reported; a broken one is told to the others at once."""
+        if self.bus.alone:
+            return
+        if self.clock.index < run.total:
+            self.bus.abort()
+            return
+        self.bus.settle()
+        self._report(run)
+
+    def _report(self, run: Run) -> None:
+        report, traffic = self.recorder.report, self.bus.traffic
+        solved = self.clock.solved
+        latents = solved[0] if isinstance(solved, tuple) else getattr(solved, "prev_sample", None)
+        own = {
+            "rank": self.bus.topology.rank, "sent": dict(traffic.sent), "messages": dict(traffic.messages),
+            "waited_seconds": round(traffic.waited, 4), "oldest": traffic.oldest,
+            "step_seconds": [round(s, 4) for s in report.step_seconds],
+        }  # fmt: skip
+        digest = float(latents.double().sum()) if isinstance(latents, Tensor) else 0.0
+        everyone = self.bus.tell((own, digest))
+        report.ranks, report.spans = [one for one, _ in everyone], list(traffic.spans)
+        report.bytes_sent = sum(traffic.sent.values())
+        if any(d != digest and d == d for _, d in everyone):
+            self.recorder.note("the ranks ended with different latents: give each the same generator seed")
+
+
+def _compare(alike: Mapping[str, str], bus: Bus) -> None:
+    told = bus.tell(dict(alike))
+    for name, own in alike.items():
+        other = next((rank for rank, theirs in enumerate(told) if theirs.get(name) != own), None)
+        if other is not None:
+            raise BadConfig(
+                f"the ranks must have the same {name}: rank {bus.topology.rank} has {own}, rank {other} "
+                f"{told[other].get(name)}"
+            )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Names, shapes and a sample of the values of all weights, in a short number."""
+    import zlib
+
+    total = 0
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].double().cpu()
+            total = zlib.crc32(some.numpy().tobytes(), zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total))
+    return f"{total:08x}"

@@ -1,0 +1,21 @@
+"""DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models. https://arxiv.org/abs/2402.19481."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .base import ParallelMethod
+
+
+class DistriFusion(ParallelMethod):
+    """Displaced patch parallelism: after the warm-up, layers use the other ranks' values of the step before.
+
+    Neighbouring steps are alike, so old keys, values and halos are nearly right, and every transfer has a whole step to
+    hide in. Group normalization corrects the old global statistics by the change of its own (paper, section 4.2). The
+    warm-up counts the first step in: the authors' `warmup_steps = 4` are 5 synchronous steps, as here.
+    """
+
+    method: Literal["distrifusion"] = "distrifusion"
+
+    def fresh(self, index: int) -> bool:
+        return index <= self.warmup_steps

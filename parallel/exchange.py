@@ -1,0 +1,168 @@
+"""What one layer shows the other ranks: now, or for the step after this one.
+
+A displaced value is sent when it is made and used one step later, so that it has a whole step to travel. What is small
+(halos, statistics) travels in bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastdiff.clock import Step
+
+from .bus import SMALL, Bus, Pending
+from .codec import Codec, Wire, raw
+
+
+@dataclass
+class Flight:
+    """Bytes on their way from some peers, for one slot or for a bundle of them."""
+
+    pending: list[Pending] | None = None
+    landed: dict[int, Tensor] | None = None
+    sizes: dict[int, int] = field(default_factory=dict)
+    sends: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Slot:
+    """What one branch knows of the peers at one layer."""
+
+    values: dict[int, Tensor] = field(default_factory=dict)
+    made: int = 0  # step in which the values were made
+    flight: Flight | None = None
+    offsets: dict[int, int] = field(default_factory=dict)
+    sent: int = 0  # step in which what is under way was made
+    out: dict[int, Wire] = field(default_factory=dict)
+    into: dict[int, Wire] = field(default_factory=dict)
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Bundle:
+    """Small messages of one kind that leave together, in the order in which the layers run."""
+
+    def __init__(self, bus: Bus, kind: str) -> None:
+        self.bus, self.kind = bus, kind
+        self._flight, self._layer, self._count = Flight(), "", 0
+
+    def add(self, layer: str, sends: Mapping[int, Tensor], sizes: Mapping[int, int]) -> tuple[Flight, dict[int, int]]:
+        """The flight they will be in, and where in the bytes of each peer they are."""
+        flight = self._flight
+        self._layer, self._count = self._layer or layer, self._count + 1
+        offsets = {peer: flight.sizes.get(peer, 0) for peer in sizes}
+        for peer, size in sizes.items():
+            flight.sizes[peer] = flight.sizes.get(peer, 0) + size
+        for peer, message in sends.items():
+            flight.sends.setdefault(peer, []).append(message)
+        if self._count == SMALL:
+            self.flush()
+        return flight, offsets
+
+    def flush(self) -> None:
+        flight, layer = self._flight, self._layer
+        self._flight, self._layer, self._count = Flight(), "", 0
+        messages = {peer: torch.cat(parts) for peer, parts in flight.sends.items()}
+        flight.sends = {}
+        flight.pending = self.bus.post(self.kind, layer, messages, flight.sizes)
+
+
+class Exchange:
+    """One layer's slot for each branch. `kind` is what the bytes are counted as."""
+
+    def __init__(self, bus: Bus, layer: str, kind: str, codec: Codec = "raw", bundle: Bundle | None = None) -> None:
+        self.bus, self.layer, self.kind, self.codec, self.bundle = bus, layer, kind, codec, bundle
+        self._slots: dict[int, Slot] = {}
+
+    def reset(self) -> None:
+        """Forget a run; what is still under way has to arrive first, so that no later message is taken for it."""
+        for slot in self._slots.values():
+            self._land(slot)
+        self._slots = {}
+
+    def forget(self) -> None:
+        """After a failure: nothing will arrive any more."""
+        self._slots = {}
+
+    def swap(
+        self, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
+        step: Step | None, fresh: bool, max_age: int,
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """The peers' tensors: of this very step if `fresh` or nothing else is known, else of the step before.
+
+        sends: what each peer is to get. shapes: what each peer will give. max_age: steps after which a value that no
+        step has renewed (its layer was cached) is too old.
+        """
+        slot = self._slots.setdefault(step.branch if step else 0, Slot())
+        if step is None or fresh or slot.shapes != dict(shapes):
+            return self._now(slot, sends, shapes, dtype, step)
+        self._land(slot, dtype)
+        age = step.index - slot.made
+        if age > max_age:
+            return self._now(slot, sends, shapes, dtype, step)
+        self.bus.traffic.oldest = max(self.bus.traffic.oldest, age)
+        values = slot.values
+        if step.index + 1 < step.run.total:
+            self._later(slot, sends, shapes, dtype, step)
+        return values
+
+    def _now(
+        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
+        step: Step | None,
+    ) -> dict[int, Tensor]:  # fmt: skip
+        self._land(slot, dtype)
+        if slot.shapes != dict(shapes):
+            slot.out, slot.into, slot.shapes = {}, {}, dict(shapes)
+        messages, sizes = self._packed(slot, sends, shapes, dtype)
+        got = self.bus.swap(self.kind, self.layer, messages, sizes)
+        slot.values = {peer: slot.into[peer].unpack(got[peer], shape, dtype) for peer, shape in shapes.items()}
+        slot.made = step.index if step else 0
+        return slot.values
+
+    def _later(
+        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, step: Step
+    ) -> None:  # fmt: skip
+        messages, sizes = self._packed(slot, sends, shapes, dtype)
+        slot.sent = step.index
+        if self.bundle is not None:
+            slot.flight, slot.offsets = self.bundle.add(self.layer, messages, sizes)
+        else:
+            slot.flight, slot.offsets = Flight(sizes=sizes), dict.fromkeys(sizes, 0)
+            slot.flight.pending = self.bus.post(self.kind, self.layer, messages, sizes)
+
+    def _packed(
+        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype
+    ) -> tuple[dict[int, Tensor], dict[int, int]]:
+        messages: dict[int, Tensor] = {}
+        packed: dict[int, Tensor] = {}  # what several peers get alike is coded once
+        for peer, value in sends.items():
+            wire = slot.out.setdefault(peer, Wire(self.codec))
+            if id(value) in packed and self.codec != "residual":
+                messages[peer] = packed[id(value)]
+            else:
+                messages[peer] = packed[id(value)] = raw(value).clone() if self.codec == "raw" else wire.pack(value)
+        wires = {peer: slot.into.setdefault(peer, Wire(self.codec)) for peer in shapes}
+        return messages, {peer: wires[peer].size(shape, dtype) for peer, shape in shapes.items()}
+
+    def _land(self, slot: Slot, dtype: torch.dtype | None = None) -> None:
+        """Take in what was under way."""
+        flight, slot.flight = slot.flight, None
+        if flight is None:
+            return
+        if flight.landed is None:
+            if flight.pending is None and self.bundle is not None:
+                self.bundle.flush()
+            flight.landed = self.bus.wait(flight.pending or [], self.kind)
+        if dtype is None:
+            return
+        for peer, shape in slot.shapes.items():
+            wire = slot.into[peer]
+            begin, size = slot.offsets[peer], wire.size(shape, dtype)
+            slot.values = {
+                **slot.values,
+                peer: wire.unpack(flight.landed[peer][begin : begin + size].clone(), shape, dtype),
+            }
+        slot.made = slot.sent

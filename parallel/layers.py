@@ -1,0 +1,137 @@
+"""Rules for layers that look beyond their own rows: convolutions and group normalization.
+
+Source: DistriFusion, https://arxiv.org/abs/2402.19481, section 4. Unlike the authors' code the statistics are those of
+nn.GroupNorm (biased, in float32), weighted by the rows of each rank, and halos go to neighbours only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import UnsupportedModel
+from fastdiff.patch import PatchSet
+
+from .split import Split
+
+
+def split_layers(split: Split, root: nn.Module, patches: PatchSet) -> None:
+    """Patch every convolution and group normalization of a model. Raises UnsupportedModel, with the reason."""
+    for name, module in root.named_modules():
+        if not split.once(module, "layer"):
+            continue
+        if isinstance(module, nn.GroupNorm):
+            _group_norm(split, name, module, patches)
+        elif _is_conv(module):
+            _check(name, module)
+            if module.kernel_size[-2] > 1:
+                _conv(split, name, module, patches)
+
+
+def _is_conv(module: Any) -> bool:
+    """A convolution, quantized or not; peft's wrapper holds one and is none itself."""
+    return all(hasattr(module, part) for part in ("kernel_size", "stride", "dilation", "padding")) and not hasattr(
+        module, "base_layer"
+    ) and isinstance(module.kernel_size, tuple) and len(module.kernel_size) >= 2  # fmt: skip
+
+
+def _check(name: str, conv: Any) -> None:
+    if getattr(conv, "padding_mode", "zeros") != "zeros" or not isinstance(conv.padding, tuple):
+        raise UnsupportedModel(
+            f"{name} pads with {getattr(conv, 'padding_mode', conv.padding)!r}; patches can be split with zeros only"
+        )
+
+
+def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
+    """Rows of the neighbours are put above and below; zeros at the edges of the picture, as the padding would."""
+    exchange = split.exchange(name, "halo")
+    size, stride, dilation, padding = (
+        value[-2] for value in (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
+    )
+    above, below = padding, max(0, dilation * (size - 1) + 1 - stride - padding)
+
+    def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def halo_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not split.active:
+                return forward(x, *args, **kwargs)
+            up, down = split.neighbour(-1), split.neighbour(1)
+            if min(x.shape[-2], x.shape[-2]) < max(above, below):
+                raise UnsupportedModel(f"{name} needs {max(above, below)} rows of each neighbour; patches are smaller")
+            sends: dict[int, Tensor] = {}
+            shapes: dict[int, tuple[int, ...]] = {}
+            if up is not None:
+                sends |= {up: x[..., :below, :]} if below else {}
+                shapes |= {up: _rows(x, above)} if above else {}
+            if down is not None:
+                sends |= {down: x[..., x.shape[-2] - above :, :]} if above else {}
+                shapes |= {down: _rows(x, below)} if below else {}
+            got = split.swap(exchange, sends, shapes, x.dtype)
+            top = got.get(up) if up is not None else x.new_zeros(_rows(x, above))
+            bottom = got.get(down) if down is not None else x.new_zeros(_rows(x, padding))
+            whole = torch.cat([part for part in (top, x, bottom) if part is not None], -2)
+            old = conv.padding
+            object.__setattr__(conv, "padding", (*old[:-2], 0, old[-1]))
+            try:
+                return forward(whole, *args, **kwargs)
+            finally:
+                object.__setattr__(conv, "padding", old)
+
+        return halo_forward
+
+    patches.wrap_forward(conv, wrapper)
+
+
+def _rows(x: Tensor, count: int) -> tuple[int, ...]:
+    return (*x.shape[:-2], count, x.shape[-1])
+
+
+def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) -> None:
+    exchange, before = split.exchange(name, "norm"), dict[int, Tensor]()
+    split.at_reset(before.clear)
+
+    def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def norm_forward(x: Tensor) -> Tensor:
+            if not split.active:
+                return forward(x)
+            groups = x.reshape(len(x), norm.num_groups, -1)
+            groups = groups if groups.dtype == torch.float64 else groups.float()
+            variance, mean = torch.var_mean(groups, -1, correction=0)
+            # where rows differ, a rank counts as much as its rows
+            count = torch.full_like(mean, groups.shape[-1])
+            own = torch.stack([mean, variance, count])
+            got = split.swap(
+                exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype
+            )
+            branch = split.step.branch if split.step else 0
+            mean, variance = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
+            before[branch] = own
+            y = ((groups - mean[..., None]) * torch.rsqrt(variance[..., None] + norm.eps)).reshape(x.shape).to(x.dtype)
+            if norm.weight is None:
+                return y
+            per_channel = (1, -1) + (1,) * (x.ndim - 2)
+            return y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+
+        return norm_forward
+
+    patches.wrap_forward(norm, wrapper)
+
+
+def _whole(own: Tensor, others: list[Tensor], before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all ranks. With `before`, the others' statistics are those of the step before: then
+    theirs and our own of that step, and on top how far our own have moved since (corrected asynchronous GroupNorm)."""
+    known = [before if before is not None else own, *others]
+    parts = torch.stack(known)
+    share = parts[:, 2] / parts[:, 2].sum(0)
+    mean = (parts[:, 0] * share).sum(0)
+    if before is None:  # by Chan's formula, which does not cancel
+        return mean, ((parts[:, 1] + (parts[:, 0] - mean) ** 2) * share).sum(0)
+    square = ((parts[:, 1] + parts[:, 0] ** 2) * share).sum(0)
+    mean = mean + own[0] - before[0]
+    variance = square + own[1] + own[0] ** 2 - before[1] - before[0] ** 2 - mean**2
+    return mean, torch.where(variance < 0, own[1], variance)

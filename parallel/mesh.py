@@ -1,0 +1,80 @@
+"""Which rank does what: one mesh of guidance branch x step x patch."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fastdiff.errors import BackendUnavailable, BadConfig
+
+AXES = ("cfg", "step", "patch")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of this rank in a mesh of sizes `cfg`, `step` and `patch`, the last axis running fastest."""
+
+    cfg: int
+    step: int
+    patch: int
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.cfg * self.step * self.patch
+
+    def place(self, axis: str) -> int:
+        """Where this rank is on one axis."""
+        return self._places(self.rank)[AXES.index(axis)]
+
+    def group(self, axis: str) -> list[int]:
+        """The ranks that differ from this one on one axis only, in order, this one among them."""
+        own, number = self._places(self.rank), AXES.index(axis)
+        same = [rank for rank in range(self.size) if self._beside(self._places(rank), own, number)]
+        return sorted(same, key=lambda rank: self._places(rank)[number])
+
+    @staticmethod
+    def _beside(one: Sequence[int], other: Sequence[int], free: int) -> bool:
+        return all(a == b for axis, (a, b) in enumerate(zip(one, other, strict=True)) if axis != free)
+
+    def _places(self, rank: int) -> tuple[int, int, int]:
+        return rank // (self.step * self.patch), rank // self.patch % self.step, rank % self.patch
+
+
+def join(devices: int, device: torch.device, timeout: float) -> int:
+    """Be one of `devices` processes, through the group that is there or the one that torchrun describes; the rank.
+
+    Raises BadConfig where this process is alone or the numbers differ, BackendUnavailable without a backend for the
+    device.
+    """
+    alone = (
+        f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate --devices "
+        f"{devices}` or `torchrun --nproc-per-node {devices}`"
+    )
+    if not dist.is_available():
+        raise BackendUnavailable("this torch was built without torch.distributed, which parallel needs")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        except ValueError:  # nobody set the environment of a rank
+            raise BadConfig(alone) from None
+        except RuntimeError as error:
+            raise BackendUnavailable(f"the ranks could not meet: {str(error).splitlines()[0]}") from error
+    world = dist.get_world_size()
+    if world != devices:
+        raise BadConfig(
+            alone if world == 1 else f"parallel.devices = {devices}, but {world} processes run; make the numbers equal"
+        )
+    return dist.get_rank()
+
+
+def shares(total: int, parts: int) -> list[tuple[int, int]]:
+    """Begin and end of each part of a range, as even as can be, the longer ones first."""
+    base, extra = divmod(total, parts)
+    ends = [(k + 1) * base + min(k + 1, extra) for k in range(parts)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,142 @@
+"""One denoiser whose work is split over the patch axis: what its layers ask while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdiff.clock import Run, Step, StepClock
+
+from .bus import Bus
+from .exchange import Bundle, Exchange
+
+if TYPE_CHECKING:
+    from .base import ParallelMethod
+
+Forward = Callable[..., Any]
+
+
+class Split:
+    """The state that the rules of layers share. `active` only inside a call of what is split.
+
+    `begin`, `end` of each patch rank are in `parts`: rows of the latents, or tokens of a transformer.
+    """
+
+    def __init__(self, method: ParallelMethod, bus: Bus, clock: StepClock | None) -> None:
+        self.method, self.bus, self.clock = method, bus, clock
+        self.ranks = bus.topology.group("patch")
+        self.place = bus.topology.place("patch")
+        self.active, self.fresh = False, True
+        self.step: Step | None = None
+        self.parts: list[tuple[int, int]] = []
+        self.width = 1  # columns of the latents, or tokens in a row
+        self._exchanges: list[Exchange] = []
+        self._bundles: dict[str, Bundle] = {}
+        self.latents: dict[str, Any] = {}  # what the denoiser was given, by name
+        self._forget: list[Callable[[], None]] = []
+        self._ruled: dict[tuple[int, str], nn.Module] = {}
+        self._looked = False
+        if clock is not None:
+            clock.on_start.append(self._start)
+            clock.on_end.append(self._end)
+
+    @property
+    def peers(self) -> list[int]:
+        return [rank for rank in self.ranks if rank != self.bus.topology.rank]
+
+    def neighbour(self, offset: int) -> int | None:
+        """The rank whose patch is next to ours: -1 above, 1 below; None at the edge of the picture."""
+        place = self.place + offset
+        return self.ranks[place] if 0 <= place < len(self.ranks) else None
+
+    def exchange(self, layer: str, kind: str) -> Exchange:
+        small = kind != "kv"
+        bundle = self._bundles.setdefault(kind, Bundle(self.bus, kind)) if small else None
+        made = Exchange(self.bus, layer, kind, "raw" if small else self.method.codec, bundle)
+        self._exchanges.append(made)
+        return made
+
+    def swap(
+        self, exchange: Exchange, sends: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], dtype: torch.dtype
+    ) -> dict[int, Tensor]:
+        return exchange.swap(sends, shapes, dtype, self.step, self.fresh, self.method.max_age)
+
+    def once(self, module: nn.Module, rule: str) -> bool:
+        """Whether a rule is not on a module yet; from now on it is."""
+        new = (id(module), rule) not in self._ruled
+        self._ruled[id(module), rule] = module
+        return new
+
+    def rules(self, look: Callable[[], None]) -> None:
+        """Once a run, look for layers that came later: those of a LoRA."""
+        if not self._looked:
+            look()
+        self._looked = True
+
+    def at_reset(self, forget: Callable[[], None]) -> None:
+        self._forget.append(forget)
+
+    def enter(self) -> None:
+        self.step = self.clock.now if self.clock is not None else None
+        self.fresh = self.step is None or self.method.fresh(self.step.index)
+        self.active = True
+
+    def leave(self) -> None:
+        self.active = False
+
+    def flush(self) -> None:
+        for bundle in self._bundles.values():
+            bundle.flush()
+
+    def _start(self, run: Run) -> None:
+        self._looked = False
+        for forget in self._forget:
+            forget()
+
+    def _end(self, run: Run) -> None:
+        """What is still under way is taken in where the run is complete; else the groups are closed, see Crew."""
+        assert self.clock is not None
+        whole = self.clock.index >= run.total
+        for exchange in self._exchanges:
+            exchange.reset() if whole else exchange.forget()
+        if not whole:
+            self._bundles = {kind: Bundle(self.bus, kind) for kind in self._bundles}
+            for exchange in self._exchanges:
+                exchange.bundle = self._bundles.get(exchange.kind)
+
+
+def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
+    """How the arguments of a module's forward get their names."""
+    signature = inspect.signature(type(module).forward)
+
+    def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        return {name: value for name, value in bound.items() if name != "self"} | extra
+
+    return by_name
+
+
+def around(
+    split: Split, forward: Forward, change: Callable[[tuple, dict], tuple[tuple, dict]], after: Forward
+) -> Forward:
+    """A forward with other arguments, inside `split`, whose output `after` makes whole again."""
+
+    @wraps(forward)
+    def split_forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = change(args, kwargs)
+        split.enter()
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            split.leave()
+        split.flush()
+        return pytree.tree_map_only(Tensor, after, output)
+
+    return split_forward

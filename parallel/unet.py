@@ -1,0 +1,116 @@
+"""A UNet split by rows: each rank is given its rows of the latents, every layer asks for what lies beyond them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import StepClock
+from fastdiff.errors import UnsupportedModel
+from fastdiff.patch import PatchSet
+
+from .attention import split_attention
+from .base import ParallelMethod
+from .bus import Bus
+from .layers import split_layers
+from .mesh import shares
+from .split import Split, around, named
+
+# inputs that have the rows of the latents, at some level of the UNet: ControlNet, T2I-Adapter
+_LEVELS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+_LOCAL = ("AdaGroupNorm", "SpatialNorm")  # normalize by functions that no rule sees
+
+
+class Rows:
+    """Layout of a UNet's attention: tokens are rows of pixels, at some level of down-sampling."""
+
+    text_first = False
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def counts(self, own: int) -> list[int]:
+        return [rows * width for rows, width in self._level(own)]
+
+    def edge(self, place: int, count: int, portion: float) -> int:
+        rows, width = self._level(count, place)[place]
+        return math.ceil(portion * rows) * width
+
+    def text(self, keys: int, named: dict[str, Any]) -> int:
+        return 0
+
+    def crosses(self, module: nn.Module, named: dict[str, Any]) -> bool:
+        return named.get("encoder_hidden_states") is not None
+
+    def _level(self, own: int, place: int | None = None) -> list[tuple[int, int]]:
+        """Rows of each rank, and columns, where a rank (this one by default) has `own` tokens."""
+        split = self.split
+        rows, width = [end - begin for begin, end in split.parts], split.width
+        while rows[split.place if place is None else place] * width > own:
+            rows, width = [-(-count // 2) for count in rows], -(-width // 2)
+        return [(count, width) for count in rows]
+
+
+def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> Split:
+    """Raises UnsupportedModel, with the reason, before anything is patched."""
+    unet: Any = anatomy.denoiser
+    if anatomy.family.name != "unet2d" or method.heads:
+        raise UnsupportedModel(
+            f"{method.method} cannot split a {anatomy.family.name} denoiser by rows; cfg and parastep work on any model"
+        )
+    for name, module in unet.named_modules():
+        if type(module).__name__ in _LOCAL or getattr(module, "added_kv_proj_dim", None) is not None:
+            raise UnsupportedModel(f"{name} ({type(module).__name__}) has no rule for split rows")
+    unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in unet.down_blocks)
+    split = Split(method, bus, clock)
+    by_name = named(unet)
+
+    def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        split.rules(lambda: _rules(split, unet, patches))
+        given = by_name(args, kwargs)
+        height, split.width = given["sample"].shape[-2:]
+        split.parts = rows_of(height, unit, len(split.ranks))
+        given["sample"] = _cut(given["sample"], split, height)
+        for key in _LEVELS:
+            if given.get(key) is not None:
+                given[key] = pytree.tree_map_only(Tensor, lambda leaf: _cut(leaf, split, height), given[key])
+        return (), given
+
+    def whole(output: Tensor) -> Tensor:
+        shapes = [(*output.shape[:-2], end - begin, output.shape[-1]) for begin, end in split.parts]
+        return torch.cat(bus.gather("output", "the output", output, "patch", shapes), -2)
+
+    _rules(split, unet, patches)
+    patches.wrap_forward(unet, lambda forward: around(split, forward, change, whole))
+    return split
+
+
+def _rules(split: Split, unet: nn.Module, patches: PatchSet) -> None:
+    split_layers(split, unet, patches)
+    split_attention(split, unet, Rows(split), patches)
+
+
+def rows_of(height: int, unit: int, parts: int) -> list[tuple[int, int]]:
+    """Rows of each rank: whole units (what all levels of down-sampling divide), the last rank's may be cut short.
+
+    Raises UnsupportedModel where there are more ranks than units.
+    """
+    units = -(-height // unit)
+    if units < parts:
+        raise UnsupportedModel(
+            f"{height} rows of latents are {units} units of {unit} (the UNet halves them down to one), too few for "
+            f"{parts} patch ranks; draw a taller picture or take fewer devices"
+        )
+    return [(begin * unit, min(end * unit, height)) for begin, end in shares(units, parts)]
+
+
+def _cut(tensor: Tensor, split: Split, height: int) -> Tensor:
+    """This rank's rows of a tensor with the rows of some level."""
+    factor = round(height / tensor.shape[-2])
+    begin, end = split.parts[split.place]
+    return tensor[..., begin // factor : -(-end // factor), :].contiguous()
