@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from fastdiff.affine import Affine, AffineFit, corrected
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step
 from fastdiff.errors import BadConfig
 
-from .affine import Affine, AffineFit, corrected
 from .base import CacheMethod, Correct
 from .plan import Schedule, from_file
 from .region import Region

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
-from .plan import fingerprint, quantization
+from .plan import quantization
 from .region import Memory, Region
 from .session import Session
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
@@ -183,21 +181,3 @@ def quantization(anatomy: Anatomy) -> str | None:
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def fingerprint(anatomy: Anatomy) -> str:
-    """Class and configuration of a denoiser: what tells a plan's model from another.
-
-    Adapters, quantization, fine-tuning and a newer diffusers, which adds settings with defaults, do not change it.
-    """
-    kind = type(anatomy.denoiser)
-    usual = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
-    given = dict(getattr(anatomy.denoiser, "config", None) or {})
-    kept = {k: v for k, v in given.items() if not k.startswith("_") and _plain(v) != _plain(usual.get(k, ...))}
-    digest = hashlib.sha256(_plain(dict(sorted(kept.items()))).encode()).hexdigest()[:12]
-    return f"{kind.__name__} {digest}"
-
-
-def _plain(value: Any) -> str:
-    """Text in which lists and tuples, which saving turns into each other, are the same."""
-    return json.dumps(value, sort_keys=True, default=str)

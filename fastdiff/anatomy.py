@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -158,3 +160,21 @@ def _returns(block: nn.Module, takes: tuple[str, ...]) -> tuple[str, ...]:
 
 def _quoted(names: tuple[str, ...]) -> str:
     return "".join(f'"{name}", ' for name in names).rstrip()
+
+
+def fingerprint(anatomy: Anatomy) -> str:
+    """Class and configuration of a denoiser: what tells a plan's model from another.
+
+    Adapters, quantization, fine-tuning and a newer diffusers, which adds settings with defaults, do not change it.
+    """
+    kind = type(anatomy.denoiser)
+    usual = {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
+    given = dict(getattr(anatomy.denoiser, "config", None) or {})
+    kept = {k: v for k, v in given.items() if not k.startswith("_") and _plain(v) != _plain(usual.get(k, ...))}
+    digest = hashlib.sha256(_plain(dict(sorted(kept.items()))).encode()).hexdigest()[:12]
+    return f"{kind.__name__} {digest}"
+
+
+def _plain(value: Any) -> str:
+    """Text in which lists and tuples, which saving turns into each other, are the same."""
+    return json.dumps(value, sort_keys=True, default=str)

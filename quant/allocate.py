@@ -53,7 +53,9 @@ def allocate(errors: Table, sizes: Sizes, *, budget: int | None = None, target: 
         within = np.flatnonzero(best <= target * (1 + 1e-12))
         if not len(within):
             lowest = float(best.min())
-            raise BadConfig(f"an error of {target:g} is below what these choices of bits reach; the least is {lowest:g}")
+            raise BadConfig(
+                f"an error of {target:g} is below what these choices of bits reach; the least is {lowest:g}"
+            )
         column = int(within[0])
     column = int(np.flatnonzero(best[: column + 1] == best[column])[0])
     return _read_off(errors, sizes, least, unit, taken, column)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff.affine import Affine, AffineFit, corrected
 from fastdiff.caching import cachequant
-from fastdiff.caching.affine import Affine, AffineFit, corrected
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Shadow
 from fastdiff.caching.schedule import Costs, spans

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.caching.dp import DP
-from fastdiff.caching.plan import LARGEST, Schedule, fingerprint
+from fastdiff.caching.plan import LARGEST, Schedule
 from fastdiff.clock import Run
 from fastdiff.config import layers_of, resolve
 from fastdiff.errors import BadConfig

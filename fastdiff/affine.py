@@ -1,15 +1,14 @@
-"""A scale and a shift for each channel of a feature: fitting them, and keeping them in a plan file."""
+"""A scale and a shift for each channel of a feature: fitting them, and keeping them in a plan's JSON."""
 
 from __future__ import annotations
 
 import base64
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from fastdiff.method import Settings
+from .method import Settings
 
 
 class Affine(Settings):
@@ -21,20 +20,15 @@ class Affine(Settings):
     @field_validator("scale", "shift")
     @classmethod
     def _numbers(cls, text: str) -> str:
-        try:
-            found = _decoded(text)
-        except ValueError:
-            raise ValueError("a correction is not float32 numbers in base64") from None
-        if not found.isfinite().all():
-            raise ValueError("a correction holds a number that is not finite")
+        decoded(text)
         return text
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor) -> Affine:
-        return cls(scale=_encoded(scale), shift=_encoded(shift))
+        return cls(scale=encoded(scale), shift=encoded(shift))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        return _decoded(self.scale), _decoded(self.shift)
+        return decoded(self.scale), decoded(self.shift)
 
 
 class AffineFit:
@@ -46,7 +40,7 @@ class AffineFit:
         self.sums: Tensor | None = None  # x, y, xx, xy by channel
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        rows, wanted = _channel_rows(x), _channel_rows(y)
+        rows, wanted = channel_rows(x), channel_rows(y)
         sums = torch.stack([rows.sum(0), wanted.sum(0), (rows * rows).sum(0), (rows * wanted).sum(0)])
         self.count += len(rows)
         self.sums = sums if self.sums is None else self.sums + sums
@@ -68,14 +62,22 @@ def corrected(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (value.float() * scale.float().view(shape) + shift.float().view(shape)).to(value.dtype)
 
 
-def _channel_rows(value: Tensor) -> Tensor:
+def channel_rows(value: Tensor) -> Tensor:
     moved = value.movedim(1, -1) if value.ndim > 3 else value
     return moved.reshape(-1, moved.shape[-1]).double()
 
 
-def _encoded(numbers: Tensor) -> str:
+def encoded(numbers: Tensor) -> str:
+    """Little-endian float32 in base64."""
     return base64.b64encode(numbers.detach().cpu().float().numpy().astype("<f4").tobytes()).decode()
 
 
-def _decoded(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").copy())
+def decoded(text: str) -> Tensor:
+    """The numbers, one row. Raises ValueError for what `encoded` did not make, and for numbers that are not finite."""
+    try:
+        found = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)
+    except ValueError:
+        raise ValueError("a correction is not float32 numbers in base64") from None
+    if not found.isfinite().all():
+        raise ValueError("a correction holds a number that is not finite")
+    return found
