@@ -16,7 +16,7 @@ class Recorder:
     def __init__(self, clock: StepClock, device: torch.device) -> None:
         self.report = RunReport()
         self.device = device
-        self._skipped = False
+        self._skipped = self._elsewhere = False
         self._mark = 0.0
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
@@ -26,6 +26,10 @@ class Recorder:
 
     def skipped(self) -> None:
         self._skipped = True
+
+    def elsewhere(self) -> None:
+        """The present call of the denoiser is made by another rank."""
+        self._elsewhere = True
 
     def note(self, text: str) -> None:
         """Something the user should know of this run; said once."""
@@ -39,12 +43,12 @@ class Recorder:
         self._mark = time.perf_counter()
 
     def _call(self, step: Step) -> None:
-        self._skipped = False
+        self._skipped = self._elsewhere = False
 
     def _return(self, step: Step) -> None:
         row = self.report.branches.setdefault(step.branch, [])
         row.extend([ABSENT] * (step.index + 1 - len(row)))
-        if row[step.index] != COMPUTED:  # of two denoisers in one step, computing wins
+        if row[step.index] != COMPUTED and not self._elsewhere:  # of two denoisers in one step, computing wins
             row[step.index] = CACHED if self._skipped else COMPUTED
 
     def _tick(self, index: int) -> None:

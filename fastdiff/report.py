@@ -14,8 +14,8 @@ COMPUTED, CACHED, ABSENT = "computed", "cached", "absent"
 class RunReport:
     """Filled while the pipeline runs; `str()` is the one-line log, `to_dict()` is what `--json` prints.
 
-    `ranks` has an entry for each rank of a parallel run (bytes sent by kind, seconds waited, age of the oldest value used,
-    seconds by step), `spans` this rank's transfers and waits for a timeline.
+    `ranks` has an entry for each rank of a parallel run (bytes sent by kind, seconds waited, age of the oldest value
+    used, seconds by step), `spans` this rank's transfers and waits for a timeline.
 
     `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `step_seconds`
     has one entry a step.

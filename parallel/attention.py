@@ -97,7 +97,7 @@ def _attend(
     split: Split, exchange: Exchange, layout: Layout, given: dict[str, Any],
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and of the text's where it is joint."""
+    """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and the text's in joint attention."""
     if attn_mask is not None:
         raise UnsupportedModel(f"{exchange.layer} masks its self-attention, which cannot be split into patches")
     text = layout.text(key.shape[-2], given)

@@ -15,6 +15,7 @@ from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import FastdiffError, UnsupportedModel
 from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus
@@ -31,7 +32,7 @@ class CFG(ParallelMethod):
     cfg: Literal[2] = 2
 
 
-def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet, say: Callable[[str], None]) -> None:
+def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet, recorder: Recorder) -> None:
     """Outermost patch of a denoiser. Raises UnsupportedModel where the halves cannot be told apart."""
     family = anatomy.family
     if family.guidance == "none" or not family.batches:
@@ -39,15 +40,15 @@ def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchS
             f"cfg = 2 has nothing to share out: a {family.name} denoiser has no two halves of guidance"
         )
     ways = _Calls if family.guidance == "calls" else _Batch
-    way = ways(anatomy, bus, clock, say)
+    way = ways(anatomy, bus, clock, recorder)
     patches.wrap_forward(anatomy.denoiser, way.shared)
 
 
 class _Batch:
     """Both halves come in one batch: each rank takes its half of every input."""
 
-    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, say: Callable[[str], None]) -> None:
-        self.by_name, self.bus, self.clock, self.say = named(anatomy.denoiser), bus, clock, say
+    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
+        self.by_name, self.bus, self.clock, self.recorder = named(anatomy.denoiser), bus, clock, recorder
         self.place = bus.topology.place("cfg")
 
     def shared(self, forward: Forward) -> Forward:
@@ -57,7 +58,7 @@ class _Batch:
             count = len(next(value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1))
             if self.clock.now is None or self.bus.alone or count % 2:
                 if self.clock.now is not None and count % 2:
-                    self.say(f"a batch of {count} has no two halves: both ranks of cfg compute all of it")
+                    self.recorder.note(f"a batch of {count} has no two halves: both ranks of cfg compute all of it")
                 return forward(*args, **kwargs)
             half = count // 2
             begin = self.place * half
@@ -80,8 +81,8 @@ class _Calls:
     """The halves are two calls a step: each rank computes one of them, and fills in the other's result at the second
     call, before the pipeline looks at either. How many calls a step has is learned at the first, which all compute."""
 
-    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, say: Callable[[str], None]) -> None:
-        self.bus, self.clock, self.say = bus, clock, say
+    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
+        self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place = bus.topology.place("cfg")
         self.calls = 0
         self._empty: Any = None
@@ -102,6 +103,8 @@ class _Calls:
         @wraps(forward)
         def one_forward(*args: Any, **kwargs: Any) -> Any:
             step = self.clock.now
+            if self.bus.alone and self._empty is not None:
+                return self._rescue(forward, args, kwargs)
             if step is None or self.bus.alone or step.index == 0 or self.calls != 2:
                 if step is not None and step.index == 0:
                     self.calls = step.branch + 1
@@ -110,6 +113,7 @@ class _Calls:
                 if self.place == 0:
                     self._empty = forward(*args, **kwargs)
                 else:
+                    self.recorder.elsewhere()
                     self._missed = lambda: forward(*args, **kwargs)
                     self._empty = pytree.tree_map_only(Tensor, lambda x: torch.full_like(x, torch.nan), self._last)
                 return self._empty
@@ -124,6 +128,8 @@ class _Calls:
 
     def _both(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
         first, self._empty = self._empty, None
+        if self.place == 0:
+            self.recorder.elsewhere()
         own = first if self.place == 0 else forward(*args, **kwargs)
         ours, spec = pytree.tree_flatten(own)
         told = [
@@ -136,7 +142,7 @@ class _Calls:
                     leaf.copy_(pair[0])
         return pytree.tree_unflatten([pair[1] for pair in told], spec)
 
-    def rescue(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
+    def _rescue(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
         """The other rank is lost in the second call: compute what it would have given, too."""
         first, self._empty = self._empty, None
         if first is not None and self.place == 1 and self._missed is not None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import BadConfig, PeerLost
-from fastdiff.patch import PatchSet
+from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
@@ -24,7 +24,7 @@ from .mesh import join
 from .parastep import Cycle
 from .split import Forward
 from .tokens import split_tokens
-from .unet import split_unet
+from .unet import split_decoder, split_unet
 
 
 class Crew:
@@ -49,7 +49,7 @@ class Crew:
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
         _compare({"devices of kind": device.type, **alike}, self.bus)
-        self.cycle = Cycle(method, self.bus, clock) if self.bus.topology.step > 1 else None
+        self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
         self._outside: Callable[[PatchSet], None] | None = None
         self._others_inputs = False
@@ -73,9 +73,31 @@ class Crew:
         if self._outside is not None:
             self._outside(patches)
 
+    def decoder(self, vae: nn.Module | None, patches: PatchSet) -> None:
+        """Decode by patches, where the config says so."""
+        if self.method.vae and self.bus.topology.patch > 1:
+            if vae is None:
+                raise BadConfig("parallel.vae = true, but the pipeline has no VAE; set it to false")
+            plain = current_forward(getattr(vae, "decoder", vae))
+            split_decoder(self.method, vae, self.bus, patches)
+            patches.wrap_forward(vae.decoder, lambda forward: self._decoded(forward, plain))
+
+    def _decoded(self, forward: Forward, plain: Forward) -> Forward:
+        @wraps(forward)
+        def decoded(*args: Any, **kwargs: Any) -> Any:
+            if self.bus.alone:
+                return plain(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except PeerLost as error:
+                self._lost(error)
+                return plain(*args, **kwargs)
+
+        return decoded
+
     def outermost(self, anatomy: Anatomy, patches: PatchSet) -> None:
         if self.bus.topology.cfg > 1:
-            split_guidance(anatomy, self.bus, self.clock, patches, self.recorder.note)
+            split_guidance(anatomy, self.bus, self.clock, patches, self.recorder)
         if self.cycle is not None:
             self.cycle.attach(anatomy, patches)
         patches.wrap_forward(anatomy.denoiser, self._together)
@@ -104,9 +126,7 @@ class Crew:
                     args, kwargs = self._same(args, kwargs, step.index == 0 and step.branch == 0)
                 return forward(*args, **kwargs)
             except PeerLost as error:
-                if self.method.on_peer_loss == "raise":
-                    raise
-                self._go_alone(error)
+                self._lost(error)
                 return forward(*args, **kwargs)
 
         return together
@@ -133,8 +153,11 @@ class Crew:
             return self.bus.broadcast("the latents of rank 0", latents)
         return latents
 
-    def _go_alone(self, error: PeerLost) -> None:
+    def _lost(self, error: PeerLost) -> None:
+        """Raises, or makes this rank go on alone; the others learn of it in both cases."""
         self.bus.abort()
+        if self.method.on_peer_loss == "raise":
+            raise error
         self.bus.alone = True
         for forget in self.forget:
             forget()

@@ -123,7 +123,8 @@ class Exchange:
         return slot.values
 
     def _later(
-        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, step: Step
+        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
+        step: Step,
     ) -> None:  # fmt: skip
         messages, sizes = self._packed(slot, sends, shapes, dtype)
         slot.sent = step.index

@@ -52,8 +52,8 @@ def join(devices: int, device: torch.device, timeout: float) -> int:
     device.
     """
     alone = (
-        f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate --devices "
-        f"{devices}` or `torchrun --nproc-per-node {devices}`"
+        f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate "
+        f"--devices {devices}` or `torchrun --nproc-per-node {devices}`"
     )
     if not dist.is_available():
         raise BackendUnavailable("this torch was built without torch.distributed, which parallel needs")

@@ -14,7 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, StepClock
+from fastdiff.errors import PeerLost
 from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus
@@ -39,9 +41,12 @@ class ParaStep(ParallelMethod):
 class Cycle:
     """The step axis of one pipeline: a place in the solver's step, and one in each denoiser's forward."""
 
-    def __init__(self, method: ParallelMethod, bus: Bus, clock: StepClock) -> None:
+    def __init__(
+        self, method: ParallelMethod, bus: Bus, clock: StepClock, recorder: Recorder, lost: Callable[[PeerLost], None]
+    ) -> None:
+        self.lost = lost  # raises, or lets this rank go on alone
         self.warmup, self.order = max(1, method.warmup_steps), getattr(method, "order", 1)
-        self.bus, self.clock = bus, clock
+        self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place, self.length = bus.topology.place("step"), bus.topology.step
         self._start(None)
         clock.on_start.append(self._start)
@@ -67,6 +72,7 @@ class Cycle:
                 if step is not None:
                     last[step.branch] = output
                 return output
+            self.recorder.elsewhere()
             return pytree.tree_map_only(Tensor, torch.clone, last[step.branch])  # what the solver is given is replaced
 
         return computed
@@ -96,7 +102,11 @@ class Cycle:
         """The cycle's steps again, with the outputs of all ranks."""
         count = len(self._calls)
         own = self._mine if self.place < count else torch.zeros_like(like)
-        told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+        try:
+            told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+        except PeerLost as error:
+            self.lost(error)
+            told = [own if k == self.place else self._predicted(run, begin + k) for k in range(count)]
         vars(method.__self__).update(self._before)  # type: ignore[attr-defined]
         result: Any = None
         for k, (args, kwargs) in enumerate(self._calls):

@@ -91,6 +91,8 @@ def split_tokens(
     def entering(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def entered(*args: Any, **kwargs: Any) -> Any:
+            if split.bus.alone:
+                return forward(*args, **kwargs)
             split.parts = []
             split.rules(lambda: _rules(split, blocks, layout, patches))
             split.latents = root_by_name(args, kwargs)
@@ -121,10 +123,10 @@ def _rules(split: Split, blocks: list[nn.Module], layout: Tokens, patches: Patch
 
 def _check_heads(blocks: list[nn.Module], parts: int) -> None:
     for module in (m for block in blocks for m in block.modules() if is_attention(m)):
-        if getattr(module, "heads", 0) % parts:
+        heads = getattr(module, "heads", 0)
+        if heads % parts:
             raise UnsupportedModel(
-                f"ulysses gives each rank a share of the heads: {getattr(module, 'heads', 0)} heads cannot be shared by "
-                f"{parts} ranks"
+                f"ulysses gives each rank a share of the heads: {heads} heads cannot be shared by {parts} ranks"
             )
 
 

@@ -90,6 +90,35 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
     return split
 
 
+def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: PatchSet) -> None:
+    """Decode by rows, exactly: every layer waits for what it needs. Raises UnsupportedModel for no VAE of images."""
+    decoder: Any = getattr(vae, "decoder", None)
+    odd = [type(m).__name__ for m in vae.modules() if isinstance(m, nn.Conv3d) or type(m).__name__ in _LOCAL]
+    if not isinstance(decoder, nn.Module) or odd:
+        reason = f"it holds {odd[0]}" if odd else "it has no decoder"
+        raise UnsupportedModel(f"parallel.vae: {type(vae).__name__} cannot decode by rows, {reason}; set vae = false")
+    split = Split(method, bus, None)
+    by_name = named(decoder)
+
+    def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = by_name(args, kwargs)
+        name = next(iter(given))
+        rows = given[name].shape[-2]
+        split.parts, split.width = rows_of(rows, 1, len(split.ranks)), given[name].shape[-1]
+        given[name] = _cut(given[name], split, rows)
+        return (), given
+
+    def whole(output: Tensor) -> Tensor:
+        begin, end = split.parts[split.place]
+        factor = output.shape[-2] // (end - begin)
+        shapes = [(*output.shape[:-2], (e - b) * factor, output.shape[-1]) for b, e in split.parts]
+        return torch.cat(bus.gather("output", "the decoded picture", output, "patch", shapes), -2)
+
+    split_layers(split, decoder, patches)
+    split_attention(split, decoder, Rows(split), patches)
+    patches.wrap_forward(decoder, lambda forward: around(split, forward, change, whole))
+
+
 def _rules(split: Split, unet: nn.Module, patches: PatchSet) -> None:
     split_layers(split, unet, patches)
     split_attention(split, unet, Rows(split), patches)
@@ -103,7 +132,7 @@ def rows_of(height: int, unit: int, parts: int) -> list[tuple[int, int]]:
     units = -(-height // unit)
     if units < parts:
         raise UnsupportedModel(
-            f"{height} rows of latents are {units} units of {unit} (the UNet halves them down to one), too few for "
+            f"{height} rows of latents make {units} units of {unit} rows, the least that can be split off, too few for "
             f"{parts} patch ranks; draw a taller picture or take fewer devices"
         )
     return [(begin * unit, min(end * unit, height)) for begin, end in shares(units, parts)]

@@ -38,6 +38,7 @@ class Accelerated:
         self.pipe = pipe
         self.config, self.origins = resolved.config, resolved.origins
         self._patches = PatchSet()
+        self.crew: Crew | None = None
         self._listen()
 
     def _listen(self) -> None:
@@ -53,6 +54,11 @@ class Accelerated:
                 "the pipeline again"
             )
         return self._recorder.report
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes that share the work this is; 0 where it is the only one."""
+        return self.crew.bus.topology.rank if self.crew is not None else 0
 
     @property
     def active(self) -> bool:
@@ -71,9 +77,11 @@ class Accelerated:
         """All of the config or, on an exception, nothing; may be called again after `restore()`."""
         self._listen()
         with self._patches as patches:
-            self._crew = self._meet(found)
+            self.crew = self._meet(found)
             for anatomy in found:
                 self._install_on(anatomy, patches)
+            if self.crew is not None:
+                self.crew.decoder(getattr(self.pipe, "vae", None), patches)
             patches.set(self.pipe, HANDLE, self)
             patches.call(self.clock.attach, self.clock.detach)
 
@@ -82,7 +90,7 @@ class Accelerated:
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
-        crew = self._crew
+        crew = self.crew
         if crew is not None:
             crew.inside(anatomy, patches)
         session = self._session(anatomy, whole)
@@ -117,7 +125,7 @@ class Accelerated:
         alike = {
             "config": self.config.model_dump_json(),
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
-            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, fastdiff {fastdiff.__version__}",
+            "versions": f"{torch.__version__} of torch, {diffusers.__version__} of diffusers, {fastdiff.__version__} here",
         }
         return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
 

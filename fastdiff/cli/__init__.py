@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import typer
 
@@ -29,10 +29,16 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. A first argument --traceback shows where an error came from."""
     debug = list(arguments[:1]) == ["--traceback"]
+    words = list(arguments[debug:]) or ["--help"]
+    return guarded(
+        lambda: typer.main.get_command(app).main(words, prog_name="fastdiff", standalone_mode=False), debug=debug
+    )
+
+
+def guarded(work: Callable[[], Any], told: Callable[[str], None] | None = None, *, debug: bool = False) -> int:
+    """The exit code of some work. What it raises is printed, as one sentence where it is no bug of ours, and `told`."""
     try:
-        code = typer.main.get_command(app).main(
-            list(arguments[debug:]) or ["--help"], prog_name="fastdiff", standalone_mode=False
-        )
+        code = work()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -41,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         if message is not None:
             typer.echo(f"error: {message}", err=True)
+        if told is not None:
+            told(message or "".join(traceback.format_exception_only(error)).strip())
         return _exit_code(error)
     if code == 130:
         typer.echo("interrupted", err=True)

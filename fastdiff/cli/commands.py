@@ -27,6 +27,9 @@ PreviewEvery = Annotated[int | None, typer.Option(metavar="K", help="Save a smal
 FromImage = Annotated[
     Path | None, typer.Option(help="Make the image of this PNG again; other options change what they name.")
 ]
+Timeline = Annotated[
+    Path | None, typer.Option(help="Write compute and transfers of each rank here (.json for Chrome's tracing, .png).")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
@@ -65,8 +68,9 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering.")] = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the PNG.")] = False,
     dtype: Dtype = None,
+    timeline: Timeline = None,
     as_json: Json = False,
-) -> None:
+) -> int | None:
     """Draw images from prompts and write them as PNG; prints their paths."""
     from . import jobs
 
@@ -82,17 +86,16 @@ def generate(
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
 
-    from .studio import Studio
+    from . import ranks, studio
 
-    studio = Studio(name, layers, dtype or (made.dtype if made else None))
-    studio.check(asked, preview_every)
-    if made:
-        studio.compare(made)
-    jobs.make_folder(targets[0].parent)
-    for job, target in zip(asked, targets, strict=True):
-        studio.paint(
-            job, target, overwrite=overwrite, metadata=not no_metadata, preview_every=preview_every, as_json=as_json
-        )
+    order = studio.Order(
+        name, layers, dtype or (made.dtype if made else None), asked, targets, made, overwrite=overwrite,
+        metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline,
+    )  # fmt: skip
+    if devices is None or devices == 1 or ranks.launched():
+        studio.draw(order)
+        return None
+    return ranks.launch(devices, settings.timeout(layers), studio.draw, order)
 
 
 def methods(as_json: Json = False) -> None:

@@ -36,13 +36,17 @@ def _devices(devices: int | None, below: Sequence[Layer]) -> list[Layer]:
         return []
     if devices < 1:
         raise BadConfig(f"--devices {devices}: give 1 or more")
-    known = list(registry("parallel"))
-    if devices > 1 and not known:
-        raise BadConfig(f"--devices {devices}: fastdiff has no parallel method yet; leave --devices out")
     asked = any(values.get("parallel") for _, values in below)
     if devices > 1 and not asked:
-        raise BadConfig(f"--devices {devices} needs --set parallel.method=NAME, one of {', '.join(known)}")
+        known = ", ".join(registry("parallel"))
+        raise BadConfig(f"--devices {devices} needs --set parallel.method=NAME, one of {known}")
     return [("--devices", {"parallel": {"devices": devices}})] if asked else []
+
+
+def timeout(found: Sequence[Layer]) -> float:
+    """Seconds that ranks wait for each other, as far as the layers say."""
+    said = [values["parallel"].get("timeout") for _, values in found if isinstance(values.get("parallel"), dict)]
+    return float(next((value for value in reversed(said) if value is not None), 60.0))
 
 
 def early(found: Sequence[Layer], family: Family | None, model: str) -> Resolved | None:

@@ -7,7 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from fastdiff.pipelines.families import FAMILIES, anatomies, denoisers
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 
 from .console import quiet, say, waiting, warn
+from .jobs import make_folder
 from .previews import Previews
 from .settings import early
+from .timeline import write_timeline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,6 +54,58 @@ def _load(model: str, dtype: torch.dtype | None) -> Any:
         return load(model, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Order:
+    """All that `generate` was asked for; goes to each process of a parallel run."""
+
+    model: str
+    layers: Sequence[Layer]
+    dtype: str | None
+    jobs: Sequence[Sampling]
+    targets: Sequence[Path]
+    made: Replay | None = None
+    overwrite: bool = False
+    metadata: bool = True
+    preview_every: int | None = None
+    as_json: bool = False
+    timeline: Path | None = None
+
+
+def draw(order: Order) -> None:
+    """Load, check everything, and draw one picture after the other."""
+    studio = Studio(order.model, order.layers, order.dtype)
+    jobs, targets = studio.shared(order.jobs, order.targets)  # each rank may have chosen other seeds
+    studio.check(jobs, order.preview_every)
+    if order.made:
+        studio.compare(order.made)
+    if studio.leads:
+        make_folder(targets[0].parent)
+    for job, target in zip(jobs, targets, strict=True):
+        studio.paint(
+            job, target, overwrite=order.overwrite, metadata=order.metadata, preview_every=order.preview_every,
+            as_json=order.as_json,
+        )  # fmt: skip
+    if order.timeline is not None:
+        write_timeline(studio.fast, order.timeline, overwrite=order.overwrite)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, what it was made with, and the seconds that took."""
+
+    image: Image.Image
+    made: Replay
+    seconds: float
+    summary: str  # the report in one line
+    idle: str | None  # a cache method that cached nothing
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What `--json` says of it, but for where it went."""
+        made = self.made
+        return {"prompt": made.prompt, "seed": made.seed, "seconds": round(self.seconds, 3), "report": made.report}
+
+
 class Studio:
     """Loads the model and installs the config once, then paints."""
 
@@ -61,10 +116,19 @@ class Studio:
         early(layers, described(model), model)
         self.pipe = _load(model, getattr(torch, dtype) if dtype else None)
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
+        self.use(layers)
+        self.known = inspect.signature(self.pipe.__call__).parameters
+        self.leads = self.fast.rank == 0  # one rank speaks for all, and writes the files
+        self.pipe.set_progress_bar_config(disable=not (sys.stderr.isatty() and self.leads), leave=False)
+
+    def use(self, layers: Sequence[Layer]) -> None:
+        """Accelerate with these settings from now on; where they cannot be had, the old ones stay."""
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)
-        self.known = inspect.signature(self.pipe.__call__).parameters
-        self.pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+
+    def shared(self, jobs: Sequence[Sampling], targets: Sequence[Path]) -> tuple[Sequence[Sampling], Sequence[Path]]:
+        """What rank 0 was asked for."""
+        return (jobs, targets) if self.fast.crew is None else self.fast.crew.bus.tell((jobs, targets))[0]
 
     def check(self, jobs: Sequence[Sampling], preview_every: int | None) -> None:
         """Refuse what this model cannot draw, before the first picture is begun."""
@@ -105,17 +169,25 @@ class Studio:
         self, job: Sampling, target: Path, *, overwrite: bool, metadata: bool, preview_every: int | None, as_json: bool
     ) -> None:
         """Draw, save and report one image."""
-        if self._too_long(job.prompt):
+        if self.leads and self.too_long(job.prompt):
             warn(f"the model reads only the beginning of the prompt {job.prompt[:40]!r}...: it is too long")
+        previews = preview_every is not None and self.leads
+        drawn = self.draw(job, Previews(self.pipe.vae, preview_every or 1, target) if previews else None)
+        if self.leads:
+            path = save(drawn.image, target, drawn.made if metadata else None, overwrite=overwrite)
+            announce(drawn, path, as_json)
+
+    def draw(self, job: Sampling, on_step_end: Callable[..., Any] | None = None) -> Drawn:
+        """One picture; `on_step_end` is called as diffusers does."""
         settings = call_defaults(self.pipe) | _named(job, self.known)
-        if preview_every is not None:
-            settings["callback_on_step_end"] = Previews(self.pipe.vae, preview_every, target)
+        if on_step_end is not None:
+            settings["callback_on_step_end"] = on_step_end
         began = time.perf_counter()
         image = self._call(settings)
         seconds = time.perf_counter() - began
-        made = self._record(job, image, settings) if metadata else None
-        path = save(image, target, made, overwrite=overwrite)
-        self._report(job, path, seconds, as_json)
+        report, cache = self.fast.report, self.fast.config.cache
+        idle = cache.method if cache is not None and not report.cached else None
+        return Drawn(image, self._record(job, image, settings), seconds, str(report), idle)
 
     def _call(self, settings: Mapping[str, Any]) -> Image.Image:
         kind = type(self.pipe).__name__
@@ -131,7 +203,7 @@ class Studio:
             raise FastdiffError(f"{kind} returned no image")
         return images[0]
 
-    def _too_long(self, prompt: str) -> bool:
+    def too_long(self, prompt: str) -> bool:
         """Is the prompt cut by every text encoder? diffusers says so only in the logs."""
         names = ("tokenizer", "tokenizer_2", "tokenizer_3")
         found = [t for name in names if (t := getattr(self.pipe, name, None)) is not None]
@@ -154,16 +226,14 @@ class Studio:
             versions=versions(),
         )
 
-    def _report(self, job: Sampling, path: Path, seconds: float, as_json: bool) -> None:
-        report, cache = self.fast.report, self.fast.config.cache
-        if as_json:
-            row = {"file": str(path), "prompt": job.prompt, "seed": job.seed, "seconds": round(seconds, 3)}
-            print(json.dumps(row | {"report": report.to_dict()}), flush=True)
-        else:
-            print(path, flush=True)
-        say(f"{path}  seed {job.seed}  {report}")
-        if cache is not None and not report.cached:
-            warn(f"NOTHING WAS CACHED: {cache.method} computed all {report.steps} steps with these settings")
+
+def announce(drawn: Drawn, path: Path, as_json: bool) -> None:
+    """A picture's path or JSON on stdout, its report on stderr."""
+    print(json.dumps({"file": str(path)} | drawn.row) if as_json else path, flush=True)
+    say(f"{path}  seed {drawn.made.seed}  {drawn.summary}")
+    if drawn.idle:
+        steps = drawn.made.report["steps"]
+        warn(f"NOTHING WAS CACHED: {drawn.idle} computed all {steps} steps with these settings")
 
 
 def _named(job: Sampling, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,222 @@
+"""One rank of a mesh on its own: what it would compute, send and hold, with silent peers.
+
+The rules that split a model are those of a real run, so that every byte is counted where it would be sent. On the meta
+device nothing is computed, and models of any size can be rehearsed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run, Step, StepClock
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+
+from .base import ParallelMethod
+from .bus import Bus, Pending, Traffic
+from .cfg import split_guidance
+from .mesh import Topology
+from .tokens import split_tokens
+from .unet import split_unet
+
+_STEPS = 10_000  # more than any rehearsal plays
+Call = tuple[tuple, dict[str, Any]]  # the arguments of one call of the denoiser
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one step is to one rank: bytes sent by kind, exchanges (each waits for a message's latency), seconds (0 on
+    the meta device), floating-point operations (0 elsewhere)."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    exchanges: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    flops: int = 0
+
+    def bytes_of(self, output: bool) -> int:
+        """Bytes of the output, which is always waited for, or of everything else."""
+        return sum(size for kind, size in self.sent.items() if (kind == "output") is output)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Steps that wait for all values, steps that use old ones, and the most bytes held in either beside the weights."""
+
+    fresh: Part
+    stale: Part
+    held: int
+
+
+class Echo(Bus):
+    """Peers that take everything and answer zeros at once."""
+
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        super().__init__(topology, timeout=1.0)
+        self.device = device
+        self.exchanges: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        self.traffic, self.exchanges = Traffic(), Counter()
+
+    def post(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> list[Pending]:
+        self.traffic.sent[kind] += sum(message.numel() for message in sends.values())
+        self.traffic.messages[kind] += len(sends)
+        self.exchanges[kind] += bool(sends or sizes)
+        zeros = {peer: torch.zeros(size, dtype=torch.uint8, device=self.device) for peer, size in sizes.items()}
+        return [Pending(peer, buffer, None, layer, 0.0) for peer, buffer in zeros.items()]
+
+    def wait(self, pending: Sequence[Pending], kind: str = "") -> dict[int, Tensor]:
+        return {item.peer: item.buffer for item in pending}
+
+    def settle(self) -> None:
+        pass
+
+
+def rehearse(
+    anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod | None, topology: Topology, rounds: int = 3
+) -> Rehearsed:
+    """Play some steps of one rank; the model is as before afterwards. None is one device.
+
+    calls: the arguments of each call of the denoiser in a step. Raises UnsupportedModel where the method cannot split
+    the model, or not for so many ranks.
+    """
+    device = next(anatomy.denoiser.parameters()).device
+    clock = StepClock(None)
+    clock.run = Run(1, tuple(map(float, range(_STEPS, 0, -1))), tuple(map(float, range(_STEPS, 0, -1))), False)
+    bus = Echo(topology, device)
+    warmup = method.warmup_steps if method is not None else 0
+    first = min(1, warmup)  # the very first step also learns how many calls a step has
+    with PatchSet() as patches:
+        if method is not None:
+            _install(anatomy, method, bus, clock, patches)
+        for callback in clock.on_start:
+            callback(clock.run)
+        player = _Player(anatomy.denoiser, calls, clock, bus)
+        with torch.no_grad():
+            player.step(0)
+            fresh = player.part([first] * rounds)
+            stale = player.part(range(warmup + 1, warmup + 2 + rounds))
+            with Held(anatomy.denoiser, calls) as held:
+                player.step(warmup + 2 + rounds)
+                player.step(warmup + 3 + rounds)
+            patches.restore()
+    return Rehearsed(fresh, stale, held.peak)
+
+
+def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
+    """In the order of a real run; the step axis changes nothing in a step."""
+    if bus.topology.patch > 1 and anatomy.family.kind == "unet":
+        split_unet(method, anatomy, bus, clock, patches)
+    elif bus.topology.patch > 1:
+        split_tokens(method, anatomy, bus, clock, patches)(patches)
+    if bus.topology.cfg > 1:
+        split_guidance(anatomy, bus, clock, patches, Recorder(clock, torch.device("cpu")))
+
+
+class _Player:
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call], clock: StepClock, bus: Echo) -> None:
+        self.denoiser, self.calls, self.clock, self.bus = denoiser, calls, clock, bus
+        self.device = bus.device
+
+    def step(self, index: int) -> None:
+        assert self.clock.run is not None
+        self.clock.index = index
+        for branch, (args, kwargs) in enumerate(self.calls):
+            self.clock.now = Step(self.clock.run, index, branch)
+            self.denoiser(*args, **kwargs)
+        self.clock.now = None
+        for callback in self.clock.on_tick:
+            callback(index)
+
+    def part(self, indices: Sequence[int]) -> Part:
+        """The last of some steps, which is the first to use what one before it has sent; median seconds of all."""
+        if self.device.type == "meta":
+            for index in indices[:-1][-1:]:
+                self.step(index)
+            self.bus.begin()
+            with Sketch() as sketch, FlopCounterMode(display=False) as counter:
+                self.step(indices[-1])
+            return Part(self.bus.traffic.sent, self.bus.exchanges, flops=counter.get_total_flops() + sketch.flops)
+        seconds = []
+        for index in indices:
+            self.bus.begin()
+            self._wait()
+            began = time.perf_counter()
+            self.step(index)
+            self._wait()
+            seconds.append(time.perf_counter() - began)
+        return Part(self.bus.traffic.sent, self.bus.exchanges, statistics.median(seconds))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Sketch(TorchFunctionMode):
+    """Attention as a fused kernel does it: on the meta device torch would build the whole matrix of scores."""
+
+    flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **options)
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | options
+        query, key, value = given["query"], given["key"], given["value"]
+        self.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors alive at a time that were made inside, on top of the model and its arguments."""
+
+    def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sketch, self._stack = denoiser, ExitStack()
+        known = [*denoiser.parameters(), *denoiser.buffers(), *pytree.tree_leaves(list(calls))]
+        self._known = {leaf.untyped_storage()._cdata for leaf in known if isinstance(leaf, Tensor)}
+
+    def __enter__(self) -> Held:
+        if next(self._sketch.parameters()).is_meta:
+            self._stack.enter_context(Sketch())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
+                self._hold(leaf.untyped_storage())
+        return output
+
+    def _hold(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
