@@ -115,7 +115,7 @@ class Session:
                 if mask is not None:
                     self._decide(number, step, memory, mask[step.index])
                     if self.ahead and memory.skipping:
-                        self.recorder.skipped()
+                        self.recorder.skipped(predicted=self._extrapolates(number, memory))
                         memory.ready = self._combined(number, memory, step.index)
 
     def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:
@@ -279,10 +279,13 @@ class Session:
             return leaves
         return [correct(index, k, leaf) if isinstance(leaf, Tensor) else leaf for k, leaf in enumerate(leaves)]
 
+    def _extrapolates(self, number: int, memory: Memory) -> bool:
+        return sum(factor != 0 for factor in memory.factors) > 1 or self._correct[number] is not None
+
     def _serve(self, number: int, region: Region, memory: Memory) -> Any:
         leaves = memory.ready
         if leaves is None:
-            self.recorder.skipped()
+            self.recorder.skipped(predicted=self._extrapolates(number, memory))
             assert self.clock.now is not None
             leaves = self._combined(number, memory, self.clock.now.index)
         memory.ready = None

@@ -16,7 +16,7 @@ class Recorder:
     def __init__(self, clock: StepClock, device: torch.device) -> None:
         self.report = RunReport()
         self.device = device
-        self._skipped = self._elsewhere = False
+        self._skipped = self._predicted = self._elsewhere = False
         self._mark = 0.0
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
@@ -24,8 +24,8 @@ class Recorder:
         clock.on_tick.append(self._tick)
         clock.on_end.append(self._end)
 
-    def skipped(self) -> None:
-        self._skipped = True
+    def skipped(self, *, predicted: bool = False) -> None:
+        self._skipped, self._predicted = True, self._predicted or predicted
 
     def elsewhere(self) -> None:
         """The present call of the denoiser is made by another rank."""
@@ -43,13 +43,15 @@ class Recorder:
         self._mark = time.perf_counter()
 
     def _call(self, step: Step) -> None:
-        self._skipped = self._elsewhere = False
+        self._skipped = self._predicted = self._elsewhere = False
 
     def _return(self, step: Step) -> None:
         row = self.report.branches.setdefault(step.branch, [])
         row.extend([ABSENT] * (step.index + 1 - len(row)))
         if row[step.index] != COMPUTED and not self._elsewhere:  # of two denoisers in one step, computing wins
             row[step.index] = CACHED if self._skipped else COMPUTED
+        if self._predicted:
+            self.report.predicted.add(step.index)
 
     def _tick(self, index: int) -> None:
         if index + 1 == self.report.total and self.device.type == "cuda":

@@ -17,12 +17,14 @@ class RunReport:
     `ranks` has an entry for each rank of a parallel run (bytes sent by kind, seconds waited, age of the oldest value
     used, seconds by step), `spans` this rank's transfers and waits for a timeline.
 
-    `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `step_seconds`
-    has one entry a step.
+    `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `predicted` the
+    steps in which a skipped value was made of several, or corrected, and not used as it was; `step_seconds` has one
+    entry a step.
     """
 
     total: int = 0
     branches: dict[int, list[str]] = field(default_factory=dict)
+    predicted: set[int] = field(default_factory=set)
     step_seconds: list[float] = field(default_factory=list)
     peak_memory_mb: float = 0.0
     bytes_sent: int = 0
@@ -83,6 +85,7 @@ class RunReport:
             "computed": self.computed,
             "cached": self.cached,
             "partly": self.partly,
+            "predicted": len(self.predicted),
             "seconds": round(self.seconds, 4),
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import fastdiff
+from fastdiff import strip
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
@@ -140,10 +141,16 @@ class Accelerated:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def __repr__(self) -> str:
+    def _title(self) -> str:
         levers = {k: v["method"] for k, v in self.config.model_dump(exclude_none=True).items() if "method" in v}
-        state = "" if self.active else ", restored"
-        return f"<fastdiff {type(self.pipe).__name__} {levers or 'nothing enabled'}{state}: {self.report}>"
+        return f"{type(self.pipe).__name__} {levers or 'nothing enabled'}{'' if self.active else ', restored'}"
+
+    def __repr__(self) -> str:
+        return f"<fastdiff {self._title()}: {self.report}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: one cell a step."""
+        return strip.html(self.report, f"fastdiff {self._title()}")
 
 
 def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) -> Accelerated:
