@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -111,6 +112,13 @@ def save(image: Image.Image, path: Path, made: Replay | None = None, *, overwrit
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def encode(image: Image.Image, made: Replay | None = None) -> bytes:
+    """The PNG that `save` would write."""
+    buffer = io.BytesIO()
+    image.copy().save(buffer, "PNG", pnginfo=_chunks(made) if made else None)
+    return buffer.getvalue()
 
 
 def read(path: Path) -> Replay:

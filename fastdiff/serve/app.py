@@ -1,0 +1,210 @@
+"""The routes. Names in a request are looked up among those that the server was started with; none becomes a path."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+import fastdiff
+from fastdiff.cli.studio import Studio
+from fastdiff.config import Layer
+from fastdiff.errors import FastdiffError
+from fastdiff.images import Sampling, sentence
+
+from .desk import Desk, Ticket
+from .door import Door
+from .meters import Meters
+from .protocol import (
+    ErrorReply,
+    Health,
+    ImageRequest,
+    ImagesReply,
+    Limits,
+    Model,
+    ModelList,
+    Problem,
+    request_within,
+)  # fmt: skip
+
+_PING = 15.0  # seconds of silence after which a stream says that it is alive
+_ANSWERS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+_GONE = Problem(499, "gone", "the client went away")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a server is started with; goes to every replica. `shelf` has the settings of each preset, default first."""
+
+    model: str
+    shelf: Mapping[str, Sequence[Layer]]
+    dtype: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    keys: Collection[bytes] = ()
+    hosts: Sequence[str] = ("*",)  # what a browser may think this server is called
+
+
+def build(options: Options) -> FastAPI:
+    """Load the model and make the application; its queue is `app.state.desk`."""
+    studio = Studio(options.model, next(iter(options.shelf.values())), options.dtype)
+    studio.check([], None)
+    studio.pipe.set_progress_bar_config(disable=True)
+    meters = Meters()
+    desk = Desk(studio, options.shelf, options.limits, meters)
+    meters.watch(lambda: desk.waiting, lambda: desk.drawing)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with desk.open():
+            yield
+
+    bearer = [Depends(HTTPBearer(auto_error=False))] if options.keys else []
+    app = FastAPI(
+        title="fastdiff", version=fastdiff.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        dependencies=bearer, redirect_slashes=False,
+    )  # fmt: skip
+    app.state.desk = desk
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
+    app.add_middleware(Door, keys=options.keys)
+    _add_errors(app, meters)
+    _add_images(app, desk, request_within(options.limits, list(options.shelf)))
+    _add_state(app, desk, meters)
+    return app
+
+
+def _add_images(app: FastAPI, desk: Desk, asked: type[ImageRequest]) -> None:
+    @app.post("/v1/images/generations", responses=_ANSWERS, response_model=ImagesReply)
+    async def generations(body: asked, request: Request) -> Any:  # type: ignore[valid-type]
+        """Draw images. With `stream`, the answer is a stream of events, the last of each image with the image."""
+        ticket = _ticket(desk, body)
+        desk.submit(ticket)
+        if body.stream:  # type: ignore[attr-defined]
+            return StreamingResponse(_events(desk, ticket), media_type="text/event-stream")
+        gone = asyncio.create_task(_until_gone(request, ticket))
+        try:
+            pictures = await ticket.result
+        finally:
+            gone.cancel()
+        desk.meters.answers.labels(200).inc()
+        return JSONResponse({"created": int(time.time()), "data": pictures, "output_format": "png",
+                             "size": pictures[0]["size"]})  # fmt: skip
+
+
+def _ticket(desk: Desk, body: ImageRequest) -> Ticket:
+    """Raises Problem for what this model or server does not draw."""
+    served, limits = desk.studio.model.removeprefix("./"), desk.limits
+    if body.model is not None and body.model != served:
+        raise Problem(404, "model_not_found", f"this server has no model {body.model!r}, only {served!r}", "model")
+    if max(body.sides.values(), default=0) > limits.side:
+        raise Problem(400, "too_large", f"size {body.size}: at most {limits.side} pixels a side", "size")
+    first = secrets.randbelow(2**32) if body.seed is None else body.seed
+    same = body.model_dump(include={"prompt", "negative_prompt", "steps", "guidance_scale"}) | body.sides
+    try:
+        jobs = [Sampling(**same, seed=first + k) for k in range(body.n)]
+        desk.studio.check(jobs, 1 if body.partial_images else None)
+    except ValidationError as error:
+        raise Problem(400, "refused", sentence(error)) from None
+    except FastdiffError as error:
+        raise Problem(400, "refused", str(error)) from None
+    return Ticket(jobs, body.preset or next(iter(desk.shelf)), body.partial_images if body.stream else 0)
+
+
+async def _until_gone(request: Request, ticket: Ticket) -> None:
+    """Stops the drawing when the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    ticket.stop(_GONE)
+
+
+async def _events(desk: Desk, ticket: Ticket) -> AsyncIterator[str]:
+    """Server-sent events; a client that goes away ends the generator, and that the drawing."""
+    status = 499
+    try:
+        while True:
+            try:
+                event = await asyncio.wait_for(ticket.events.get(), _PING)
+            except asyncio.TimeoutError:
+                yield ": waiting\n\n"
+                continue
+            if event is None:
+                break
+            about = {"created_at": int(time.time()), "output_format": "png"}
+            yield f"event: {event['type']}\ndata: {json.dumps(event | about)}\n\n"
+        problem = ticket.result.exception()
+        status = problem.status if isinstance(problem, Problem) else 200
+        if isinstance(problem, Problem):
+            yield f"event: error\ndata: {json.dumps(problem.body())}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        ticket.stop(_GONE)
+        desk.meters.answers.labels(status).inc()
+
+
+def _add_state(app: FastAPI, desk: Desk, meters: Meters) -> None:
+    served = Model(id=desk.studio.model.removeprefix("./"), created=int(time.time()))
+
+    @app.get("/v1/models", response_model=ModelList, responses=_ANSWERS)
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[served])
+
+    @app.get("/v1/models/{name:path}", response_model=Model, responses=_ANSWERS)
+    async def model(name: str) -> Model:
+        if name != served.id:
+            raise Problem(404, "model_not_found", f"this server has no model {name!r}, only {served.id!r}", "model")
+        return served
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """200 as long as requests are taken."""
+        status = "closing" if desk.closing else "ok"
+        state = Health(status=status, model=served.id, drawing=desk.drawing, waiting=desk.waiting)
+        return JSONResponse(state.model_dump(), 503 if desk.closing else 200)
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_ANSWERS}, response_class=Response)
+    async def metrics() -> Response:
+        return Response(meters.page(), media_type="text/plain; version=0.0.4")
+
+
+def _add_errors(app: FastAPI, meters: Meters) -> None:
+    """Every error has the shape that clients of OpenAI's API know."""
+
+    def answer(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+        if request.url.path == "/v1/images/generations":
+            meters.answers.labels(problem.status).inc()
+        retry = {"retry-after": "1"} if problem.status == 429 else {}
+        return JSONResponse(problem.body(), problem.status, {**(headers or {}), **retry})
+
+    @app.exception_handler(Problem)
+    async def known(request: Request, problem: Problem) -> Response:
+        return answer(request, problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        """The first mistake, with the name of the field and the value."""
+        found = error.errors()[0]
+        where = [str(part) for part in found["loc"][1:]]
+        value = "" if found["type"] in ("missing", "json_invalid") else f" = {str(found.get('input'))[:60]}"
+        said = f"{'.'.join(where) or 'the body'}{value}: {found['msg'][0].lower()}{found['msg'][1:]}"
+        if where[:1] == ["response_format"]:
+            said += "; this server keeps no files that a url could point to"
+        return answer(request, Problem(400, "invalid", said, where[0] if where else None))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, Problem(error.status_code, "http", str(error.detail)), error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        return answer(request, Problem(500, "failed", "the server failed; its log says why"))

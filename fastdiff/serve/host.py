@@ -1,0 +1,91 @@
+"""Runs the application: in this process under uvicorn, or as replicas on Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from fastdiff.errors import FastdiffError
+
+from .app import Options, build
+from .desk import Desk
+
+_MORE_GRACE = 5.0  # seconds for answers to go out after the last picture
+_CONNECTIONS = 1000
+_SPARE = 8  # requests of a replica beyond its queue: for health, metrics, and those that it refuses itself
+
+
+class _Server(uvicorn.Server):
+    """Closes the queue with the first signal, so that what waits is finished, or fails within the grace."""
+
+    desk: Desk
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.desk.close()
+        super().handle_exit(sig, frame)
+
+
+def serve(options: Options, host: str, port: int, ready: Callable[[str], object]) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is told the address."""
+    with _bind(host, port) as listener:
+        app = build(options)
+        grace = int(options.limits.grace + _MORE_GRACE)
+        server = _Server(uvicorn.Config(
+            app, log_config=None, server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=_CONNECTIONS,
+        ))  # fmt: skip
+        server.desk = app.state.desk
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
+        try:
+            ready(_address(host, listener.getsockname()[1]))
+            asyncio.run(server.serve([listener]))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise FastdiffError(f"cannot listen on {_address(host, port)}: {error.strerror or error}") from None
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve_on_ray(options: Options, host: str, port: int, replicas: int, ready: Callable[[str], object]) -> None:
+    """Replicas on Ray Serve until SIGINT or SIGTERM: on the cluster of RAY_ADDRESS, the one that runs
+    here, or a new one.
+
+    Each replica loads the model once and has a queue of its own. A replica that dies is replaced.
+    """
+    import ray
+    from ray import serve as ray_serve
+
+    ray.init(ignore_reinit_error=True)
+    limits = options.limits
+    resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    ray_serve.start(http_options={"host": host, "port": port})
+    deployment: Any = ray_serve.deployment(
+        name="fastdiff", num_replicas=replicas, ray_actor_options=resources,
+        max_ongoing_requests=limits.queue + _SPARE, graceful_shutdown_timeout_s=limits.grace + _MORE_GRACE,
+    )(ray_serve.ingress(partial(build, options))())  # fmt: skip
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray_serve.run(deployment.bind(), name="fastdiff", route_prefix="/")
+        ready(_address(host, port))
+        stopped.wait()
+    finally:
+        ray_serve.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
