@@ -1,0 +1,106 @@
+"""Activations as 8-bit levels: value = (level - zero) * scale. Channels are the last dimension of all that is here.
+
+Ranges are static, one for each bucket of timesteps, so that no pass over the tensor is needed and all ranks of a patch
+split agree; or dynamic: symmetric for each token of a linear layer, as in ViDiT-Q (https://arxiv.org/abs/2406.02540),
+one asymmetric range for the input of a convolution.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 17  # elements that stay in a core's cache from one pass to the next
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Quantized rows [n, channels], uint8; `scale` is a number, or [n, 1] with a scale for each row."""
+
+    q: Tensor
+    scale: float | Tensor
+    zero: int
+
+    def values(self) -> Tensor:
+        return (self.q.float() - self.zero) * self.scale
+
+
+@dataclass
+class Present:
+    """What the layers of a denoiser know of the call they are in, and the last input that was quantized.
+
+    Projections of the same tensor (query, key and value) follow one another, so one is enough to quantize it once.
+    """
+
+    bucket: int | None = None
+    _last: tuple[Any, ...] = field(default=(), repr=False)
+
+    def shared(self, x: Tensor, key: Hashable, make: Callable[[], Levels]) -> Levels:
+        """`make()`, or what it gave for the same unchanged tensor and key."""
+        if torch.compiler.is_compiling() or x.is_inference():  # inference tensors do not tell of changes in place
+            return make()
+        if self._last and self._last[0]() is x and self._last[1:3] == (x._version, key):
+            return self._last[3]
+        made = make()
+        self._last = (weakref.ref(x), x._version, key, made)
+        return made
+
+    def forget(self) -> None:
+        self._last = ()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[n, channels] of a sequence or picture [b, channels, h, w]; a view where the memory format allows."""
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def picture(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows as a picture [b, channels, h, w], channels last in memory."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def fixed(rows: Tensor, low: float, high: float, top: int, inverse: Tensor | None = None) -> Levels:
+    """Levels 0 .. top of a range; `inverse` [channels] multiplies the input first."""
+    scale = max(high - low, 1e-12) / top
+    zero = min(max(round(-low / scale), 0), top)
+    factor = 1 / scale if inverse is None else inverse / scale
+    return Levels(_quantized(rows, factor, zero, top), scale, zero)
+
+
+def ranged(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
+    """Levels of the tensor's own range, which always holds 0. NaN makes the range, and so all values, NaN."""
+    rows, inverse = (rows, None) if inverse is None else (rows * inverse, None)
+    low, high = (float(edge) for edge in torch.aminmax(rows))
+    if not abs(high - low) < float("inf"):
+        return Levels(torch.zeros_like(rows, dtype=torch.uint8), float("nan"), 0)
+    return fixed(rows, min(low, 0.0), max(high, 0.0), top)
+
+
+def per_token(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
+    """Symmetric levels around top // 2 + 1, with a scale for each row. NaN makes the scale of its row NaN."""
+    rows = rows if inverse is None else rows * inverse
+    scale = (rows.abs().amax(-1, keepdim=True) / (top // 2)).clamp_min(1e-12)
+    return Levels(_quantized(rows, 1 / scale, top // 2 + 1, top), scale, top // 2 + 1)
+
+
+def _quantized(rows: Tensor, factor: float | Tensor, zero: int, top: int) -> Tensor:
+    """round(rows * factor) + zero within 0 .. top as uint8: three passes over as much as the cache holds."""
+    offset = torch.tensor(zero + 0.5, dtype=torch.float32, device=rows.device)
+    step = max(1, _CHUNK // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, len(rows))
+    found = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step].float()
+        if isinstance(factor, float):
+            scaled = torch.add(offset, part, alpha=factor)
+        else:
+            scaled = torch.addcmul(offset, part, factor if factor.ndim == 1 else factor[start : start + step])
+        found[start : start + step] = scaled.clamp_(0, top)  # the cast cuts what comes after the point
+    return found

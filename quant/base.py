@@ -1,0 +1,76 @@
+"""What every scheme shares: which layers are quantized, and the options of weights and activations."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import nn
+
+from fastdiff.method import Method
+
+from .layers import Activations, Recipe
+from .packing import Rounding
+
+KEPT = (
+    "conv_in*", "conv_out*", "*time_emb*", "*time_text_embed*", "*timestep_embed*", "*add_embedding*", "*pos_embed*",
+    "*patch_embed*", "x_embedder*", "*context_embedder*", "*norm*", "*adaln*", "proj_out", "final_layer*", "lm_head",
+    "*lora_*", "*quant_conv*",
+)  # fmt: skip
+
+
+class QuantMethod(Method):
+    """A scheme: a format of weights, how activations are treated, and the options around them."""
+
+    components: tuple[str, ...] = Field(
+        ("denoiser",), min_length=1, description="denoiser, text_encoder, vae, or the name of a component"
+    )
+    skip: tuple[str, ...] = Field((), description="more layers to leave alone: patterns of their names, *attn2* e.g.")
+    keep: tuple[str, ...] = Field(
+        KEPT, description="what is left alone by default: first and last layers, embeddings of time, norms"
+    )
+    group_size: int = Field(64, ge=2, le=4096, description="weights that share a scale, of 4-bit formats; even")
+    rounding: Rounding = Field("mse", description="how weights are rounded: nearest, mse (clipping search), flexround")
+    low_rank: int = Field(0, ge=0, le=512, description="rank of a 16-bit residual of the weight error; no calibration")
+    smooth: float | None = Field(
+        None, ge=0, le=1, description="move outliers of the input into the weights, by this power; needs `ranges`"
+    )
+    split: bool = Field(False, description="apart ranges for both halves of what a skip connection joins")
+    timestep_buckets: int = Field(8, ge=1, le=1000, description="static ranges of the input, by noise level")
+    observer: Literal["minmax", "mse"] = Field("mse", description="how static ranges are found")
+    ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
+    kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")
+
+    format: ClassVar[str]
+    activations: ClassVar[Activations] = "none"
+
+    @field_validator("group_size")
+    @classmethod
+    def _even(cls, size: int) -> int:
+        if size % 2:
+            raise ValueError(f"group_size = {size} is odd; two 4-bit weights share a byte, so give an even number")
+        return size
+
+    @field_validator("ranges", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    def weight_format(self) -> str:
+        """The format of all layers that have no recipe of their own."""
+        return self.format
+
+    def recipe(self, name: str, layer: nn.Module) -> Recipe | None:
+        """How to quantize the layer of this name, a Linear or Conv2d; None leaves it as it is.
+
+        `mixed` gives each layer its own.
+        """
+        return Recipe(
+            self.weight_format(), self.activations, self.group_size, self.rounding, self.low_rank, self.kernel
+        )
+
+    def takes(self, name: str) -> bool:
+        """Whether the layer of this name may be quantized."""
+        return not any(fnmatchcase(name, pattern) for pattern in (*self.keep, *self.skip))

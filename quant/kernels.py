@@ -1,0 +1,131 @@
+"""Which code computes a quantized layer: the fastest that this device has and that proves itself on the layer.
+
+A kernel packs a layer's weight and is then called with it; `refuses` says why it cannot. When it packs, its result on a
+small input is compared with the reference, dequantized float32: integer instructions that saturate, or a library that
+is wrong for one shape, are found here. What fails is passed over, and the reason is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import BackendUnavailable, UnknownName
+
+from .kernels_cpu import OneDNN
+from .kernels_cuda import IntMM, ScaledMM
+from .kernels_torchao import TorchAO
+from .kernels_triton import TritonW4
+from .layers import QConv2d, QLayer, reference
+
+TOLERANCE = 2e-2  # of a half-precision result; float32 ones must agree within a hundredth of it
+
+
+class Kernel(Protocol):
+    """`replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept."""
+
+    name: str
+    replaces_q: bool
+
+    def refuses(self, layer: QLayer) -> str | None: ...
+
+    def pack(self, layer: QLayer) -> Any: ...
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor: ...
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor: ...
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
+
+
+class Reference:
+    """Dequantizes the weight at each call: works everywhere, saves memory, never time."""
+
+    name, replaces_q = "reference", False
+
+    def refuses(self, layer: QLayer) -> str | None:
+        return None
+
+    def pack(self, layer: QLayer) -> None:
+        return None
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
+        return reference(layer, x)
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor:
+        return reference(layer, x)
+
+
+KERNELS: Sequence[Kernel] = (
+    ScaledMM(), IntMM(), TritonW4(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127), TorchAO(), Reference(),
+)  # fmt: skip
+AUTOMATIC = tuple(kernel.name for kernel in KERNELS if kernel.name != "torchao")
+
+
+def kernel_named(name: str) -> Kernel:
+    known = {kernel.name: kernel for kernel in KERNELS}
+    if name not in known:
+        raise UnknownName("kernel", name, ["auto", *known])
+    return known[name]
+
+
+def choose(layer: QLayer) -> tuple[Kernel, Any, str]:
+    """The kernel, the packed weight, and what was passed over and why.
+
+    Raises BackendUnavailable where the recipe asks for one kernel and that does not work here.
+    """
+    asked = layer.recipe.kernel
+    wanted = [kernel_named(name) for name in (AUTOMATIC if asked == "auto" else (asked,))]
+    said = []
+    for kernel in wanted:
+        reason = kernel.refuses(layer)
+        if reason is None:
+            packed, reason = _proved(kernel, layer)
+            if reason is None:
+                return kernel, packed, "; ".join(said)
+            said.append(f"{kernel.name}: {reason}")
+        elif asked != "auto":
+            said.append(f"{kernel.name} {reason}")
+    raise BackendUnavailable(f"{'; '.join(said)}; set quant.kernel to auto, or to reference, which works everywhere")
+
+
+def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
+    """The packed weight and None, or the reason why the kernel cannot be trusted with this layer."""
+    if isinstance(kernel, Reference):
+        return None, None
+    try:
+        packed = kernel.pack(layer)
+        for x in _samples(layer):
+            found, wanted = kernel(layer, packed, x).float(), kernel.expected(layer, x).float()
+            error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+            if not error <= (TOLERANCE if x.dtype != torch.float32 else TOLERANCE / 100):
+                return None, f"is wrong by {error:.1%}"
+        if kernel.replaces_q and layer.q is not None:
+            given = {name: t for name, t in layer.tensors().items() if name != "q"}
+            if not torch.equal(kernel.unpack(layer, packed, given), layer.q):
+                return None, "does not give the weight back"
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        return None, f"fails: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
+    finally:
+        layer.present.forget()
+    return packed, None
+
+
+def _samples(layer: QLayer) -> Iterator[Tensor]:
+    """Small inputs: normal ones, and ones that are all large and positive, where sums saturate first."""
+    device = layer.tensors()["q"].device
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, QConv2d):
+        sides = [(size - 1) * dilation + 4 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape: tuple[int, ...] = (1, layer.in_channels, *sides)
+    else:
+        shape = (17, layer.matrix_shape[1])
+    for x in (torch.randn(shape, generator=generator), 3 - torch.rand(shape, generator=generator)):
+        yield x.to(device, dtype)

@@ -1,0 +1,110 @@
+"""8 bit on NVIDIA GPUs through PyTorch's own matrix products. Written against their documentation and never run.
+
+`_scaled_mm`: E4M3 times E4M3 with a scale for each row and column (compute capability 8.9, row scales 9.0), bfloat16
+result. `_int_mm`: int8 times int8 to int32, more than 16 rows, sizes in multiples of 8; the scales that follow are one
+expression, which torch.compile fuses. Convolutions of one pixel are matrix products; others go to the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import picture, rows_of
+from .layers import QConv2d, QLayer, reference
+from .packing import Integers
+
+
+def as_product(layer: QLayer) -> bool:
+    """Whether the layer is one matrix product of its rows."""
+    if not isinstance(layer, QConv2d):
+        return True
+    plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return bool(plain)
+
+
+def as_output(y: Tensor, x: Tensor) -> Tensor:
+    """Rows [n, outputs] in the shape that the layer gives for x."""
+    return picture(y, x) if x.ndim == 4 else y.view(*x.shape[:-1], -1)
+
+
+def lacks_cuda(layer: QLayer, capability: tuple[int, int]) -> str | None:
+    device = layer.tensors()["q"].device
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"needs compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+class _Product:
+    """What kernels of matrix products share: they keep the plain `q`."""
+
+    replaces_q = False
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor:
+        return reference(layer, x)
+
+
+class ScaledMM(_Product):
+    """fp8 by rows."""
+
+    name = "scaled_mm"
+
+    def refuses(self, layer: QLayer) -> str | None:
+        if layer.recipe.activations != "fp8" or layer.recipe.format != "float8":
+            return "computes 8-bit floats only"
+        if any(size % 16 for size in layer.matrix_shape):
+            return f"needs sizes in multiples of 16, not {layer.matrix_shape}"
+        return lacks_cuda(layer, (9, 0)) or (None if as_product(layer) else "has no convolutions")
+
+    def pack(self, layer: QLayer) -> tuple[Tensor, Tensor]:
+        """The weight [inputs, outputs], column-major as the product wants it, and its scales [1, outputs]."""
+        tensors = layer.tensors()
+        return tensors["q"].t(), tensors["scale"][None, :].contiguous()
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
+        rows = rows_of(layer.smoothed(x))
+        scale = (rows.abs().amax(-1, keepdim=True).float() / 448).clamp_min(1e-12)
+        eight = (rows.float() / scale).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(eight, packed[0], scale, packed[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+        if layer.bias is not None:
+            y = y + layer.bias.to(y.dtype)
+        return as_output(y.to(x.dtype), x)
+
+
+class IntMM(_Product):
+    """int8 by rows: (q - 128) as int8, and one expression for all that follows."""
+
+    name = "int_mm"
+
+    def refuses(self, layer: QLayer) -> str | None:
+        if layer.recipe.activations != "int8" or not isinstance(layer.format, Integers):
+            return "computes 8-bit weights with 8-bit activations only"
+        if any(size % 8 for size in layer.matrix_shape):
+            return f"needs sizes in multiples of 8, not {layer.matrix_shape}"
+        return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
+
+    def pack(self, layer: QLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight [inputs, outputs], the scales of its outputs and, for the zero point, the sums over its inputs."""
+        assert isinstance(layer.format, Integers)
+        tensors = layer.tensors()
+        integers = layer.format.eight_bits(tensors, layer.matrix_shape[1])
+        return integers.t(), tensors["scale"], integers.sum(-1).float()
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
+        weight, scale, sums = packed
+        levels = layer.levels(x, 255)
+        signed = (levels.q ^ 128).view(torch.int8)  # q - 128
+        missing = max(0, 17 - len(signed))
+        padded = torch.nn.functional.pad(signed, (0, 0, 0, missing)) if missing else signed
+        whole = torch._int_mm(padded, weight)[: len(signed)]
+        y = (whole + (128 - levels.zero) * sums) * (scale * levels.scale)
+        if layer.bias is not None:
+            y = y + layer.bias
+        return as_output(y.to(x.dtype), x)

@@ -1,0 +1,299 @@
+"""How weights are stored: integers or small floats with scales, as plain tensors, at an exact number of bytes.
+
+A weight is a matrix [outputs, inputs]; a convolution's kernel is flattened behind its input channels. Grouped formats
+have a scale for each `group` weights of a row; the last group is filled up with zeros where the group does not divide
+the row, and a row shorter than a group is one group. Two 4-bit numbers share a byte, the first in the low half.
+
+Sources: dual-grained 4 bit, https://arxiv.org/abs/2310.04836; Hadamard rotation and MSE-optimal grid (HIGGS),
+https://arxiv.org/abs/2411.17525; p = 2.4 of the clipping search, https://arxiv.org/abs/2503.01323.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import UnknownName
+
+Tensors = dict[str, Tensor]
+Rounding = Literal["nearest", "mse", "flexround"]
+
+_SHRINK = torch.linspace(1.0, 0.5, 21)  # of the range, tried by rounding = "mse"
+_NORMAL = torch.tensor(
+    [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326]
+)  # Lloyd-Max of N(0, 1), 16 levels
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """One way to store a weight [n, k]. `pack` and `unpack` are inverse up to rounding; `bytes` is exact."""
+
+    name: str
+    bits: int
+
+    @abstractmethod
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        """Plain tensors that hold a float32 weight [n, k]."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        """The float32 weight [n, k] that the tensors stand for; `inputs` is k."""
+
+    @abstractmethod
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        """Bytes of all tensors of a weight [outputs, inputs]."""
+
+
+class Integers(ABC):
+    """A format that 8-bit kernels can run: each weight is an 8-bit integer times the scale of its output."""
+
+    @abstractmethod
+    def eight_bits(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        """The weight in units of its scale: int8 [n, k]."""
+
+    @abstractmethod
+    def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
+        """The tensor `q` that `eight_bits` was made of; exact. A kernel that has packed them need not keep both."""
+
+
+@dataclass(frozen=True)
+class Int8(Format, Integers):
+    """Symmetric 8 bit with a float32 scale for each output: q int8 [n, k], scale [n]."""
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        scale = best_scale(weight, weight.abs().amax(-1, keepdim=True) / 127, -127, 127, rounding)
+        return self.store(to_integers(weight, scale, -127, 127), scale)
+
+    def store(self, integers: Tensor, scale: Tensor) -> Tensors:
+        """integers [n, k] in -127 .. 127 and scale [n, 1], however they were found."""
+        return {"q": integers.to(torch.int8), "scale": scale[:, 0].contiguous()}
+
+    def eight_bits(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        return tensors["q"]
+
+    def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
+        return integers
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        return tensors["q"].float() * tensors["scale"][:, None]
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        return outputs * (inputs + 4)
+
+
+@dataclass(frozen=True)
+class Int4(Format):
+    """Symmetric 4 bit in groups: q uint8 [n, k' / 2], scale float16 [n, groups], which may be negative: -8 is then
+    the largest weight of its group, whatever its sign."""
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        grouped = in_groups(weight, group)
+        top = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+        scale = best_scale(grouped, -top / 8, -8, 7, rounding).half().float()
+        return self.store(to_integers(grouped, scale, -8, 7), scale)
+
+    def store(self, integers: Tensor, scale: Tensor) -> Tensors:
+        """integers [n, groups, group] in -8 .. 7 and scale [n, groups, 1], however they were found."""
+        return {"q": nibbles((integers + 8).flatten(1)), "scale": scale[..., 0].half()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        scale = tensors["scale"].float()
+        integers = from_nibbles(tensors["q"]).float().unflatten(-1, (scale.shape[1], -1)) - 8
+        return (integers * scale[..., None]).flatten(1)[:, :inputs]
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        size, count = group_of(inputs, group)
+        return outputs * count * (size // 2 + 2)
+
+
+@dataclass(frozen=True)
+class Dual4(Format, Integers):
+    """Dual-grained 4 bit: (q - zero) * step is an 8-bit integer for each weight, so that 8-bit kernels run it.
+
+    q uint8 [n, k' / 2]; step and zero, 4 bits each, share a byte: group uint8 [n, groups]; scale float32 [n].
+    """
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        grouped = in_groups(weight, group)
+        low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+        wished = ((high - low) / 15).clamp_min(1e-12)
+        zero = (-low / wished).round().clamp(0, 15)
+        wished = best_scale(grouped, wished, -zero, 15 - zero, rounding)
+        largest = 127 // torch.maximum(zero, 15 - zero)  # of a step, for an 8-bit product
+        best: tuple[Tensor, ...] | None = None
+        for steps in range(4, 16):
+            scale = wished.amax(1, keepdim=True) / steps
+            step = torch.minimum((wished / scale).round().clamp(1, 15), largest)
+            integers = to_integers(grouped, scale * step, -zero, 15 - zero)
+            error = (integers * scale * step - grouped).square().sum((1, 2), keepdim=True)
+            found = (error, integers + zero, scale, step)
+            better = None if best is None else error < best[0]
+            best = found if best is None else tuple(torch.where(better, a, b) for a, b in zip(found, best, strict=True))
+        assert best is not None
+        _, integers, scale, step = best
+        packed = (zero + 16 * step)[..., 0].to(torch.uint8)
+        return {"q": nibbles(integers.flatten(1)), "group": packed, "scale": scale[:, 0, 0].contiguous()}
+
+    def eight_bits(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        packed = tensors["group"].to(torch.int16)[..., None]
+        integers = from_nibbles(tensors["q"]).to(torch.int16).unflatten(-1, (packed.shape[1], -1))
+        return ((integers - (packed & 15)) * (packed >> 4)).flatten(1)[:, :inputs].to(torch.int8)
+
+    def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
+        packed = tensors["group"].to(torch.int16)[..., None]
+        grouped = in_groups(integers.to(torch.int16), group)
+        return nibbles((grouped // (packed >> 4) + (packed & 15)).flatten(1))
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        return self.eight_bits(tensors, inputs).float() * tensors["scale"][:, None]
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        size, count = group_of(inputs, group)
+        return outputs * (count * (size // 2 + 1) + 4)
+
+
+@dataclass(frozen=True)
+class Normal4(Format):
+    """Groups turned by a Hadamard matrix with random signs look normal; 16 levels that are optimal for that.
+
+    q uint8 [n, k' / 2] are level numbers, scale float16 [n, groups] the groups' root mean squares, signs int8 [k'].
+    Groups are powers of two. `rounding` is always to the nearest level.
+    """
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        grouped = in_groups(weight, power_of_two(group_of(weight.shape[1], group)[0]))
+        signs = self._signs(grouped.shape[1] * grouped.shape[2]).to(weight.device)
+        turned = hadamard(grouped * signs.view(grouped.shape[1:]))
+        scale = turned.square().mean(-1, keepdim=True).sqrt().half().float()
+        levels = self._levels(weight.device)
+        numbers = torch.bucketize(turned / scale.clamp_min(1e-12), (levels[1:] + levels[:-1]) / 2)
+        return {"q": nibbles(numbers.flatten(1)), "scale": scale[..., 0].half(), "signs": signs}
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        scale, signs = tensors["scale"].float(), tensors["signs"].float()
+        values = self._levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
+        return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs]
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        size, count = group_of(inputs, power_of_two(group_of(inputs, group)[0]))
+        return outputs * count * (size // 2 + 2) + size * count
+
+    def _levels(self, device: torch.device) -> Tensor:
+        return torch.cat([-_NORMAL.flip(0), _NORMAL]).to(device)
+
+    def _signs(self, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(0, 2, (length,), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Float8(Format):
+    """E4M3 floats with a float32 scale for each output: q float8_e4m3fn [n, k], scale [n]."""
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        scale = (weight.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-12)
+        return {"q": (weight / scale).to(torch.float8_e4m3fn), "scale": scale[:, 0].contiguous()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        return tensors["q"].float() * tensors["scale"][:, None]
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        return outputs * (inputs + 4)
+
+
+@dataclass(frozen=True)
+class Half(Format):
+    """Plain float16: q [n, k]."""
+
+    def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
+        return {"q": weight.half()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+        return tensors["q"].float()
+
+    def bytes(self, outputs: int, inputs: int, group: int) -> int:
+        return 2 * outputs * inputs
+
+
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (
+        Int8("int8", 8),
+        Int4("int4", 4),
+        Dual4("dual4", 4),
+        Normal4("normal4", 4),
+        Float8("float8", 8),
+        Half("half", 16),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    if name not in FORMATS:
+        raise UnknownName("weight format", name, FORMATS)
+    return FORMATS[name]
+
+
+def group_of(inputs: int, group: int) -> tuple[int, int]:
+    """Size of a group and how many a row of `inputs` weights has; a short row is one group of even size."""
+    size = min(group, inputs + inputs % 2)
+    return size, -(-inputs // size)
+
+
+def power_of_two(size: int) -> int:
+    """The largest power of two that is not above `size`."""
+    return 1 << (size.bit_length() - 1)
+
+
+def in_groups(weight: Tensor, group: int) -> Tensor:
+    """[n, k] as [n, groups, group], filled up with zeros."""
+    size, count = group_of(weight.shape[1], group)
+    return torch.nn.functional.pad(weight, (0, size * count - weight.shape[1])).unflatten(-1, (count, size))
+
+
+def nibbles(numbers: Tensor) -> Tensor:
+    """Integers 0 .. 15 [n, k], k even, as uint8 [n, k / 2]."""
+    numbers = numbers.to(torch.uint8)
+    return numbers[:, ::2] | (numbers[:, 1::2] << 4)
+
+
+def from_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [n, k / 2] as uint8 [n, k] of 0 .. 15."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+
+
+def to_integers(weight: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """round(weight / scale) within low .. high; 0 where the scale is 0."""
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (weight / safe).round().clamp(torch.as_tensor(low), torch.as_tensor(high))
+
+
+def best_scale(weight: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor, rounding: Rounding) -> Tensor:
+    """The scale as it is ("nearest"), or for each row the shrunk one of the smallest error ("mse").
+
+    "flexround" starts from the scale of "mse".
+    """
+    if rounding == "nearest":
+        return scale
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for factor in _SHRINK.tolist():
+        tried = scale * factor
+        error = (to_integers(weight, tried, low, high) * tried - weight).abs().pow(2.4).sum(-1, keepdim=True)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of the last dimension, a power of two; its own inverse."""
+    size, width = x.shape[-1], 1
+    while width < size:
+        pairs = x.unflatten(-1, (-1, 2, width))
+        first, second = pairs.unbind(-2)
+        x = torch.stack([first + second, first - second], -2).flatten(-3)
+        width *= 2
+    return x * size**-0.5

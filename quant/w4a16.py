@@ -1,0 +1,23 @@
+"""Four-bit weights in groups, float activations; grid "normal" is HIGGS, https://arxiv.org/abs/2411.17525."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from .base import QuantMethod
+
+
+class W4A16(QuantMethod):
+    """An eighth of float32's memory, and no time saved on a CPU."""
+
+    method: Literal["w4a16"] = "w4a16"
+    grid: Literal["uniform", "normal"] = Field(
+        "uniform", description="the 16 levels: equally spaced, or those of a normal distribution after a Hadamard turn"
+    )
+
+    format: ClassVar[str] = "int4"
+
+    def weight_format(self) -> str:
+        return "normal4" if self.grid == "normal" else self.format

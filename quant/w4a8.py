@@ -1,0 +1,20 @@
+"""Four-bit weights, eight-bit activations: dual-grained quantization (https://arxiv.org/abs/2310.04836).
+
+A weight is a 4-bit number times a small integer of its group, an 8-bit integer in all, so that 8-bit kernels run it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .base import QuantMethod
+from .layers import Activations
+
+
+class W4A8(QuantMethod):
+    """4 bits in the file; 8 bits in memory where an 8-bit kernel runs it, with that kernel's speed."""
+
+    method: Literal["w4a8"] = "w4a8"
+
+    format: ClassVar[str] = "dual4"
+    activations: ClassVar[Activations] = "int8"

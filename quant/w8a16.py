@@ -1,0 +1,15 @@
+"""Eight-bit weights, float activations (the weight-only half of LLM.int8, https://arxiv.org/abs/2208.07339)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .base import QuantMethod
+
+
+class W8A16(QuantMethod):
+    """Saves memory at almost no error, and no time: a weight is made float at each call."""
+
+    method: Literal["w8a16"] = "w8a16"
+
+    format: ClassVar[str] = "int8"

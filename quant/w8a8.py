@@ -1,0 +1,22 @@
+"""Eight-bit weights and activations (Q-Diffusion, https://arxiv.org/abs/2302.04304; ViDiT-Q,
+https://arxiv.org/abs/2406.02540).
+
+The input's range is static for each bucket of timesteps where `ranges` names a calibration: a diffusion model's
+activations change with the noise level. Without one it is dynamic.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .base import QuantMethod
+from .layers import Activations
+
+
+class W8A8(QuantMethod):
+    """A quarter of float32's memory, and on a CPU the fast one: integer products."""
+
+    method: Literal["w8a8"] = "w8a8"
+
+    format: ClassVar[str] = "int8"
+    activations: ClassVar[Activations] = "int8"
