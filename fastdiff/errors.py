@@ -41,5 +41,9 @@ class NotReversible(FastdiffError):
     """Something else changed what fastdiff had patched, so it cannot be put back exactly."""
 
 
+class NotCopyable(FastdiffError):
+    """A patched pipeline or denoiser that somebody pickles or deep-copies."""
+
+
 class PeerLost(FastdiffError):
     """Another rank of a parallel run died, hung, or broke off."""

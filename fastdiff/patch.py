@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .errors import NotReversible
+from .errors import NotCopyable, NotReversible
 
 _MISSING = object()
 # where accelerate's offload hooks keep the forward they wrap; they take it out and put it back after every call
@@ -60,6 +60,19 @@ class PatchSet:
     def lost(self) -> list[str]:
         """Classes of modules whose patch went with a hook that was below it, and that work as unpatched since then."""
         return sorted({name for name, found in self._wrapped.values() if found() is None})
+
+    def refuse_copies(self, owner: Any) -> None:
+        """Pickling or deep-copying `owner` raises NotCopyable: a copy would go on calling the original's patches."""
+        name = type(owner).__name__
+
+        def refuse(*_: Any) -> Any:
+            raise NotCopyable(
+                f"this {name} is accelerated and cannot be pickled or deep-copied: the copy would call the patches of "
+                "the original; restore() it first (fastdiff.restore(pipe)), copy, and accelerate the copy"
+            )
+
+        for protocol in ("__reduce_ex__", "__deepcopy__"):
+            self.set(owner, protocol, refuse)
 
     def call(self, apply: Callable[[], Any], undo: Callable[[], Any]) -> Any:
         """A change that is more than an attribute, with its exact inverse."""

@@ -84,6 +84,7 @@ class Accelerated:
             if self.crew is not None:
                 self.crew.decoder(getattr(self.pipe, "vae", None), patches)
             patches.set(self.pipe, HANDLE, self)
+            patches.refuse_copies(self.pipe)
             patches.call(self.clock.attach, self.clock.detach)
 
     def _install_on(self, anatomy: Anatomy, patches: PatchSet) -> None:
@@ -113,6 +114,7 @@ class Accelerated:
         if crew is not None:
             crew.outermost(anatomy, patches)
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
+        patches.refuse_copies(anatomy.denoiser)
 
     def _meet(self, found: list[Anatomy]) -> Crew | None:
         """The other ranks of a parallel run, who must have the same model and config."""
