@@ -11,8 +11,12 @@ import torch
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Calibrator, Install
 from fastdiff.caching.session import Session
+from fastdiff.clock import StepClock
 from fastdiff.config import Compile, Config, Resolved
 from fastdiff.errors import BadConfig, FastdiffError
+from fastdiff.patch import PatchSet
+from fastdiff.quant.calls import Calls
+from fastdiff.recorder import Recorder
 
 from .accelerate import Accelerated, put, restore
 from .families import Anatomy, anatomies
@@ -44,7 +48,7 @@ def calibrate(
         handle = Observed(pipe, plain, install, found[0])
         put(handle, found)
         try:
-            _draw(handle, prompts, seed, batch, watch, call)
+            draw_all(handle, prompts, seed, batch, watch, call)
         finally:
             handle.restore()
 
@@ -65,9 +69,39 @@ class Observed(Accelerated):
         return self._build(anatomy, self.clock, self._recorder) if anatomy is self._anatomy else None
 
 
-def _draw(
+def hear(
+    pipe: Any, prompts: Sequence[str], *, config: Config | None = None, moments: int = 4, seed: int = 0, batch: int = 4,
+    watch: Watch | None = None, **call: Any,
+) -> Calls:  # fmt: skip
+    """Calls of the denoiser at `moments` steps spread over runs with these prompts, in every branch.
+
+    The pipeline runs with the levers of `config`, but uncached and uncompiled; one that is accelerated is restored
+    first.
+    """
+    restore(pipe)
+    found = anatomies(pipe)
+    calls, patches = Calls(found[0], moments), PatchSet()
+
+    def listen(anatomy: Anatomy, clock: StepClock, _: Recorder) -> None:
+        calls.listen(clock, patches)
+
+    plain = (config or Config()).model_copy(update={"cache": None, "compile": Compile()})
+    handle = Observed(pipe, plain, listen, found[0])
+    try:
+        put(handle, found)
+        try:
+            draw_all(handle, prompts, seed, batch, watch, call)
+        finally:
+            handle.restore()
+    finally:
+        patches.restore()
+    return calls
+
+
+def draw_all(
     handle: Accelerated, prompts: Sequence[str], seed: int, batch: int, watch: Watch | None, call: dict[str, Any]
 ) -> None:
+    """Draw the prompts in calls of `batch`, image k from seed + k. Raises FastdiffError if no run was complete."""
     pipe, clock, whole = handle.pipe, handle.clock, [0]
     calls, ticks = range(0, len(prompts), batch), count(1)
     clock.on_start.append(lambda run: whole.append(run.total))

@@ -1,0 +1,120 @@
+"""Calls of the denoiser as they come in real runs, kept to be made again on a changed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import StepClock
+from fastdiff.errors import BadModel
+from fastdiff.patch import PatchSet
+
+Call = tuple[tuple, dict[str, Any]]
+
+
+class Calls:
+    """At `moments` steps spread over each run, what the denoiser was given in every branch, and what it gave.
+
+    The arguments stay where they were; a call is one batch of latents, some kilobytes to megabytes.
+    """
+
+    def __init__(self, anatomy: Anatomy, moments: int = 4) -> None:
+        self.anatomy, self.moments = anatomy, moments
+        self.given: list[Call] = []
+        self.truth: list[Tensor] = []
+        self.when: list[tuple[int, int]] = []  # number of the run, index of the step
+
+    def listen(self, clock: StepClock, patches: PatchSet) -> None:
+        """Keep calls from now on; `patches` takes the ear off again."""
+
+        def listening(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(forward)
+            def heard(*args: Any, **kwargs: Any) -> Any:
+                step = clock.now
+                if step is None or step.index not in self._chosen(step.run.total):
+                    return forward(*args, **kwargs)
+                self.given.append(_copied((args, kwargs)))  # before the model may write into them
+                output = forward(*args, **kwargs)
+                self.truth.append(_first(output).detach().clone())
+                self.when.append((step.run.number, step.index))
+                return output
+
+            return heard
+
+        patches.wrap_forward(self.anatomy.denoiser, listening)
+
+    def _chosen(self, total: int) -> set[int]:
+        return {min(total - 1, int((k + 0.5) * total / self.moments)) for k in range(self.moments)}
+
+    def only(self, numbers: Iterable[int]) -> Calls:
+        """Some of the calls."""
+        part = Calls(self.anatomy, self.moments)
+        for k in numbers:
+            part.given.append(self.given[k])
+            part.truth.append(self.truth[k])
+            part.when.append(self.when[k])
+        return part
+
+    def halves(self) -> tuple[Calls, Calls]:
+        """Calls to fit on, and calls to judge by: those of every other run or, of a single run, every other step."""
+        runs, steps = (sorted({mark[which] for mark in self.when}) for which in (0, 1))
+        which, marks = (0, runs) if len(runs) > 1 else (1, steps)
+        if len(marks) < 2:
+            raise BadModel("calibration heard fewer than 2 steps of the denoiser; give more steps or prompts")
+        odd = [marks.index(mark[which]) % 2 for mark in self.when]
+        return self.only(k for k, o in enumerate(odd) if not o), self.only(k for k, o in enumerate(odd) if o)
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[Tensor]:
+        """What the denoiser gives now, call by call."""
+        for args, kwargs in self.given:
+            args, kwargs = _copied((args, kwargs))
+            yield _first(self.anatomy.denoiser(*args, **kwargs))
+
+    def error(self) -> float:
+        """Mean over the calls of |output - truth|^2 / |truth|^2; not finite where an output is not."""
+        found = [relative(now, truth) for now, truth in zip(self.outputs(), self.truth, strict=True)]
+        if not found:
+            raise BadModel("calibration heard no call of the denoiser")
+        return sum(found) / len(found)
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """Squared error over the squared norm of the truth."""
+    value, truth = value.double(), truth.double()
+    return float((value - truth).square().sum() / truth.square().sum().clamp_min(1e-300))
+
+
+@contextmanager
+def swapped(root: nn.Module, instead: dict[str, nn.Module]) -> Iterator[None]:
+    """Other modules in the places named, for a while; the very same modules come back."""
+    patches = PatchSet()
+    try:
+        for path, module in instead.items():
+            put_module(root, path, module, patches)
+        yield
+    finally:
+        patches.restore()
+
+
+def put_module(root: nn.Module, path: str, module: nn.Module, patches: PatchSet) -> None:
+    """Put a module in the place of another, reversibly."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)._modules
+    before = owner[name]
+    patches.call(lambda: owner.__setitem__(name, module), lambda: owner.__setitem__(name, before))
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))

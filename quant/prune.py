@@ -1,0 +1,149 @@
+"""Pruning without training: the analysis of HierarchicalPrune. Paper: https://arxiv.org/abs/2508.04663 (AAAI 2026).
+
+Of that method only what needs no training is here: the sensitivity of each component, the prior on its position, and
+the removal of what measures as free. Ours is the repair: what a removed component added to a stream is replaced by a
+map of what it was given, fitted in closed form.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from torch import Tensor, nn
+
+from fastdiff.affine import corrected, decoded, encoded
+from fastdiff.anatomy import Anatomy, fingerprint
+from fastdiff.errors import BadConfig
+from fastdiff.method import Settings
+from fastdiff.patch import PatchSet
+
+from .calls import put_module
+
+
+class Map(Settings):
+    """What takes the place of what a component added to one stream, of `channels`: scale * x + shift, channel by
+    channel, plus a map of low rank; all float32 in base64."""
+
+    scale: str = Field(max_length=1_000_000)
+    shift: str = Field(max_length=1_000_000)
+    down: str | None = Field(None, max_length=20_000_000)
+    up: str | None = Field(None, max_length=20_000_000)
+
+    @field_validator("scale", "shift", "down", "up")
+    @classmethod
+    def _numbers(cls, text: str | None) -> str | None:
+        if text is not None:
+            decoded(text)
+        return text
+
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Map:
+        down, up = (None, None) if low_rank is None else map(encoded, low_rank)
+        return cls(scale=encoded(scale), shift=encoded(shift), down=down, up=up)
+
+
+class Removal(Settings):
+    """A module that is taken out. residual: its output held its input; wrapped: it gave a tuple."""
+
+    path: str = Field(max_length=500)
+    residual: bool
+    wrapped: bool
+    maps: tuple[Map, ...] = Field(min_length=1, max_length=2)
+
+
+class Measured(Settings):
+    """What leaving out a component does to the denoiser's output, without repair: relative squared error."""
+
+    component: str
+    kind: Literal["attention", "feed_forward", "resnet", "block"]
+    depth: float
+    parameters: int
+    error: float
+    cost: float = Field(description="error over the position's weight: what is removed first has the least")
+
+
+class PrunePlan(Settings):
+    """What to remove from a model, and all that was measured; a JSON file that a distillation can start from."""
+
+    version: Literal[1] = 1
+    denoiser: str = Field(max_length=200, description="class and configuration of the model that was measured")
+    removed: tuple[Removal, ...] = ()
+    error: float = Field(0.0, ge=0, description="relative squared error of the output on calls not fitted on")
+    parameters: int = Field(0, description="parameters that are gone")
+    measured: tuple[Measured, ...] = ()
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises BadConfig if the plan was made for another model."""
+        found = fingerprint(anatomy)
+        if self.denoiser != found:
+            raise BadConfig(f"the prune plan was made for {self.denoiser}, this model is {found}; measure this model")
+
+    def install(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        """Take out of the denoiser what the plan says; `patches` puts it back. Raises BadConfig for another model."""
+        self.check_model(anatomy)
+        for removal in self.removed:
+            try:
+                here = next(anatomy.denoiser.get_submodule(removal.path).parameters(), torch.empty(()))
+            except AttributeError:
+                raise BadConfig(f"the prune plan removes {removal.path}, which this model does not have") from None
+            put_module(anatomy.denoiser, removal.path, Removed(removal).to(here.device), patches)
+
+    def summary(self) -> str:
+        paths = ", ".join(removal.path for removal in self.removed) or "nothing"
+        return f"removes {paths} ({self.parameters / 1e6:.2f} M parameters); output error {self.error**0.5:.2%}"
+
+
+class Removed(nn.Module):
+    """In the place of a component: gives back its input, or nothing, and the map of what it would have added."""
+
+    def __init__(self, removal: Removal) -> None:
+        super().__init__()
+        self.residual, self.wrapped, self.streams = removal.residual, removal.wrapped, len(removal.maps)
+        for k, fitted in enumerate(removal.maps):
+            scale = decoded(fitted.scale)
+            self.register_buffer(f"scale{k}", scale)
+            self.register_buffer(f"shift{k}", decoded(fitted.shift))
+            rows = [None if text is None else decoded(text) for text in (fitted.down, fitted.up)]
+            down, up = (None if row is None else row.reshape(-1, len(scale)) for row in rows)
+            self.register_buffer(f"down{k}", down)
+            self.register_buffer(f"up{k}", up)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Any:
+        given = (hidden_states, encoder_hidden_states)[: self.streams]
+        made = tuple(self._added(k, x) for k, x in enumerate(given) if x is not None)
+        return made if self.wrapped else made[0]
+
+    def _added(self, k: int, x: Tensor) -> Tensor:
+        """x: maps with channels second, or tokens with channels last."""
+        scale, shift, down, up = (getattr(self, f"{name}{k}") for name in ("scale", "shift", "down", "up"))
+        out = corrected(x, scale, shift)
+        if down is not None:
+            rows = x.movedim(1, -1) if x.ndim > 3 else x
+            low = (rows.float() @ down.float().T) @ up.float()
+            out = out + (low.movedim(-1, 1) if x.ndim > 3 else low).to(x.dtype)
+        return x + out if self.residual else out
+
+
+def _read(value: Any) -> Any:
+    """Lets the option name a plan file. Raises ValueError, in a sentence, for one that is missing or broken."""
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(value).expanduser()
+    name = f"prune plan {str(path)!r}"
+    if not path.is_file():
+        raise ValueError(f"{name} does not exist; make one with fastdiff.pipelines.prune.plan_pruning")
+    try:
+        return PrunePlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is truncated or no JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{name} is damaged: {where}: {first['msg'].lower()}") from None
+
+
+PruneOption = Annotated[PrunePlan | None, BeforeValidator(_read)]

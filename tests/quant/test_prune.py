@@ -1,0 +1,151 @@
+"""Pruning: what is free is found, what is lost is repaired, and everything comes back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastdiff.affine import decoded
+from fastdiff.errors import BadConfig
+from fastdiff.patch import PatchSet
+from fastdiff.pipelines.calibrate import hear
+from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.prune import plan_pruning
+from fastdiff.quant.calls import swapped
+from fastdiff.quant.components import components
+from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed
+from fastdiff.quant.pruning import _Fit, _forms
+from tests import tiny
+from tests.state import differences, snapshot
+
+PROMPTS = ["a red cat", "a dog"]
+
+
+def arguments(name: str, steps: int = 4) -> dict:
+    told = tiny.arguments(name, steps)
+    for given in ("prompt", "negative_prompt", "generator", "output_type"):
+        del told[given]
+    return told | ({"negative_prompt": ["bad", "bad"]} if name == "flux" else {})
+
+
+def last_layers(module: torch.nn.Module) -> torch.nn.Linear:
+    return [m for m in module.modules() if isinstance(m, torch.nn.Linear)][-1]
+
+
+def silence(pipe, path: str) -> None:
+    """Let a feed-forward layer add nothing."""
+    layer = last_layers(tiny.denoiser(pipe).get_submodule(path))
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "pixart", "wan"])
+def test_every_family_has_components_that_can_be_left_out(name):
+    pipe = tiny.make(name)
+    anatomy = anatomies(pipe)[0]
+    calls = hear(pipe, PROMPTS, batch=2, moments=2, **arguments(name))
+    found = components(anatomy)
+    assert {c.kind for c in found} >= {"attention", "feed_forward"}
+    assert all(0 <= c.depth < 1 for c in found)
+    forms = _forms(anatomy, calls, found)
+    assert {c.kind for c in forms} >= {"attention"}, "what runs is seen to run"
+    for removals in {component.kind: removals for component, removals in forms.items()}.values():
+        with swapped(anatomy.denoiser, {removal.path: Removed(removal) for removal in removals}):
+            assert torch.isfinite(torch.tensor(calls.error()))
+    assert calls.error() == 0, "the same modules are back"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("sd15_one_layer", "up_blocks.1.attentions.0.transformer_blocks.0.ff"), ("sd3", "transformer_blocks.2.ff")],
+)
+def test_a_component_that_adds_nothing_is_removed_exactly(name, path):
+    pipe = tiny.make(name)
+    silence(pipe, path)
+    calls = hear(pipe, PROMPTS, batch=2, moments=2, **arguments(name))
+    before = snapshot(pipe)
+    plan = plan_pruning(pipe, PROMPTS, max_error=1e-12, batch=2, moments=2, **arguments(name))
+    assert not differences(before, snapshot(pipe)), "measuring changes nothing"
+    assert path in [removal.path for removal in plan.removed]
+    assert plan.error <= 1e-12
+    assert {row.component for row in plan.measured} >= {path}
+    anatomy = anatomies(pipe)[0]
+    only = plan.model_copy(update={"removed": tuple(r for r in plan.removed if r.path == path)})
+    patches = PatchSet()
+    original = anatomy.denoiser.get_submodule(path)
+    only.install(anatomy, patches)
+    assert isinstance(anatomy.denoiser.get_submodule(path), Removed)
+    assert calls.error() < 1e-12
+    patches.restore()
+    assert anatomy.denoiser.get_submodule(path) is original
+    assert not differences(before, snapshot(pipe))
+
+
+def test_the_gate_holds_and_more_is_removed_where_more_is_allowed():
+    pipe = tiny.make("sd15_one_layer")
+    call = arguments("sd15_one_layer")
+    strict, loose = (plan_pruning(pipe, PROMPTS, max_error=e, batch=2, moments=2, **call) for e in (1e-9, 0.3))
+    assert strict.error <= 1e-9 and loose.error <= 0.3
+    assert loose.parameters > strict.parameters
+    paths = [removal.path for removal in loose.removed]
+    assert len(set(paths)) == len(paths)
+    assert not any(a != b and a.startswith(f"{b}.") for a in paths for b in paths), "nothing is inside what is gone"
+    costs = {row.component: row for row in loose.measured}
+    assert all(row.cost >= row.error for row in costs.values()), "the position prior only raises the cost"
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 6), (16, 6, 4, 4)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_an_affine_or_low_rank_layer_added_is_repaired(shape, residual):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) + 0.5
+    width = shape[1] if len(shape) > 3 else shape[-1]
+    mix = torch.randn(width, 2, generator=generator) @ torch.randn(2, width, generator=generator)
+    scale, shift = torch.randn(width, generator=generator), torch.randn(width, generator=generator)
+    rows = x.movedim(1, -1) if x.ndim > 3 else x
+    for rank, made in ((0, rows * scale + shift), (2, rows @ mix + shift)):
+        y = made.movedim(-1, 1) if x.ndim > 3 else made
+        fit = _Fit(1e-9, rank)
+        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+            fit.add(a, b)
+        repair = Removal(path="here", residual=residual, wrapped=False, maps=(fit.solve(),))
+        out = Removed(repair)(x)
+        assert torch.allclose(out, x + y if residual else y, atol=1e-4)
+
+
+def test_a_tuple_of_streams_is_given_back_as_a_tuple():
+    nothing = torch.zeros(3)
+    two = Removal(path="here", residual=False, wrapped=True, maps=(Map.of(nothing, nothing),) * 2)
+    image, text = Removed(two)(hidden_states=torch.ones(1, 4, 3), encoder_hidden_states=torch.ones(1, 2, 3))
+    assert image.shape == (1, 4, 3) and text.shape == (1, 2, 3) and not image.any() and not text.any()
+
+
+def test_a_plan_is_one_json_file(tmp_path):
+    from pydantic import TypeAdapter
+
+    plan = plan_pruning(
+        tiny.make("sd15_one_layer"), PROMPTS, max_error=0.1, rank=2, batch=2, moments=2, **arguments("sd15_one_layer")
+    )
+    file = tmp_path / "prune.json"
+    file.write_text(plan.model_dump_json())
+    option = TypeAdapter(PruneOption)
+    assert option.validate_python(str(file)) == plan
+    assert plan.removed[0].maps[0].down is not None
+    assert len(decoded(plan.removed[0].maps[0].down)) == 2 * len(decoded(plan.removed[0].maps[0].scale))
+    with pytest.raises(BadConfig, match="was made for UNet2DConditionModel"):
+        plan.install(anatomies(tiny.make("sd3"))[0], PatchSet())
+    missing = plan.model_copy(
+        update={"removed": (plan.removed[0].model_copy(update={"path": "up_blocks.9.resnets.0"}),)}
+    )
+    with pytest.raises(BadConfig, match=r"up_blocks\.9"):
+        missing.install(anatomies(tiny.make("sd15_one_layer"))[0], PatchSet())
+    for text, said in (("{", "truncated"), ("[]", "damaged"), (json.dumps({"version": 1}), "denoiser")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            option.validate_python(str(file))
+    with pytest.raises(ValueError, match="does not exist"):
+        option.validate_python(str(tmp_path / "nowhere.json"))
+    assert isinstance(plan, PrunePlan)
