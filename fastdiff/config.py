@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 METHOD_KINDS = ("cache", "parallel", "quant")
-PATH_KEYS = ("plan", "prune")  # settings that may name a file; in a config file its path is relative to that file
+PATH_KEYS = ("plan", "prune", "ranges")  # may name a file; in a config file its path is relative to that file
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
 

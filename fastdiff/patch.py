@@ -23,7 +23,7 @@ class PatchSet:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._intact: dict[tuple[int, str], tuple[str, Callable[[], bool]]] = {}
-        self._wrapped: dict[int, tuple[str, Callable[[], Any]]] = {}
+        self._wrapped: dict[int, tuple[Any, Callable[[], Any]]] = {}
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` on the instance, past any `__setattr__` (nn.Module registers nothing)."""
@@ -55,11 +55,20 @@ class PatchSet:
 
         self._undo.append(undo)
         self._expect(module, "forward", lambda: found() is not None or _bare(module))
-        self._wrapped[id(module)] = (type(module).__name__, found)
+        self._wrapped[id(module)] = (module, found)
+
+    def replace(self, parent: Any, name: str, module: Any) -> None:
+        """Put a module in the place of a module's child; the very same child comes back."""
+        before = parent._modules[name]
+        parent._modules[name] = module
+        self._undo.append(lambda: parent._modules.__setitem__(name, before))
+        said = f"{type(parent).__name__}.{name}"
+        self._intact[id(parent), f"child {name}"] = (said, lambda: parent._modules.get(name) is module)
 
     def lost(self) -> list[str]:
         """Classes of modules whose patch went with a hook that was below it, and that work as unpatched since then."""
-        return sorted({name for name, found in self._wrapped.values() if found() is None})
+        wrapped = self._wrapped.values()
+        return sorted({type(module).__name__ for module, found in wrapped if found() is None and _bare(module)})
 
     def refuse_copies(self, owner: Any) -> None:
         """Pickling or deep-copying `owner` raises NotCopyable: a copy would go on calling the original's patches."""

@@ -36,7 +36,7 @@ def layers_of(root: nn.Module) -> Iterator[Found]:
             continue
         if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             continue
-        yield Found(name, layer, tuple(places[id(layer)]))  # type: ignore[arg-type]
+        yield Found(name, layer, tuple(places[id(layer)]))
 
 
 def chosen(method: QuantMethod, root: nn.Module) -> list[tuple[Found, Recipe]]:

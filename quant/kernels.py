@@ -27,8 +27,11 @@ TOLERANCE = 2e-2  # of a half-precision result; float32 ones must agree within a
 class Kernel(Protocol):
     """`replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept."""
 
-    name: str
-    replaces_q: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def replaces_q(self) -> bool: ...
 
     def refuses(self, layer: QLayer) -> str | None: ...
 
@@ -82,7 +85,7 @@ def choose(layer: QLayer) -> tuple[Kernel, Any, str]:
     """
     asked = layer.recipe.kernel
     wanted = [kernel_named(name) for name in (AUTOMATIC if asked == "auto" else (asked,))]
-    said = []
+    said: list[str] = []
     for kernel in wanted:
         reason = kernel.refuses(layer)
         if reason is None:
@@ -106,7 +109,7 @@ def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
             error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
             if not error <= (TOLERANCE if x.dtype != torch.float32 else TOLERANCE / 100):
                 return None, f"is wrong by {error:.1%}"
-        if kernel.replaces_q and layer.q is not None:
+        if kernel.replaces_q:
             given = {name: t for name, t in layer.tensors().items() if name != "q"}
             if not torch.equal(kernel.unpack(layer, packed, given), layer.q):
                 return None, "does not give the weight back"

@@ -62,20 +62,20 @@ class OneDNN:
             return reference(layer, x)
         weight, scale, zeros = packed
         levels = layer.levels(x, self.top)
-        rows = isinstance(levels.scale, Tensor)  # a scale for each row, which the operator does not take
-        tail = (weight, scale, zeros, None if rows or layer.bias is None else layer.bias)
+        by_row = levels.scale if isinstance(levels.scale, Tensor) else None  # which the operator does not take
+        tail = (weight, scale, zeros, None if by_row is not None else layer.bias)
         if isinstance(layer, QConv2d):
             q, geometry = picture(levels.q, x), _geometry(layer)
             y = torch.ops.onednn.qconv2d_pointwise(
                 q, levels.scale, levels.zero, *tail, *geometry, 1.0, 0, torch.float32, "none", [], ""
             )
             return y.to(x.dtype)
-        factor = 1.0 if rows else levels.scale
+        factor = 1.0 if by_row is not None else levels.scale
         y = torch.ops.onednn.qlinear_pointwise(
             levels.q, factor, levels.zero, *tail, 1.0, 0, torch.float32, "none", [], ""
         )
-        if rows:
-            y = y.mul_(levels.scale) if layer.bias is None else torch.addcmul(layer.bias, y, levels.scale)
+        if by_row is not None:
+            y = y.mul_(by_row) if layer.bias is None else torch.addcmul(layer.bias, y, by_row)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     def expected(self, layer: QLayer, x: Tensor) -> Tensor:
@@ -83,4 +83,4 @@ class OneDNN:
 
 
 def _geometry(conv: QConv2d) -> tuple[list[int], list[int], list[int], int]:
-    return list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
+    return list(conv.stride), [int(size) for size in conv.padding], list(conv.dilation), conv.groups

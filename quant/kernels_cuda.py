@@ -39,7 +39,7 @@ def lacks_cuda(layer: QLayer, capability: tuple[int, int]) -> str | None:
     return None
 
 
-class _Product:
+class Product:
     """What kernels of matrix products share: they keep the plain `q`."""
 
     replaces_q = False
@@ -51,7 +51,7 @@ class _Product:
         return reference(layer, x)
 
 
-class ScaledMM(_Product):
+class ScaledMM(Product):
     """fp8 by rows."""
 
     name = "scaled_mm"
@@ -78,7 +78,7 @@ class ScaledMM(_Product):
         return as_output(y.to(x.dtype), x)
 
 
-class IntMM(_Product):
+class IntMM(Product):
     """int8 by rows: (q - 128) as int8, and one expression for all that follows."""
 
     name = "int_mm"

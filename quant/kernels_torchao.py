@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kernels_cuda import _Product
+from .kernels_cuda import Product
 from .layers import QConv2d, QLayer
 
 
-class TorchAO(_Product):
+class TorchAO(Product):
     """torchao's own quantization of the weight that the layer's integers stand for."""
 
     name = "torchao"

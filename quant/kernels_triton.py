@@ -13,36 +13,12 @@ import torch
 from torch import Tensor
 
 from .activations import rows_of
-from .kernels_cuda import _Product, as_output, as_product, lacks_cuda
+from .kernels_cuda import Product, as_output, as_product, lacks_cuda
 from .layers import QLayer
 from .packing import group_of, power_of_two
 
 
-def _program() -> Any:
-    """The compiled program; made here because Triton is an optional package."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def product(x, q, scale, y, M, N, K, groups, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr):
-        m = tl.program_id(0) * BM + tl.arange(0, BM)
-        n = tl.program_id(1) * BN + tl.arange(0, BN)
-        k = tl.arange(0, G)
-        total = tl.zeros((BM, BN), dtype=tl.float32)
-        for group in range(groups):
-            at = group * G + k
-            a = tl.load(x + m[:, None] * K + at[None, :], mask=(m[:, None] < M) & (at[None, :] < K), other=0.0)
-            packed = tl.load(q + n[None, :] * (groups * G // 2) + at[:, None] // 2, mask=n[None, :] < N, other=0)
-            four = (packed >> ((at[:, None] % 2) * 4).to(tl.uint8)) & 15
-            s = tl.load(scale + n * groups + group, mask=n < N, other=0.0).to(tl.float32)
-            b = ((four.to(tl.float32) - 8.0) * s[None, :]).to(a.dtype)
-            total += tl.dot(a, b)
-        tl.store(y + m[:, None] * N + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
-
-    return product
-
-
-class TritonW4(_Product):
+class TritonW4(Product):
     """W4A16 of linear layers, and convolutions of one pixel."""
 
     name = "triton"
@@ -56,7 +32,9 @@ class TritonW4(_Product):
         return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
 
     def pack(self, layer: QLayer) -> Any:
-        return _program()
+        from .triton_program import product
+
+        return product
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
         rows, tensors = rows_of(layer.smoothed(x)).contiguous(), layer.tensors()

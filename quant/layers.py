@@ -44,7 +44,7 @@ class QLayer(nn.Module):
     high: Tensor | None
     down: Tensor | None
     up: Tensor | None
-    q: Tensor | None
+    q: Tensor
 
     def __init__(self, recipe: Recipe, tensors: Tensors, present: Present) -> None:
         """tensors: the buffers by name. Set the shape before the first call, then choose a kernel."""
@@ -58,6 +58,8 @@ class QLayer(nn.Module):
         self._kernel: Any = None
         self._packed: Any = None
         self._ranges: list[tuple[float, float]] = []
+        self._inverse: Tensor | None = None
+        self._smooth_key: int | None = None
 
     @property
     def format(self) -> Format:
@@ -74,8 +76,8 @@ class QLayer(nn.Module):
 
     def tensors(self) -> Tensors:
         """The stored weight, without bias and options, wherever the kernel keeps it."""
-        found = {name: cast(Tensor, getattr(self, name)) for name in self._stored if getattr(self, name) is not None}
-        return found if self.q is not None else {"q": self._kernel.unpack(self, self._packed, found), **found}
+        found = {name: cast(Tensor, getattr(self, name)) for name in self._stored}
+        return found if self._plainly else {**found, "q": self._kernel.unpack(self, self._packed, found)}
 
     def matrix(self) -> Tensor:
         """The float32 weight [outputs, inputs] that the integers stand for, for an input that was smoothed."""
@@ -95,14 +97,13 @@ class QLayer(nn.Module):
 
     def levels(self, x: Tensor, top: int) -> Levels:
         """The input as 8-bit levels 0 .. top."""
-        inverse = None if self.smooth is None else 1 / self.smooth
         if self._ranges:
             low, high = self._ranges[-1 if self.present.bucket is None else self.present.bucket]
-            key: tuple = (low, high, top, id(self.smooth) if self.smooth is not None else None)
-            return self.present.shared(x, key, lambda: fixed(rows_of(x), low, high, top, inverse))
+            key: tuple = (low, high, top, self._smooth_key)
+            return self.present.shared(x, key, lambda: fixed(rows_of(x), low, high, top, self._inverse))
         make = ranged if x.ndim == 4 else per_token
-        key = (make.__name__, top, id(self.smooth) if self.smooth is not None else None)
-        return self.present.shared(x, key, lambda: make(rows_of(x), top, inverse))
+        key = (make.__name__, top, self._smooth_key)
+        return self.present.shared(x, key, lambda: make(rows_of(x), top, self._inverse))
 
     def finite(self, x: Tensor) -> bool:
         """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait."""
@@ -120,10 +121,17 @@ class QLayer(nn.Module):
 
         self._plain()
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
+        self._inverse = None if self.smooth is None else 1 / self.smooth
+        self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
         self._kernel, self._packed, said = choose(self)
         if self._kernel.replaces_q:
-            self.q = None
+            self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
+
+    @property
+    def _plainly(self) -> bool:
+        """Whether `q` is there, and not with the kernel alone."""
+        return self._kernel is None or not self._kernel.replaces_q
 
     @property
     def kernel_name(self) -> str:
@@ -149,8 +157,7 @@ class QLayer(nn.Module):
 
     def _plain(self) -> None:
         """Back to plain buffers, without a kernel."""
-        if self.q is None:
-            self.q = self.tensors()["q"]
+        self.q = self.tensors()["q"]
         self._kernel = self._packed = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
@@ -164,20 +171,20 @@ class QLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.q is None:
+        if not self._plainly:
             destination[f"{prefix}q"] = self.tensors()["q"]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
-        buffers = self._buffers if self.q is not None else {**self._buffers, "q": self.tensors()["q"]}
-        return {**self.__dict__, "_buffers": buffers.copy(), "_kernel": None, "_packed": None}
+        buffers = {**self._buffers, "q": self.tensors()["q"]}
+        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_packed": None}
 
     def extra_repr(self) -> str:
         outputs, inputs = self.matrix_shape
         return f"{inputs} -> {outputs}, {self.recipe.format}, activations {self.recipe.activations}, {self.kernel_name}"
 
 
-class QLinear(QLayer, nn.Linear):
+class QLinear(QLayer, nn.Linear):  # type: ignore[misc, override]
     """y = x W^T + b for x [..., inputs]."""
 
     def __init__(self, shape: tuple[int, int], recipe: Recipe, tensors: Tensors, present: Present) -> None:
@@ -196,7 +203,7 @@ class QLinear(QLayer, nn.Linear):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
-class QConv2d(QLayer, nn.Conv2d):
+class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
     """A convolution of x [b, channels, h, w] that pads with zeros; `padding` is read at each call."""
 
     def __init__(self, like: nn.Conv2d, recipe: Recipe, tensors: Tensors, present: Present) -> None:

@@ -132,8 +132,7 @@ class Dual4(Format, Integers):
             integers = to_integers(grouped, scale * step, -zero, 15 - zero)
             error = (integers * scale * step - grouped).square().sum((1, 2), keepdim=True)
             found = (error, integers + zero, scale, step)
-            better = None if best is None else error < best[0]
-            best = found if best is None else tuple(torch.where(better, a, b) for a, b in zip(found, best, strict=True))
+            best = found if best is None else _smaller(found, best)
         assert best is not None
         _, integers, scale, step = best
         packed = (zero + 16 * step)[..., 0].to(torch.uint8)
@@ -286,6 +285,11 @@ def best_scale(weight: Tensor, scale: Tensor, low: float | Tensor, high: float |
         error = (to_integers(weight, tried, low, high) * tried - weight).abs().pow(2.4).sum(-1, keepdim=True)
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
+
+
+def _smaller(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For each row, the one of two findings whose error, the first of them, is smaller."""
+    return tuple(torch.where(a[0] < b[0], one, other) for one, other in zip(a, b, strict=True))
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Quantizes the layers of a model one after the other, and says what it did to each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.errors import UnsupportedModel
+
+from .activations import Present
+from .base import QuantMethod
+from .build import Found, build, chosen
+from .layers import QLayer, Recipe
+from .packing import Tensors
+
+Put = Callable[[nn.Module, str, nn.Module], None]  # parent, name of the child, what comes in its place
+Learned = Callable[[Found, Recipe], "Callable[[torch.Tensor, Recipe], Tensors] | None"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: bytes of weight and bias before and after, and how far the weight is off, relative (Frobenius)."""
+
+    component: str
+    name: str
+    format: str
+    activations: str
+    kernel: str
+    before: int
+    after: int
+    error: float
+    said: str = ""
+
+
+@dataclass
+class QuantReport:
+    """What quantizing did. `output_error` is |changed - float| / |float| of the denoiser's output, `float_ms` and
+    `quantized_ms` a call of it, where they were measured."""
+
+    method: str
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: int = 0
+    static: int = 0
+    output_error: float | None = None
+    predicted_error: float | None = None
+    float_ms: float | None = None
+    quantized_ms: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def before(self) -> int:
+        return sum(layer.before for layer in self.layers)
+
+    @property
+    def after(self) -> int:
+        return sum(layer.after for layer in self.layers)
+
+    @property
+    def speed(self) -> str:
+        """Times float as measured; "no" where it is slower."""
+        if not self.float_ms or not self.quantized_ms:
+            return "not measured"
+        times = self.float_ms / self.quantized_ms
+        return f"{times:.2f}x" if times > 1 else f"no ({times:.2f}x)"
+
+    def summary(self) -> str:
+        """One line."""
+        mean = sum(layer.error for layer in self.layers) / max(1, len(self.layers))
+        kernels = Counter(layer.kernel for layer in self.layers)
+        ran = ", ".join(f"{count} {name}" for name, count in kernels.most_common())
+        said = (
+            f"{self.method}: {len(self.layers)} layers ({ran}), {self.before / 1e6:.1f} MB as {self.after / 1e6:.1f} MB"
+        )
+        return f"{said}, weights off by {mean:.2%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes_before": self.before, "bytes_after": self.after, "speed": self.speed}
+
+
+def quantize_model(
+    root: nn.Module, component: str, method: QuantMethod, put: Put, present: Present, report: QuantReport, *,
+    ranges: Mapping[str, Tensors] | None = None, learned: Learned | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Put a quantized layer in the place of each that the method takes, and add it to the report.
+
+    ranges: static ranges by layer; layers without any find theirs at each call. learned: for a layer, what rounds its
+    weight, or None. watch: told how many layers of how many are done.
+
+    Raises UnsupportedModel, with the layer's name, for what cannot be quantized.
+    """
+    wanted = chosen(method, root)
+    if not wanted:
+        raise UnsupportedModel(f"quant.skip and quant.keep leave nothing of {component} to quantize")
+    _refuse_offloaded(wanted, component)
+    for number, (found, recipe) in enumerate(wanted, 1):
+        known = dict((ranges or {}).get(found.name, {})) if recipe.activations == "int8" else {}
+        try:
+            layer = build(found.layer, recipe, present, learned=learned(found, recipe) if learned else None, **known)
+            said = layer.choose_kernel()
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{component}.{found.name} cannot be quantized: {error}") from None
+        report.layers.append(_report(component, found, layer, said))
+        report.static += "low" in known
+        for parent, name in found.places:
+            put(parent, name, layer)
+        if watch is not None:
+            watch(number, len(wanted))
+    report.kept += sum(type(module) in (nn.Linear, nn.Conv2d) for module in root.modules())
+
+
+def _report(component: str, found: Found, layer: QLayer, said: str) -> LayerReport:
+    weight = found.layer.weight.detach()
+    tensors = [weight] if found.layer.bias is None else [weight, found.layer.bias]
+    before = sum(t.numel() * t.element_size() for t in tensors)
+    error = float((layer.weight - weight).norm() / weight.norm().clamp_min(1e-12))
+    recipe = layer.recipe
+    return LayerReport(
+        component, found.name, recipe.format, recipe.activations, layer.kernel_name, before, layer.nbytes, error, said
+    )
+
+
+def _refuse_offloaded(wanted: list[tuple[Found, Recipe]], component: str) -> None:
+    """Hooks that load a layer's weight when it is called would be lost with the layer."""
+    for found, _ in wanted:
+        if "_hf_hook" in vars(found.layer) or found.layer.weight.is_meta:
+            raise UnsupportedModel(
+                f"layers of {component} are offloaded one by one; quantize first, then enable offloading"
+            )
