@@ -25,6 +25,7 @@ from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
+from .quantizing import Quantized, follow_standing, installed
 
 if TYPE_CHECKING:
     from fastdiff.parallel.crew import Crew
@@ -40,6 +41,7 @@ class Accelerated:
         self.config, self.origins = resolved.config, resolved.origins
         self._patches = PatchSet()
         self.crew: Crew | None = None
+        self.quantized: Quantized | None = None
         self._listen()
 
     def _listen(self) -> None:
@@ -78,6 +80,7 @@ class Accelerated:
         """All of the config or, on an exception, nothing; may be called again after `restore()`."""
         self._listen()
         with self._patches as patches:
+            self._quantize(found, patches)
             self.crew = self._meet(found)
             for anatomy in found:
                 self._install_on(anatomy, patches)
@@ -86,6 +89,16 @@ class Accelerated:
             patches.set(self.pipe, HANDLE, self)
             patches.refuse_copies(self.pipe)
             patches.call(self.clock.attach, self.clock.detach)
+
+    def _quantize(self, found: list[Anatomy], patches: PatchSet) -> None:
+        method = self.config.quant
+        if method is None:
+            follow_standing(found, self.clock, patches)
+            return
+        done = installed(self.pipe, method, found, self.clock, self._recorder, patches)  # type: ignore[arg-type]
+        if self.config.compile.enabled and done.opaque:
+            raise BadConfig("8-bit layers on a CPU do not compile (oneDNN packs them); leave out compile or quant")
+        self.quantized = done
 
     def _install_on(self, anatomy: Anatomy, patches: PatchSet) -> None:
         config = self.config

@@ -38,6 +38,7 @@ class Present:
     """
 
     bucket: int | None = None
+    clocked: bool = False  # whether somebody who knows the step sets the bucket
     _last: tuple[Any, ...] = field(default=(), repr=False)
 
     def shared(self, x: Tensor, key: Hashable, make: Callable[[], Levels]) -> Levels:

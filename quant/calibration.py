@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ class Origin(Settings):
     components: dict[str, str] = Field(description="class and configuration of each component, by name")
     edges: tuple[float, ...] = Field((), description="noise shares, falling, at which the next bucket begins")
     buckets: int = Field(ge=1)
+    times: tuple[tuple[float, float], ...] = Field((), description="what denoisers were told of the time, noise share")
     scheduler: str = ""
     steps: int = Field(0, ge=0)
     guidance_scale: float | None = None
@@ -38,6 +40,13 @@ class Origin(Settings):
     def bucket(self, share: float) -> int:
         """The bucket of a noise share."""
         return bisect_left([-edge for edge in self.edges], -share)
+
+    def bucket_at(self, time: float) -> int | None:
+        """The bucket where a denoiser is told this time, on a grid of whatever solver; None if that is not known."""
+        if not self.times:
+            return None
+        told, shares = np.array(sorted(self.times)).T
+        return self.bucket(float(np.interp(time, told, shares)))
 
 
 @dataclass(frozen=True)

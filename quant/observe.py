@@ -55,16 +55,20 @@ class Observer:
     def __init__(self, layers: list[Found], buckets: int) -> None:
         self.layers, self.buckets = layers, buckets
         self.bucket: int | None = None
+        self.run: Run | None = None
+        self.times: dict[float, float] = {}  # noise share by what the denoiser was told of the time
         self.seen: dict[str, Seen] = {f.name: Seen() for f in layers}
         self.partners: dict[str, str] = {}  # of each layer, the first that was given the same tensor
         self._generator = torch.Generator().manual_seed(0)
         self._last: tuple[Any, str] | None = None
+        self._share = 1.0
 
     def listen(self, clock: StepClock) -> None:
         """Follow a pipeline's steps; buckets hold as many steps each of a calibration run."""
 
         def called(step: Any) -> None:
             self.bucket = step.index * min(self.buckets, step.run.total) // step.run.total
+            self.run, self._share = step.run, noise_share(step.run, step.index)
 
         def ended(run: Run) -> None:
             self.bucket = None
@@ -73,14 +77,22 @@ class Observer:
         clock.on_end.append(ended)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        hooks = [f.layer.register_forward_pre_hook(self._hook(f.name)) for f in self.layers]
+    def watching(self, denoiser: nn.Module | None = None) -> Iterator[None]:
+        """Looks at the layers, and at what the denoiser is told of the time."""
+        hooks: list[Any] = [f.layer.register_forward_pre_hook(self._hook(f.name)) for f in self.layers]
+        if denoiser is not None:
+            hooks.append(denoiser.register_forward_hook(self._timed, with_kwargs=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             self._last = None
+
+    def _timed(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        time = told_time(args, kwargs)
+        if time is not None and self.bucket is not None:
+            self.times[time] = self._share
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
         def look(layer: nn.Module, inputs: tuple) -> None:
@@ -154,6 +166,15 @@ def noise_share(run: Run, index: int) -> float:
     """Noise / (signal + noise) of the latents at a step: the same measure for all solvers, 1 where all is noise."""
     signal, noise = run.signal_and_noise(index)
     return noise / (signal + noise)
+
+
+def told_time(args: tuple, kwargs: Mapping[str, Any]) -> float | None:
+    """What a call of a denoiser says of the time: its argument `timestep`, or the second one; waits for the device."""
+    given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+    if given is None:
+        return None
+    flat = torch.as_tensor(given).flatten()
+    return float(flat[0]) if len(flat) and not flat.is_complex() else None
 
 
 def _column_peaks(layer: nn.Linear | nn.Conv2d) -> Tensor:

@@ -1,0 +1,195 @@
+"""Quantizes the components of a pipeline: which ones, in whose place, and what the report says of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastdiff.anatomy import fingerprint
+from fastdiff.clock import Run, Step, StepClock
+from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
+from fastdiff.patch import PatchSet
+from fastdiff.quant.activations import Present
+from fastdiff.quant.base import QuantMethod
+from fastdiff.quant.calibration import Calibration, Origin
+from fastdiff.quant.install import Learned, Put, QuantReport, quantize_model
+from fastdiff.quant.observe import noise_share
+from fastdiff.quant.standing import standing
+from fastdiff.recorder import Recorder
+
+from .families import Anatomy
+
+Watch = Callable[[int, int], None]
+
+
+@dataclass
+class Quantized:
+    """What was done to a pipeline, and what its layers must be told while it runs."""
+
+    method: QuantMethod
+    report: QuantReport
+    calibration: Calibration | None = None
+    presents: dict[str, Present] = field(default_factory=dict)
+
+    def listen(self, clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
+        origin = self.calibration.origin if self.calibration else None
+        for present in self.presents.values():
+            follow(present, origin, clock, patches)
+
+        def started(run: Run) -> None:
+            for note in [*self.notes(), *(self.calibration.differences(run) if self.calibration else [])]:
+                recorder.note(note)
+
+        clock.on_start.append(started)
+
+    @property
+    def opaque(self) -> bool:
+        """Whether some layers' weights are packed in a way that a graph cannot hold."""
+        return any(layer.kernel.startswith("onednn") for layer in self.report.layers)
+
+    def notes(self) -> list[str]:
+        """What the report of a run should say."""
+        report, said = self.report, [f"quant {self.report.summary()}; the float layers are kept for restore()"]
+        eight = [layer for layer in report.layers if layer.activations == "int8"]
+        if eight and not self.calibration:
+            said.append("ranges of activations are found at each call; calibrated ones are faster (fastdiff quantize)")
+        elif report.static < len(eight):
+            said.append(
+                f"{len(eight) - report.static} layers were not seen in calibration; they find ranges at each call"
+            )
+        slow = sum(layer.kernel == "reference" for layer in report.layers)
+        if slow:
+            said.append(
+                f"speed: no for {slow} layers, whose weights are made float at each call: they save memory only"
+            )
+        passed = Counter(layer.said for layer in report.layers if layer.said)
+        return [*said, *(f"{count} layers passed over {reason}" for reason, count in passed.most_common(3))]
+
+
+def follow(present: Present, origin: Origin | None, clock: StepClock, patches: PatchSet) -> None:
+    """Tell the layers of a component the bucket of each call of the denoiser."""
+
+    def called(step: Step) -> None:
+        present.bucket = None if origin is None else origin.bucket(noise_share(step.run, step.index))
+
+    def ended(run: Run) -> None:
+        present.bucket = None
+        present.forget()
+
+    clock.on_call.append(called)
+    clock.on_end.append(ended)
+    patches.set(present, "clocked", True)
+
+
+def targets(pipe: Any, method: QuantMethod, found: list[Anatomy]) -> dict[str, nn.Module]:
+    """The components that a method names, by name.
+
+    Raises UnknownName for one that is not there, UnsupportedModel for one that another library has quantized.
+    """
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    denoisers = {anatomy.component: anatomy.denoiser for anatomy in found}
+    kinds: dict[str, Mapping[str, nn.Module]] = {
+        "denoiser": denoisers,
+        "text_encoder": {name: part for name, part in modules.items() if name.startswith("text_encoder")},
+        "vae": {name: part for name, part in modules.items() if name == "vae"},
+    }
+    chosen: dict[str, nn.Module] = {}
+    for name in method.components:
+        part = kinds.get(name) or ({name: modules[name]} if name in modules else {})
+        if not part:
+            raise UnknownName(f"component of {type(pipe).__name__}", name, [*kinds, *modules])
+        chosen |= part
+    for name, module in chosen.items():
+        refuse_quantized(name, module)
+    return chosen
+
+
+def refuse_quantized(name: str, module: nn.Module) -> None:
+    """Two quantizations of one weight make no sense; what another library quantized runs as it is."""
+    own = getattr(getattr(module, "hf_quantizer", None), "quantization_config", None)
+    own = own or getattr(getattr(module, "config", None), "quantization_config", None)
+    if own is not None:
+        kind = getattr(own, "quant_method", None) or (own.get("quant_method") if isinstance(own, dict) else None)
+        raise UnsupportedModel(
+            f"{name} is quantized already, by {getattr(kind, 'value', kind) or type(own).__name__}; it runs as it is "
+            "with the other levers: leave out `quant`"
+        )
+    if standing(module) is not None:
+        raise UnsupportedModel(f"{name} is quantized already, by fastdiff; leave out `quant`, or load the float model")
+
+
+def quantize_parts(
+    pipe: Any, method: QuantMethod, found: list[Anatomy], put: Put, *, calibration: Calibration | None = None,
+    learned: Learned | None = None, watch: Watch | None = None,
+) -> Quantized:  # fmt: skip
+    """Put quantized layers in their places in all components that the method names.
+
+    Raises BadConfig for a calibration of another model or other options, or rounding that needs data it has not.
+    """
+    if method.rounding == "flexround" and learned is None:
+        raise BadConfig(
+            "rounding = flexround learns from calls of the model; use fastdiff quantize or fastdiff.quantize, or "
+            "rounding = mse"
+        )
+    parts = targets(pipe, method, found)
+    if calibration is None and method.ranges is not None:
+        calibration = Calibration.load(method.ranges)
+    if calibration is not None:
+        check_options(method, calibration.origin)
+        for name in parts.keys() & {anatomy.component for anatomy in found}:
+            calibration.check(name, print_of(name, parts[name]))
+    elif method.smooth is not None or method.split:
+        raise BadConfig("quant.smooth and quant.split need ranges: calibrate, and name the file as quant.ranges")
+    done = Quantized(method, QuantReport(method.method), calibration)
+    for name, module in parts.items():
+        done.presents[name] = Present()
+        ranges = calibration.of(name) if calibration else None
+        quantize_model(
+            module, name, method, put, done.presents[name], done.report, ranges=ranges, learned=learned, watch=watch
+        )
+    return done
+
+
+def check_options(method: QuantMethod, origin: Origin) -> None:
+    for option in ("smooth", "split"):
+        made, asked = getattr(origin, option), getattr(method, option)
+        if made != asked:
+            raise BadConfig(
+                f"the calibration was made with quant.{option} = {made}, the config has {asked}; calibrate again"
+            )
+
+
+def print_of(name: str, module: nn.Module) -> str:
+    """Class and configuration of a component."""
+    from fastdiff.anatomy import Family
+
+    return fingerprint(Anatomy(module, Family(name, "unet"), name))
+
+
+def installed(
+    pipe: Any, method: QuantMethod, found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet
+) -> Quantized:
+    """Quantize a live pipeline reversibly: the float layers come back with the patches."""
+    done = quantize_parts(pipe, method, found, patches.replace)
+    done.listen(clock, recorder, patches)
+    if hasattr(pipe, "fuse_lora"):
+        patches.set(pipe, "fuse_lora", refuse_fusing)
+    return done
+
+
+def refuse_fusing(*_: Any, **__: Any) -> None:
+    raise UnsupportedModel(
+        "LoRA weights cannot be fused into quantized ones; leave them on top, which works, or fuse before quantizing"
+    )
+
+
+def follow_standing(found: list[Anatomy], clock: StepClock, patches: PatchSet) -> None:
+    """A pipeline whose denoiser was quantized for good: its layers go by the clock."""
+    for anatomy in found:
+        state = standing(anatomy.denoiser)
+        if state is not None:
+            follow(state.present, state.origin, clock, patches)
