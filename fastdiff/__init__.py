@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .pipelines.accelerate import accelerate as accelerate
     from .pipelines.accelerate import restore as restore
     from .pipelines.loading import load as load
+    from .pipelines.quantize import quantize as quantize
+    from .pipelines.quantized_files import save as save
     from .registry import names as methods  # noqa: F401
 
 _HOME = {
@@ -22,6 +24,8 @@ _HOME = {
     "FastdiffError": "errors:FastdiffError",
     "accelerate": "pipelines.accelerate:accelerate",
     "load": "pipelines.loading:load",
+    "quantize": "pipelines.quantize:quantize",
+    "save": "pipelines.quantized_files:save",
     "methods": "registry:names",
     "register_cache": "caching:REGISTRY.register",
     "register_family": "pipelines.families:register_family",

@@ -51,9 +51,10 @@ class Quantized:
         """Whether some layers' weights are packed in a way that a graph cannot hold."""
         return any(layer.kernel.startswith("onednn") for layer in self.report.layers)
 
-    def notes(self) -> list[str]:
+    def notes(self, freed: bool = False) -> list[str]:
         """What the report of a run should say."""
-        report, said = self.report, [f"quant {self.report.summary()}; the float layers are kept for restore()"]
+        report, kept = self.report, "the float layers are freed" if freed else "the float layers are kept for restore()"
+        said = [f"quant {report.summary()}; {kept}"]
         eight = [layer for layer in report.layers if layer.activations == "int8"]
         if eight and not self.calibration:
             said.append("ranges of activations are found at each call; calibrated ones are faster (fastdiff quantize)")
@@ -145,6 +146,10 @@ def quantize_parts(
     elif method.smooth is not None or method.split:
         raise BadConfig("quant.smooth and quant.split need ranges: calibrate, and name the file as quant.ranges")
     done = Quantized(method, QuantReport(method.method), calibration)
+    if method.prune is not None:
+        for anatomy in found:
+            if anatomy.component in parts:
+                method.prune.install(anatomy, put)
     for name, module in parts.items():
         done.presents[name] = Present()
         ranges = calibration.of(name) if calibration else None

@@ -1,0 +1,106 @@
+"""`fastdiff quantize`: write a quantized copy of a model, or only the ranges that calibration found for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .calibrate import _arguments, _loaded, _progress
+from .commands import ConfigFile, Json, Preset, Sets
+
+if TYPE_CHECKING:
+    from fastdiff.quant.install import QuantReport
+
+
+def quantize(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The directory to write; or FILE.safetensors: ranges.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    preset: Preset = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Images to calibrate on; 0 finds ranges at each call.")] = 8,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 4,
+    predict: Annotated[bool, typer.Option("--predict", help="Also measure each layer alone; slow.")] = False,
+    report: Annotated[Path | None, typer.Option(help="A JSON file for the report of every layer.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files (never directories).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of a model with quantized weights, which `-m DIR` and fastdiff.load read like any other.
+
+    The method is --set quant.method=NAME (w8a8 if left out). With a name that ends in .safetensors only the ranges of
+    its activations are written, for --set quant.ranges=FILE.
+    """
+    from . import settings
+
+    layers = [
+        ("quantize", {"quant": {"method": "w8a8"}}),
+        *settings.layers(preset, config, None, None, sets or [], None),
+    ]
+
+    from fastdiff.bench import output as files
+    from fastdiff.bench import prompts_for, solvers
+    from fastdiff.errors import BadConfig
+    from fastdiff.pipelines import quantize as work
+    from fastdiff.pipelines.quantized_files import check_target, save
+
+    only_ranges = output.suffix == ".safetensors"
+    files.check([report, *([output] if only_ranges else [])], overwrite)
+    if only_ranges and not prompts:
+        raise BadConfig("ranges need prompts to be calibrated on; give --prompts 8")
+    if not only_ranges:
+        check_target(output)
+    if scheduler is not None:
+        solvers.check_name(scheduler)
+    pipe, resolved = _loaded(model, layers)
+    if scheduler is not None:
+        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
+    call = _arguments(pipe, steps, guidance_scale)
+    texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
+    with _progress() as watch:
+        if only_ranges:
+            method = work.method_of(pipe, resolved)
+            found = work.calibrate_ranges(pipe, method, texts, seed=seed, batch=batch, watch=watch, **call)
+            files.write(output, found.save)
+            print(output)
+            return
+        done = work.quantize(pipe, resolved, texts, seed=seed, batch=batch, predict=predict, watch=watch, **call)
+    save(pipe, output)
+    if report is not None:
+        _write(report, done)
+    _tell(output, done, as_json)
+
+
+def _write(report: Path, done: QuantReport) -> None:
+    import json
+
+    from fastdiff.bench import output as files
+
+    text = json.dumps(done.to_dict(), indent=1) + "\n"
+    files.write(report, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _tell(output: Path, done: QuantReport, as_json: bool) -> None:
+    import json
+
+    from .console import say
+
+    if as_json:
+        told: dict[str, Any] = {key: value for key, value in done.to_dict().items() if key != "layers"}
+        print(json.dumps({"file": str(output), "layers": len(done.layers), **told}))
+        return
+    print(output)
+    for note in done.notes:
+        say(note)
+    if done.output_error is not None:
+        say(f"output of the denoiser off by {done.output_error:.2%}; speed: {done.speed}")
