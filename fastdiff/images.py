@@ -60,6 +60,7 @@ class Replay(Sampling):
     config: dict[str, Any]
     report: dict[str, Any]
     versions: dict[str, str]
+    job: str | None = Field(None, max_length=100, description="which picture of a resumable job this is")
 
     @property
     def local(self) -> bool:

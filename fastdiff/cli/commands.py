@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ FromImage = Annotated[
 Timeline = Annotated[
     Path | None, typer.Option(help="Write compute and transfers of each rank here (.json for Chrome's tracing, .png).")
 ]
+Engine = Annotated[
+    str | None, typer.Option(help="ray spreads a job over a Ray cluster (extra: ray). Default: this process.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="With --engine ray; default: one for each GPU, or CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
@@ -69,17 +73,25 @@ def generate(
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the PNG.")] = False,
     dtype: Dtype = None,
     timeline: Timeline = None,
+    engine: Engine = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> int | None:
-    """Draw images from prompts and write them as PNG; prints their paths."""
+    """Draw images from prompts and write them as PNG; prints their paths.
+
+    With --prompt-file and a directory this is a job: broken off and started again, it draws what is missing.
+    """
     from . import jobs
 
     made = jobs.replayed(from_image, model) if from_image else None
     flags = jobs.given(
         steps=steps, guidance_scale=guidance_scale, width=width, height=height, negative_prompt=negative_prompt
     )
-    asked = jobs.collect(prompts or [], prompt_file, jobs.base(made, flags), seeds or [], count)
-    targets = jobs.targets(output, asked)
+    lasting = prompt_file is not None and jobs.is_folder(output)
+    jobs.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every, timeline))
+    asked = jobs.listed(prompts or [], prompt_file, jobs.base(made, flags), seeds or [], count, lasting=lasting)
+    drawable = jobs.drawable(asked, strict=not lasting)
+    targets = jobs.targets(output, drawable)
     name = model or (made.model if made else "shapes-unet")
 
     from . import settings  # from here on torch is needed
@@ -89,13 +101,17 @@ def generate(
     from . import ranks, studio
 
     order = studio.Order(
-        name, layers, dtype or (made.dtype if made else None), asked, targets, made, overwrite=overwrite,
+        name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
         metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline,
     )  # fmt: skip
+    work: tuple[Any, ...] = studio.draw, order
+    if lasting:
+        from fastdiff.jobs import batch
+
+        work = batch.run, batch.Batch(order, targets[0].parent, asked, workers or 0 if engine == "ray" else None)
     if devices is None or devices == 1 or ranks.launched():
-        studio.draw(order)
-        return None
-    return ranks.launch(devices, settings.timeout(layers), studio.draw, order)
+        return work[0](work[1])
+    return ranks.launch(devices, settings.timeout(layers), *work)
 
 
 def methods(as_json: Json = False) -> None:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fastdiff.errors import BadConfig, FastdiffError, UnknownName
+from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError, UnknownName
 from fastdiff.images import Replay, Sampling, numbered, read, sentence
 
 MAX_COUNT = 10_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One image of a list, or the mistake that keeps it from being drawn; `where` places it in the list."""
+
+    where: str
+    sampling: Sampling | None
+    mistake: BadConfig | None = None
 
 
 def given(**flags: Any) -> dict[str, Any]:
@@ -39,13 +52,48 @@ def base(made: Replay | None, flags: dict[str, Any]) -> dict[str, Any]:
     return (made.model_dump(include=set(Sampling.model_fields)) if made else {}) | flags
 
 
-def collect(
-    prompts: Sequence[str], prompt_file: Path | None, shared: dict[str, Any], seeds: Sequence[int], count: int
-) -> list[Sampling]:
-    """Every image to make, prompt by prompt, seed by seed; each has a seed."""
+def drawable(asked: Sequence[Asked], *, strict: bool) -> list[Sampling]:
+    """The images to make. Raises the first mistake, if there is nothing else or with `strict`."""
+    found = [one.sampling for one in asked if one.sampling is not None]
+    mistakes = [one.mistake for one in asked if one.mistake is not None]
+    if mistakes and (strict or not found):
+        raise mistakes[0]
+    return found
+
+
+def check_engine(engine: str | None, workers: int | None, devices: int | None, *, lasting: bool, single: Any) -> None:
+    """Raises BadConfig for options that do not go together, BackendUnavailable without ray."""
+    if engine is not None and engine not in ("local", "ray"):
+        raise UnknownName("engine", engine, ("local", "ray"))
+    if workers is not None and engine != "ray":
+        raise BadConfig(f"--workers {workers} needs --engine ray")
+    if engine == "ray" and (not lasting or (devices or 1) > 1 or any(option is not None for option in single)):
+        raise BadConfig(
+            "--engine ray draws a --prompt-file into a directory (-o DIR/), each picture on one device; leave "
+            "--devices, --preview-every and --timeline out"
+        )
+    if lasting and single[1] is not None:
+        raise BadConfig("--timeline is of one picture; leave it out of a job, or give one prompt")
+    if engine == "ray" and find_spec("ray") is None:
+        raise BackendUnavailable("--engine ray needs ray: pip install 'fastdiff[ray]'")
+
+
+def listed(
+    prompts: Sequence[str],
+    prompt_file: Path | None,
+    shared: dict[str, Any],
+    seeds: Sequence[int],
+    count: int,
+    *,
+    lasting: bool = False,
+) -> list[Asked]:
+    """Every image to make, prompt by prompt, seed by seed; each has a seed.
+
+    Where none is given it is random, or with `lasting` comes from the prompt, so that it is the same the next time.
+    """
     if not 1 <= count <= MAX_COUNT:
         raise BadConfig(f"-n {count}: give 1 to {MAX_COUNT} images a prompt")
-    asked: list[tuple[str, dict[str, Any]]] = [("", {"prompt": prompt}) for prompt in prompts]
+    asked: list[tuple[str, dict[str, Any] | BadConfig]] = [("", {"prompt": prompt}) for prompt in prompts]
     if prompt_file is not None:
         asked += _read(prompt_file)
     if not asked and "prompt" in shared:
@@ -53,14 +101,27 @@ def collect(
     if not asked:
         nothing = f"{prompt_file} holds no prompt" if prompt_file else "nothing to draw"
         raise BadConfig(f"{nothing}; give a PROMPT, --prompt-file with at least one, or --from-image")
-    first = list(seeds) or [shared.get("seed", secrets.randbelow(2**32))]
-    jobs = []
+    chance, times = secrets.randbelow(2**32), Counter[str]()
+    found: list[Asked] = []
     for where, values in asked:
-        starts = [values["seed"]] if values.get("seed") is not None else first
-        checked = [_sampling(where, shared | values | {"seed": start}) for start in starts]
-        every = dict.fromkeys(job.seed + k for job in checked for k in range(count) if job.seed is not None)
-        jobs += [_sampling(where, shared | values | {"seed": seed}) for seed in every]
-    return jobs
+        if isinstance(values, BadConfig):
+            found.append(Asked(where, None, values))
+            continue
+        text = json.dumps(values, sort_keys=True)
+        times[text] += 1
+        usual = _seed_of(f"{times[text]} {text}") if lasting else chance
+        starts = [values["seed"]] if values.get("seed") is not None else list(seeds) or [shared.get("seed", usual)]
+        try:
+            checked = [_sampling(where, shared | values | {"seed": start}) for start in starts]
+            every = dict.fromkeys(job.seed + k for job in checked for k in range(count) if job.seed is not None)
+            found += [Asked(where, _sampling(where, shared | values | {"seed": seed})) for seed in every]
+        except BadConfig as mistake:
+            found.append(Asked(where, None, mistake))
+    return found
+
+
+def _seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def _sampling(where: str, values: dict[str, Any]) -> Sampling:
@@ -73,42 +134,50 @@ def _sampling(where: str, values: dict[str, Any]) -> Sampling:
         raise BadConfig(f"{where}{sentence(error)}") from None
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Prompts of a file, each with the words that place it in an error message."""
+def _read(path: Path) -> list[tuple[str, dict[str, Any] | BadConfig]]:
+    """Prompts of a file, or what is wrong with the line, each with the words that place it in an error message."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise BadConfig(f"--prompt-file {path} is not UTF-8 text") from None
     except OSError as error:
         raise BadConfig(f"--prompt-file {path} cannot be read: {error.strerror}") from None
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]  # not at U+2028
     is_json = path.suffix == ".jsonl" or (str(path) == "-" and bool(lines) and lines[0][1].startswith("{"))
     if not is_json:
         return [(f"{path} line {n}: ", {"prompt": line}) for n, line in lines]
     return [(f"{path} line {n}: ", _parse(f"{path} line {n}: ", line)) for n, line in lines]
 
 
-def _parse(where: str, line: str) -> dict[str, Any]:
+def _parse(where: str, line: str) -> dict[str, Any] | BadConfig:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadConfig(f"{where}not JSON: {getattr(error, 'msg', error)}") from None
+        return BadConfig(f"{where}not JSON: {getattr(error, 'msg', error)}")
     if not isinstance(values, dict) or "prompt" not in values:
-        raise BadConfig(f'{where}needs an object with a prompt, like {{"prompt": "a red circle", "seed": 1}}')
+        return BadConfig(f'{where}needs an object with a prompt, like {{"prompt": "a red circle", "seed": 1}}')
     return values
 
 
 def targets(output: str, jobs: Sequence[Sampling]) -> list[Path]:
     """A path for each image, all different, where files can be written; a folder to make is made by `make_folder`."""
     path = Path(output).expanduser()
-    if output.endswith("/") or path.is_dir():
-        names = [path / f"{_slug(job.prompt)}_seed_{job.seed}.png" for job in jobs]
+    if is_folder(output):
+        names = [path / file_name(job) for job in jobs]
     elif path.suffix.lower() != ".png":
         raise BadConfig(f"-o {output}: end the name in .png, or in / for a directory")
     else:
         names = [path if len(jobs) == 1 else path.with_name(f"{path.stem}_seed_{job.seed}.png") for job in jobs]
-    _check_writable(path if path.is_dir() else path.parent)
+    check_writable(path if path.is_dir() else path.parent)
     return list(_distinct(names))
+
+
+def is_folder(output: str) -> bool:
+    return output.endswith("/") or Path(output).expanduser().is_dir()
+
+
+def file_name(job: Sampling) -> str:
+    return f"{_slug(job.prompt)}_seed_{job.seed}.png"
 
 
 def _distinct(paths: Sequence[Path]) -> Iterator[Path]:
@@ -131,7 +200,7 @@ def make_folder(folder: Path) -> None:
         raise FastdiffError(f"-o {folder}: cannot be created: {error.strerror}") from None
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     if not folder.is_dir():
         raise FastdiffError(f"output directory {str(folder)!r} does not exist; create it first, or choose another -o")
     try:

@@ -17,28 +17,34 @@ from .console import say
 SCALE = 4  # pixels a latent pixel
 
 
-class Previews:
-    """A `callback_on_step_end` that saves every so many steps, next to the output."""
+class Palette:
+    """Turns latents into pictures without decoding them."""
 
-    def __init__(self, vae: Any, every: int, target: Path) -> None:
-        self.every, self.target = every, target
+    def __init__(self, vae: Any) -> None:
         self.colours, self.grey = projection(vae)
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if (step + 1) % self.every == 0:
-            path = self.target.with_name(f"{self.target.stem}_step_{step + 1:03}.png")
-            say(f"preview {save(self.picture(values['latents']), path)}")
-        return values
 
     def picture(self, latents: Tensor) -> Image.Image:
         if latents.ndim != 4 or latents.shape[1] != len(self.colours):
             raise FastdiffError(
-                f"--preview-every needs latents of {len(self.colours)} channels in rows and columns, this pipeline has "
-                f"{tuple(latents.shape)}; leave it out"
+                f"previews need latents of {len(self.colours)} channels in rows and columns, this pipeline has "
+                f"{tuple(latents.shape)}; draw without them"
             )
         pixels = torch.einsum("chw,cr->hwr", latents[0].float(), self.colours) + self.grey
         image = Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().cpu().numpy())
         return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
+
+
+class Previews:
+    """A `callback_on_step_end` that saves every so many steps, next to the output."""
+
+    def __init__(self, vae: Any, every: int, target: Path) -> None:
+        self.every, self.target, self.palette = every, target, Palette(vae)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if (step + 1) % self.every == 0:
+            path = self.target.with_name(f"{self.target.stem}_step_{step + 1:03}.png")
+            say(f"preview {save(self.palette.picture(values['latents']), path)}")
+        return values
 
 
 @torch.no_grad()

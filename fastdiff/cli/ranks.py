@@ -24,7 +24,7 @@ def launched() -> bool:
     return dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())
 
 
-def launch(devices: int, timeout: float, work: Callable[..., None], *arguments: Any) -> int:
+def launch(devices: int, timeout: float, work: Callable[..., Any], *arguments: Any) -> int:
     """Run `work(*arguments)` in `devices` new processes that form a group; the exit code of rank 0, or of who failed.
 
     What other ranks than 0 have to say is told once they have failed, and once only. Two runs never want the same port:
@@ -68,7 +68,7 @@ def _wait(ranks: list[Any], timeout: float) -> None:
             return
 
 
-def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[..., None], arguments: tuple) -> None:
+def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[..., Any], arguments: tuple) -> None:
     import datetime
 
     import torch
@@ -76,7 +76,7 @@ def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[.
 
     from . import guarded
 
-    def joined() -> None:
+    def joined() -> Any:
         cuda = torch.cuda.device_count() >= devices
         if cuda:
             torch.cuda.set_device(rank)
@@ -85,7 +85,7 @@ def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[.
         store = dist.FileStore(str(Path(folder) / "store"), devices)
         limit = datetime.timedelta(seconds=timeout)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=devices, timeout=limit)
-        work(*arguments)
+        return work(*arguments)
 
     def told(message: str) -> None:
         part = Path(folder) / f".{rank}"

@@ -74,7 +74,7 @@ class Order:
 def draw(order: Order) -> None:
     """Load, check everything, and draw one picture after the other."""
     studio = Studio(order.model, order.layers, order.dtype)
-    jobs, targets = studio.shared(order.jobs, order.targets)  # each rank may have chosen other seeds
+    jobs, targets = studio.told((order.jobs, order.targets))  # each rank may have chosen other seeds
     studio.check(jobs, order.preview_every)
     if order.made:
         studio.compare(order.made)
@@ -126,9 +126,9 @@ class Studio:
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)
 
-    def shared(self, jobs: Sequence[Sampling], targets: Sequence[Path]) -> tuple[Sequence[Sampling], Sequence[Path]]:
-        """What rank 0 was asked for."""
-        return (jobs, targets) if self.fast.crew is None else self.fast.crew.bus.tell((jobs, targets))[0]
+    def told(self, what: Any) -> Any:
+        """What rank 0 says."""
+        return what if self.fast.crew is None else self.fast.crew.bus.tell(what)[0]
 
     def check(self, jobs: Sequence[Sampling], preview_every: int | None) -> None:
         """Refuse what this model cannot draw, before the first picture is begun."""

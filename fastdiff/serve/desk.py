@@ -10,10 +10,9 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from fastdiff.cli.previews import Previews
+from fastdiff.cli.previews import Palette
 from fastdiff.cli.studio import Drawn, Studio
 from fastdiff.clock import Step
 from fastdiff.config import Layer
@@ -193,13 +192,13 @@ class Desk:
 
     def _previewer(self, ticket: Ticket) -> Any:
         """A `callback_on_step_end` that tells of evenly spread previews."""
-        previews = Previews(self.studio.pipe.vae, 1, Path())
+        palette = Palette(self.studio.pipe.vae)
         steps = ticket.jobs[0].steps or call_defaults(self.studio.pipe)["num_inference_steps"]
         due = [round((k + 1) * steps / (ticket.previews + 1)) for k in range(ticket.previews)]
 
         def show(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if step + 1 in due:
-                shown = base64.b64encode(encode(previews.picture(values["latents"]))).decode()
+                shown = base64.b64encode(encode(palette.picture(values["latents"]))).decode()
                 self._tell(ticket, {"type": "image_generation.partial_image", "b64_json": shown,
                                     "partial_image_index": due.index(step + 1)})  # fmt: skip
             return values

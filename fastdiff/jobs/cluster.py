@@ -1,0 +1,117 @@
+"""The same job on a Ray cluster: actors hold the accelerated pipeline; this process claims, saves and keeps the books.
+
+Needs the extra `ray`. The model must be found under the same name on every machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+
+from fastdiff.cli.console import say, warn
+from fastdiff.cli.studio import Drawn, Order, Studio
+from fastdiff.errors import FastdiffError
+from fastdiff.images import Sampling
+
+from .batch import attempt
+
+if TYPE_CHECKING:
+    from .batch import Log
+    from .manifest import Item
+
+_TRIES = 3  # a picture that takes its worker down that often is given up
+_LOOK_AGAIN = 0.5  # seconds
+
+
+class Painter:
+    """An actor with the pipeline. Ray starts it again where it dies; it then loads again with the next picture."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._studio: Studio | None = None
+
+    def load(self) -> str | None:
+        """The reason why this model or config cannot be had, if so."""
+        try:
+            self._studio = self._studio or Studio(self._order.model, self._order.layers, self._order.dtype)
+            self._studio.check([], self._order.preview_every)
+        except FastdiffError as error:
+            return str(error)
+        return None
+
+    def draw(self, job: Sampling) -> Drawn | str:
+        reason = self.load()
+        return attempt(self._studio, job) if self._studio is not None else reason or ""
+
+
+def draw(log: Log, order: Order, workers: int | None) -> None:
+    """Draw all that is missing. Raises FastdiffError if no worker can be had, or the model cannot be loaded there."""
+    first = log.manifest.claim()
+    if first is None and not log.manifest.open:
+        return  # no need for a cluster
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init()
+    try:
+        painters = _hire(order, workers, 1 + log.manifest.open)
+        _share(log, painters, [first] if first else [])
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _hire(order: Order, workers: int | None, most: int) -> list[Any]:
+    """As many painters as asked for, else as the cluster has GPUs, or CPUs where it has none."""
+    found = ray.cluster_resources()
+    kind = "GPU" if found.get("GPU") else "CPU"
+    there = int(found.get(kind, 0))
+    if (workers or 1) > there:
+        raise FastdiffError(f"{workers or 1} workers need a {kind} each, the Ray cluster has {there}")
+    count = min(workers or there, most)
+    resources: dict[str, Any] = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
+    actor: Any = ray.remote(Painter).options(max_restarts=-1, **resources)
+    painters = [actor.remote(order) for _ in range(count)]
+    say(f"{count} workers on Ray, a {kind} each")
+    try:
+        reasons = [reason for reason in ray.get([painter.load.remote() for painter in painters]) if reason]
+    except RayError as error:
+        raise FastdiffError(f"a Ray worker did not come up: {_first_line(error)}") from None
+    if reasons:
+        raise FastdiffError(reasons[0])
+    return painters
+
+
+def _share(log: Log, painters: list[Any], waiting: list[Item]) -> None:
+    """Hand out pictures as workers get free; what a dying worker had goes to another."""
+    idle, tries = list(painters), Counter[str]()
+    running: dict[Any, tuple[Any, Item]] = {}
+    while True:
+        while idle and (item := waiting.pop() if waiting else log.manifest.claim()) is not None:
+            painter = idle.pop()
+            running[painter.draw.remote(item.sampling)] = painter, item
+        if not running and not log.manifest.open:
+            return
+        if not running:  # another runner has what is left
+            time.sleep(_LOOK_AGAIN)
+            continue
+        for reference in ray.wait(list(running), timeout=_LOOK_AGAIN)[0]:
+            painter, item = running.pop(reference)
+            idle.insert(0, painter)
+            try:
+                outcome = ray.get(reference)
+            except RayError as error:
+                tries[item.id] += 1
+                warn(f"a worker was lost while it drew {item.sampling.prompt[:40]!r}: {_first_line(error)}")
+                if tries[item.id] < _TRIES:
+                    waiting.append(item)
+                    continue
+                outcome = f"lost {_TRIES} workers: {_first_line(error)}"
+            log.settle(item, outcome)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,3 @@
+from tests.cli.conftest import cli, model
+
+__all__ = ["cli", "model"]
