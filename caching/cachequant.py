@@ -26,20 +26,26 @@ if TYPE_CHECKING:
 
 
 class Corrected(Schedule):
-    """A schedule and, by step and stream, what is made of a cached value: a scale and a shift for each channel."""
+    """A schedule and, by step and stream, what is made of a cached value: a scale and a shift for each channel.
+
+    `layers` are the same for the outputs of quantized layers that the cached value feeds, by path and step.
+    """
 
     affine: Mapping[int, Mapping[int, Affine]] = Field(default_factory=dict)
+    layers: Mapping[str, Mapping[int, Affine]] = Field(default_factory=dict)
 
     def summary(self) -> str:
-        return f"{super().summary()}; corrections for {len(self.affine)} cached steps"
+        fed = f", and for {len(self.layers)} quantized layers" if self.layers else ""
+        return f"{super().summary()}; corrections for {len(self.affine)} cached steps{fed}"
 
 
 class CacheQuant(CacheMethod):
     """Compute the steps that a dynamic program picks on the cached feature itself; correct it channel by channel.
 
     Groups hold between half and twice `interval` steps. Unlike the authors' code, the program's cost is that of the
-    predictor in use, and the correction is fitted on the cached trajectory, whose errors it meets. What quantization
-    adds to the correction comes with quantization.
+    predictor in use, and the correction is fitted on the cached trajectory, whose errors it meets. With quantization
+    on, all of it is calibrated on the quantized model, and the outputs of the layers that a cached value feeds are
+    corrected too.
     """
 
     method: Literal["cachequant"] = "cachequant"

@@ -16,7 +16,6 @@ from fastdiff.clock import Run, Step, StepClock
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
-from .plan import quantization
 from .region import Memory, Region
 from .session import Session
 
@@ -33,18 +32,22 @@ class Sample:
     probe: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibrator:
-    """What a method may ask of a calibration: to draw all prompts once, with listeners or a session installed."""
+    """What a method may ask of a calibration: to draw all prompts once, with listeners or a session installed.
+
+    `weights` is how the model was quantized while it was drawn; after that it may be back to floats.
+    """
 
     anatomy: Anatomy
     draw: Callable[[Install], None]
+    weights: str | None = None
 
     def origin(self, run: Run) -> dict[str, Any]:
         """What a plan says of the run it was made on."""
         return {
             "denoiser": fingerprint(self.anatomy),
-            "quantization": quantization(self.anatomy),
+            "quantization": self.weights,
             "scheduler": run.scheduler,
             "guidance_scale": run.guidance_scale,
             "shape": run.shape,

@@ -172,7 +172,10 @@ def from_file(kind: type[Plan]) -> BeforeValidator:
 
 
 def quantization(anatomy: Anatomy) -> str | None:
-    """Dtypes of weights that are no plain floats, by name; None where all are."""
+    """What layers say of how they were quantized, or dtypes of weights that are no plain floats; None where all are."""
+    told = {str(m.quantized_as) for m in anatomy.denoiser.modules() if hasattr(m, "quantized_as")}
+    if told:
+        return "+".join(sorted(told))
     plain = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     tensors = [*anatomy.denoiser.parameters(), *anatomy.denoiser.buffers()]
     found = {str(t.dtype).removeprefix("torch.") for t in tensors if t.ndim >= 2 and t.dtype not in plain}

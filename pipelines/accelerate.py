@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 import fastdiff
 from fastdiff import strip
+from fastdiff.caching.cachequant import CacheQuant
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
@@ -21,6 +22,7 @@ from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
 
 from .attention import install_backend
+from .cachequant import correct_fed_layers
 from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
 from .language import clock_of
@@ -114,6 +116,8 @@ class Accelerated:
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
         if session is not None:
+            if isinstance(config.cache, CacheQuant):
+                correct_fed_layers(config.cache, anatomy, self.clock, patches)
             session.attach(patches)
             if crew is not None:
                 session.agree = crew.agrees

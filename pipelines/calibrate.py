@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Calibrator, Install
+from fastdiff.caching.plan import quantization
 from fastdiff.caching.session import Session
 from fastdiff.clock import StepClock
 from fastdiff.config import Compile, Config, Resolved
@@ -19,6 +20,7 @@ from fastdiff.quant.calls import Calls
 from fastdiff.recorder import Recorder
 
 from .accelerate import Accelerated, put, restore
+from .cachequant import with_fed_layers
 from .families import Anatomy, anatomies
 
 Watch = Callable[[int, int], None]
@@ -48,12 +50,15 @@ def calibrate(
         handle = Observed(pipe, plain, install, found[0])
         put(handle, found)
         try:
+            calibrator.weights = quantization(found[0])
             draw_all(handle, prompts, seed, batch, watch, call)
         finally:
             handle.restore()
 
+    calibrator = Calibrator(found[0], draw)
     try:
-        return config.model_copy(update={"cache": method.calibrated(Calibrator(found[0], draw))})
+        planned = config.model_copy(update={"cache": method.calibrated(calibrator)})
+        return with_fed_layers(pipe, planned, found, lambda handle: draw_all(handle, prompts, seed, batch, watch, call))
     except ValueError as error:
         raise BadConfig(f"{error}; calibrate with a deterministic solver such as DDIM, Euler or DPM++") from None
 

@@ -8,5 +8,6 @@ METHODS = {
     "w4a16": "fastdiff.quant.w4a16:W4A16",
     "w4a8": "fastdiff.quant.w4a8:W4A8",
     "fp8": "fastdiff.quant.fp8:FP8",
+    "mixed": "fastdiff.quant.mixed:Mixed",
 }
 REGISTRY = Registry("quant", METHODS)

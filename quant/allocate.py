@@ -29,10 +29,13 @@ class Allocation:
     error: float
 
 
-def allocate(errors: Table, sizes: Sizes, *, budget: int | None = None, target: float | None = None) -> Allocation:
+def allocate(
+    errors: Table, sizes: Sizes, *, budget: int | None = None, target: float | None = None, fixed: int = 0
+) -> Allocation:  # fmt: skip
     """The least summed error within `budget` bytes, or the fewest bytes within a summed error of `target`.
 
-    errors, sizes: by layer and bits; the same choices in both. Of equal errors the fewest bytes win. The optimum is
+    errors, sizes: by layer and bits; the same choices in both. fixed: bytes of what has no choice, which the budget
+    must hold too. Of equal errors the fewest bytes win. The optimum is
     exact where the bytes above the smallest choice, in units of their greatest common divisor, are at most 131072; in
     larger models a layer's bytes are rounded up to a unit of 1/131072 of them, and the budget still holds.
 
@@ -40,13 +43,13 @@ def allocate(errors: Table, sizes: Sizes, *, budget: int | None = None, target: 
     """
     least = {name: min(choices.values()) for name, choices in sizes.items()}
     base, unit = sum(least.values()), _unit(sizes, least)
-    if budget is not None and budget < base:
+    if budget is not None and budget < base + fixed:
         raise BadConfig(
-            f"a budget of {_mb(budget)} is below what these choices of bits can reach; the smallest is {_mb(base)}"
+            f"a budget of {_mb(budget)} is below what these choices of bits reach; the smallest is {_mb(base + fixed)}"
         )
     width = sum(max(_columns(choices, least[name], unit).values()) for name, choices in sizes.items())
     if budget is not None:
-        width = min(width, (budget - base) // unit)
+        width = min(width, (budget - base - fixed) // unit)
     best, taken = _table(errors, sizes, least, unit, width)
     column = width
     if target is not None:

@@ -13,6 +13,7 @@ from fastdiff.method import Method
 
 from .layers import Activations, Recipe
 from .packing import Rounding
+from .prune import PruneOption
 
 KEPT = (
     "conv_in*", "conv_out*", "*time_emb*", "*time_text_embed*", "*timestep_embed*", "*add_embedding*", "*pos_embed*",
@@ -41,6 +42,7 @@ class QuantMethod(Method):
     timestep_buckets: int = Field(8, ge=1, le=1000, description="static ranges of the input, by noise level")
     observer: Literal["minmax", "mse"] = Field("mse", description="how static ranges are found")
     ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
+    prune: PruneOption = Field(None, description="what is removed before: a prune plan, or the path of its file")
     kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")
 
     format: ClassVar[str]

@@ -98,18 +98,11 @@ def swapped(root: nn.Module, instead: dict[str, nn.Module]) -> Iterator[None]:
     patches = PatchSet()
     try:
         for path, module in instead.items():
-            put_module(root, path, module, patches)
+            parent, _, name = path.rpartition(".")
+            patches.replace(root.get_submodule(parent), name, module)
         yield
     finally:
         patches.restore()
-
-
-def put_module(root: nn.Module, path: str, module: nn.Module, patches: PatchSet) -> None:
-    """Put a module in the place of another, reversibly."""
-    parent, _, name = path.rpartition(".")
-    owner = root.get_submodule(parent)._modules
-    before = owner[name]
-    patches.call(lambda: owner.__setitem__(name, module), lambda: owner.__setitem__(name, before))
 
 
 def _copied(tree: Any) -> Any:

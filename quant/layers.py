@@ -84,6 +84,12 @@ class QLayer(nn.Module):
         return self.format.unpack(self.tensors(), self.matrix_shape[1])
 
     @property
+    def quantized_as(self) -> str:
+        """What tells a plan made on these weights from one made on others."""
+        eight = "" if self.recipe.activations == "none" else f" with {self.recipe.activations} activations"
+        return self.recipe.format + eight
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers, as they are stored."""
         extra = [b for name, b in self._buffers.items() if b is not None and name not in self._stored]

@@ -7,21 +7,19 @@ map of what it was given, fitted in closed form.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fastdiff.affine import corrected, decoded, encoded
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
-from fastdiff.patch import PatchSet
 
-from .calls import put_module
+from .plans import from_file
 
 
 class Map(Settings):
@@ -82,15 +80,19 @@ class PrunePlan(Settings):
         if self.denoiser != found:
             raise BadConfig(f"the prune plan was made for {self.denoiser}, this model is {found}; measure this model")
 
-    def install(self, anatomy: Anatomy, patches: PatchSet) -> None:
-        """Take out of the denoiser what the plan says; `patches` puts it back. Raises BadConfig for another model."""
+    def install(self, anatomy: Anatomy, put: Callable[[nn.Module, str, nn.Module], None]) -> None:
+        """Take out of the denoiser what the plan says; `put` is given a parent, the child's name, and what comes there.
+
+        Raises BadConfig for another model.
+        """
         self.check_model(anatomy)
         for removal in self.removed:
             try:
                 here = next(anatomy.denoiser.get_submodule(removal.path).parameters(), torch.empty(()))
             except AttributeError:
                 raise BadConfig(f"the prune plan removes {removal.path}, which this model does not have") from None
-            put_module(anatomy.denoiser, removal.path, Removed(removal).to(here.device), patches)
+            parent, _, name = removal.path.rpartition(".")
+            put(anatomy.denoiser.get_submodule(parent), name, Removed(removal).to(here.device))
 
     def summary(self) -> str:
         paths = ", ".join(removal.path for removal in self.removed) or "nothing"
@@ -128,22 +130,7 @@ class Removed(nn.Module):
         return x + out if self.residual else out
 
 
-def _read(value: Any) -> Any:
-    """Lets the option name a plan file. Raises ValueError, in a sentence, for one that is missing or broken."""
-    if not isinstance(value, str | Path):
-        return value
-    path = Path(value).expanduser()
-    name = f"prune plan {str(path)!r}"
-    if not path.is_file():
-        raise ValueError(f"{name} does not exist; make one with fastdiff.pipelines.prune.plan_pruning")
-    try:
-        return PrunePlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name} is truncated or no JSON: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{name} is damaged: {where}: {first['msg'].lower()}") from None
-
-
-PruneOption = Annotated[PrunePlan | None, BeforeValidator(_read)]
+PruneOption = Annotated[
+    PrunePlan | None,
+    from_file(PrunePlan, "prune plan", "make one with fastdiff.pipelines.prune.plan_pruning"),
+]

@@ -76,7 +76,7 @@ def test_a_component_that_adds_nothing_is_removed_exactly(name, path):
     only = plan.model_copy(update={"removed": tuple(r for r in plan.removed if r.path == path)})
     patches = PatchSet()
     original = anatomy.denoiser.get_submodule(path)
-    only.install(anatomy, patches)
+    only.install(anatomy, patches.replace)
     assert isinstance(anatomy.denoiser.get_submodule(path), Removed)
     assert calls.error() < 1e-12
     patches.restore()
@@ -136,12 +136,12 @@ def test_a_plan_is_one_json_file(tmp_path):
     assert plan.removed[0].maps[0].down is not None
     assert len(decoded(plan.removed[0].maps[0].down)) == 2 * len(decoded(plan.removed[0].maps[0].scale))
     with pytest.raises(BadConfig, match="was made for UNet2DConditionModel"):
-        plan.install(anatomies(tiny.make("sd3"))[0], PatchSet())
+        plan.install(anatomies(tiny.make("sd3"))[0], PatchSet().replace)
     missing = plan.model_copy(
         update={"removed": (plan.removed[0].model_copy(update={"path": "up_blocks.9.resnets.0"}),)}
     )
     with pytest.raises(BadConfig, match=r"up_blocks\.9"):
-        missing.install(anatomies(tiny.make("sd15_one_layer"))[0], PatchSet())
+        missing.install(anatomies(tiny.make("sd15_one_layer"))[0], PatchSet().replace)
     for text, said in (("{", "truncated"), ("[]", "damaged"), (json.dumps({"version": 1}), "denoiser")):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):

@@ -1,0 +1,86 @@
+"""How much each layer's quantization moves the denoiser's output, measured; HIGGS' linear model tested.
+
+Of https://arxiv.org/abs/2411.17525 comes the model: errors of layers, and so of a choice of bits, sum up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from fastdiff.errors import BadModel
+from fastdiff.patch import PatchSet
+
+from .build import Found
+from .calls import Calls
+from .packing import Rounding, format_named
+
+FORMAT = {4: "int4", 8: "int8", 16: "half"}  # of a number of bits
+
+
+def stored(layer: nn.Linear | nn.Conv2d, bits: int, group: int) -> int:
+    """Bytes of the layer's weight in so many bits."""
+    outputs, inputs = layer.weight.flatten(1).shape
+    return format_named(FORMAT[bits]).bytes(outputs, inputs, group)
+
+
+def rounded(layer: nn.Linear | nn.Conv2d, bits: int, group: int, rounding: Rounding) -> Tensor:
+    """The float weight that is left of a layer's when it is stored in so many bits."""
+    weight = layer.weight.detach().float().flatten(1)
+    form = format_named(FORMAT[bits])
+    kept = form.unpack(form.pack(weight, group, rounding), weight.shape[1])
+    return kept.view(layer.weight.shape).to(layer.weight.dtype)
+
+
+def sensitivities(
+    calls: Calls, layers: Mapping[str, Found], choices: tuple[int, ...], group: int, rounding: Rounding,
+    watch: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Relative squared error of the denoiser's output with one layer quantized, by layer and bits.
+
+    Each is a mean over `calls`, made again with that weight in the layer's place; only one rounded weight is held at a
+    time. Raises BadModel, naming the layer, where an output is not finite.
+    """
+    table: dict[str, dict[int, float]] = {}
+    for number, (name, found) in enumerate(layers.items(), 1):
+        table[name] = {}
+        for bits in choices:
+            with weights({found.layer: rounded(found.layer, bits, group, rounding)}):
+                error = calls.error()
+            if not math.isfinite(error):
+                raise BadModel(f"with {name} in {bits} bits the denoiser's output is not finite; add it to quant.skip")
+            table[name][bits] = error
+        if watch is not None:
+            watch(number, len(layers))
+    return table
+
+
+def together(
+    calls: Calls, layers: Mapping[str, Found], bits: Mapping[str, int], group: int, rounding: Rounding
+) -> float:  # fmt: skip
+    """Relative squared error of the output with all layers quantized as told: what the linear model predicts."""
+    with weights({found.layer: rounded(found.layer, bits[name], group, rounding) for name, found in layers.items()}):
+        return calls.error()
+
+
+@contextmanager
+def weights(instead: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Other weights for a while; the very same parameters come back."""
+    patches = PatchSet()
+    try:
+        for layer, weight in instead.items():
+            _put(layer, nn.Parameter(weight, requires_grad=False), patches)
+        yield
+    finally:
+        patches.restore()
+
+
+def _put(layer: nn.Module, weight: nn.Parameter, patches: PatchSet) -> None:
+    before = layer._parameters["weight"]
+    patches.call(
+        lambda: layer._parameters.__setitem__("weight", weight),
+        lambda: layer._parameters.__setitem__("weight", before),
+    )
