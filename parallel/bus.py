@@ -112,7 +112,7 @@ class Bus:
                 order.append((op, peer, tensor))
         if not ops:
             return []
-        works = self._guarded(layer, None, lambda: dist.batch_isend_irecv(ops))
+        works = self._guarded(layer, {*sends, *sizes}, lambda: dist.batch_isend_irecv(ops))
         now, found = time.perf_counter(), []
         for (op, peer, tensor), work in zip(order, works * (len(order) if len(works) == 1 else 1), strict=True):
             if op is dist.irecv:
@@ -127,7 +127,7 @@ class Bus:
         """The bytes of each peer. Raises PeerLost."""
         began = time.perf_counter()
         for item in pending:
-            self._guarded(item.layer, item.peer, partial(item.work.wait, self._limit()))
+            self._guarded(item.layer, {item.peer}, partial(item.work.wait, self._limit()))
             if self.pace is not None:
                 self.pace.wait(item)
         ended = time.perf_counter()
@@ -149,7 +149,7 @@ class Bus:
         """Wait until everything sent has left."""
         sending, self._sending = self._sending, []
         for work, _ in sending:
-            self._guarded("sending", None, partial(work.wait, self._limit()))
+            self._guarded("sending", set(), partial(work.wait, self._limit()))
 
     def gather(self, kind: str, layer: str, tensor: Tensor, axis: str, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """The tensors of all ranks of a group along one axis of the mesh, whose shapes are known."""
@@ -184,7 +184,7 @@ class Bus:
     def tell(self, what: Any) -> list[Any]:
         """What each rank has to say, in order of rank."""
         told: list[Any] = [None] * self.topology.size
-        self._guarded("the report", None, lambda: dist.all_gather_object(told, what, group=self.group))
+        self._guarded("the report", set(), lambda: dist.all_gather_object(told, what, group=self.group))
         return told
 
     def abort(self) -> None:
@@ -198,13 +198,13 @@ class Bus:
     def _limit(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=self.timeout)
 
-    def _guarded(self, layer: str, peer: int | None, call: Callable[[], Any]) -> Any:
+    def _guarded(self, layer: str, peers: set[int], call: Callable[[], Any]) -> Any:
         began = time.perf_counter()
         try:
             return call()
         except (RuntimeError, ValueError) as error:
             waited, step = time.perf_counter() - began, self.where()
-            who = "another rank" if peer is None else f"rank {peer}"
+            who = " or ".join(f"rank {peer}" for peer in sorted(peers)) or "another rank"
             did = "did not answer" if waited >= 0.9 * self.timeout else "broke off or died"
             when = "between steps" if step is None else f"at step {step}"
             raise PeerLost(

@@ -108,7 +108,7 @@ class Crew:
     def _start(self, run: Run) -> None:
         self.bus.begin()
         self._others_inputs = False
-        if run.total <= self.method.warmup_steps and not self.method.fresh(run.total):
+        if run.total <= self.method.warmup_steps and not self.method.fresh(self.method.warmup_steps + 1):
             self.recorder.note(
                 f"parallel.warmup_steps = {self.method.warmup_steps} covers all {run.total} steps: each of them waited"
             )

@@ -6,12 +6,10 @@ device nothing is computed, and models of any size can be rehearsed.
 
 from __future__ import annotations
 
-import statistics
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +87,7 @@ class Echo(Bus):
 
 
 def rehearse(
-    anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod | None, topology: Topology, rounds: int = 3
+    anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod | None, topology: Topology, rounds: int = 4
 ) -> Rehearsed:
     """Play some steps of one rank; the model is as before afterwards. None is one device.
 
@@ -101,22 +99,30 @@ def rehearse(
     clock.run = Run(1, tuple(map(float, range(_STEPS, 0, -1))), tuple(map(float, range(_STEPS, 0, -1))), False)
     bus = Echo(topology, device)
     warmup = method.warmup_steps if method is not None else 0
-    first = min(1, warmup)  # the very first step also learns how many calls a step has
     with PatchSet() as patches:
         if method is not None:
             _install(anatomy, method, bus, clock, patches)
         for callback in clock.on_start:
             callback(clock.run)
-        player = _Player(anatomy.denoiser, calls, clock, bus)
+        play = _Player(anatomy.denoiser, calls, clock, bus)
+        waits = method is None or method.fresh(warmup + 1)
+        # of a step that waits for everything, and of one that may not
+        indices = (min(1, warmup),) if waits else (min(1, warmup), warmup + 1)
         with torch.no_grad():
-            player.step(0)
-            fresh = player.part([first] * rounds)
-            stale = player.part(range(warmup + 1, warmup + 2 + rounds))
-            with Held(anatomy.denoiser, calls) as held:
-                player.step(warmup + 2 + rounds)
-                player.step(warmup + 3 + rounds)
+            if len(calls) > 1 or (method is not None and method.codec != "raw"):
+                play.step(0)  # in which one learns how many calls a step has, and what residuals start from
+            if device.type == "meta":
+                with Held(anatomy.denoiser, calls) as held:
+                    parts = [play.counted(index) for index in indices]
+            else:
+                play.step(indices[0])
+                rows = [[indices[0]] * rounds, list(range(warmup + 1, warmup + 1 + rounds))]
+                parts = [play.timed(row) for row in rows[: len(indices)]]
+                with Held(anatomy.denoiser, calls) as held:
+                    for index in indices:
+                        play.step(index)
             patches.restore()
-    return Rehearsed(fresh, stale, held.peak)
+    return Rehearsed(parts[0], parts[-1], held.peak)
 
 
 def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
@@ -144,15 +150,15 @@ class _Player:
         for callback in self.clock.on_tick:
             callback(index)
 
-    def part(self, indices: Sequence[int]) -> Part:
-        """The last of some steps, which is the first to use what one before it has sent; median seconds of all."""
-        if self.device.type == "meta":
-            for index in indices[:-1][-1:]:
-                self.step(index)
-            self.bus.begin()
-            with Sketch() as sketch, FlopCounterMode(display=False) as counter:
-                self.step(indices[-1])
-            return Part(self.bus.traffic.sent, self.bus.exchanges, flops=counter.get_total_flops() + sketch.flops)
+    def counted(self, index: int) -> Part:
+        """A step with its floating-point operations."""
+        self.bus.begin()
+        with Sketch() as sketch, FlopCounterMode(display=False) as counter:
+            self.step(index)
+        return self._part(flops=counter.get_total_flops() + sketch.flops)
+
+    def timed(self, indices: Sequence[int]) -> Part:
+        """The last of some steps, with the least seconds of them: what else the machine does only adds."""
         seconds = []
         for index in indices:
             self.bus.begin()
@@ -161,7 +167,10 @@ class _Player:
             self.step(index)
             self._wait()
             seconds.append(time.perf_counter() - began)
-        return Part(self.bus.traffic.sent, self.bus.exchanges, statistics.median(seconds))
+        return self._part(min(seconds))
+
+    def _part(self, seconds: float = 0.0, flops: int = 0) -> Part:
+        return Part(Counter(self.bus.traffic.sent), Counter(self.bus.exchanges), seconds, flops)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -189,19 +198,8 @@ class Held(TorchDispatchMode):
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sketch, self._stack = denoiser, ExitStack()
         known = [*denoiser.parameters(), *denoiser.buffers(), *pytree.tree_leaves(list(calls))]
         self._known = {leaf.untyped_storage()._cdata for leaf in known if isinstance(leaf, Tensor)}
-
-    def __enter__(self) -> Held:
-        if next(self._sketch.parameters()).is_meta:
-            self._stack.enter_context(Sketch())
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._stack.close()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -1,69 +1,97 @@
-"""Real processes that form a group over gloo and run checks; what each says comes back through files."""
+"""Real processes that form groups over gloo and run checks; what each says comes back through files.
+
+One process imports what they need, and forks them: importing takes longer than most checks.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+Said = dict[str, list[Any]]
 
 
-def start(module: str, names: list[str], ranks: int, timeout: float = 400) -> dict[str, list[Any]]:
-    """For each check (a function of `module`, called with rank and ranks), what each rank returned or raised."""
+def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: float = 900) -> list[Said]:
+    """For each group (checks, which are functions of `module`, and a number of ranks): what each rank returned or
+    raised, by check. A check whose rank was killed has no answer of it."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = launch(module, names, ranks, folder)
-        for process in processes:
-            process.wait(timeout)
-        said = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    if len(said) != ranks:
-        raise AssertionError(f"{len(said)} of {ranks} ranks came back: {[p.returncode for p in processes]}")
-    return {name: [one.get(name, "did not run") for one in said] for name in names}
+        command = [sys.executable, "-m", "tests.parallel.ranks", folder, module, json.dumps(groups)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, check=True)
+        found = []
+        for number, (names, ranks) in enumerate(groups):
+            files = [Path(folder) / f"{number}.{rank}.json" for rank in range(ranks)]
+            told = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+            found.append({name: [one.get(name, "did not run") for one in told] for name in names})
+        return found
 
 
-def launch(module: str, names: list[str], ranks: int, folder: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.parallel.ranks", folder, module, *names]
-    common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
-    return [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank)}) for rank in range(ranks)]
-
-
-def main(folder: str, module: str, *names: str) -> None:
+def main(folder: str, module: str, groups: str) -> None:
     warnings.simplefilter("ignore")
     import logging
 
     import torch
-    import torch.distributed as dist
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    said: dict[str, Any] = {}
     checks = importlib.import_module(module)
+    for number, (names, ranks) in enumerate(json.loads(groups)):
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if not child:
+                _rank(Path(folder), number, checks, names, rank, ranks)
+            children.append(child)
+        _reap(children)
+
+
+def _reap(children: list[int]) -> None:
+    """Wait for all; who hangs on purpose is killed once the others are done."""
+    left = set(children)
+    while left:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+            if done and not os.WIFSTOPPED(status):
+                left.discard(child)
+            if done and os.WIFSTOPPED(status):
+                children.append(-child)
+        if left and all(-child in children for child in left):
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _rank(folder: Path, number: int, checks: Any, names: Sequence[str], rank: int, ranks: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(folder / f"{number}.store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    said: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(0)
         try:
             said[name] = getattr(checks, name)(rank, ranks)
+        except AssertionError:
+            said[name] = traceback.format_exc()
         except BaseException:
             said[name] = traceback.format_exc()
             break  # the group may be broken
-    part = Path(folder) / f".{rank}"
-    part.write_text(json.dumps(said))
-    part.rename(Path(folder) / f"{rank}.json")
+        finally:
+            part = folder / f".{number}.{rank}"
+            part.write_text(json.dumps(said))
+            part.rename(folder / f"{number}.{rank}.json")
     os._exit(0)
 
 

@@ -1,0 +1,199 @@
+"""What each method would bring on so many devices and such a link: a cost model over what a rank does in a step.
+
+A synchronous step takes its computation and every transfer; a displaced one the longer of the two, then the output.
+ParaStep's ranks compute whole steps, one message a cycle. What is measured, counted and predicted is named so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.errors import UnsupportedModel
+
+from . import REGISTRY
+from .base import ParallelMethod
+from .codec import Codec
+from .mesh import Topology
+from .rehearsal import Call, Part, Rehearsed, rehearse
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds a step that no splitting saves (launches, small kernels, copies), for a picture of so many pixels."""
+
+    fixed: float = 0.0
+    per_pixel: float = 0.0
+
+    def of(self, pixels: int) -> float:
+        return self.fixed + self.per_pixel * pixels
+
+
+A100 = Overhead(0.015, 7.6e-3 / 2**20)  # least error over DistriFusion's published SDXL table
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a plan is for. link: bytes a second that a rank can send; latency: seconds; output: bytes of what the
+    solver is given at a step; weights: bytes of the whole pipeline; memory: bytes of a device. With `one_step`, the
+    seconds of a step on one device, a rank's are its share of the operations and `overhead`; else those measured."""
+
+    devices: int
+    link: float
+    latency: float
+    steps: int
+    output: int
+    weights: int
+    memory: float = math.inf
+    one_step: float | None = None
+    overhead: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One method on one mesh; of the rank that takes longest. `refused` says why not."""
+
+    method: str
+    settings: dict[str, Any]
+    mesh: tuple[int, int, int] | None = None
+    exact: bool = False
+    rank_seconds: float = 0.0  # measured here, or from the share of operations
+    counted_bytes_warmup: int = 0
+    counted_bytes: int = 0
+    counted_kinds: dict[str, int] | None = None
+    predicted_step_seconds: float = math.inf
+    predicted_seconds: float = math.inf
+    predicted_speedup: float = 0.0
+    predicted_memory: int = 0
+    refused: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON has no infinity: what was not predicted is left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None and v != math.inf}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on one device (seconds; bytes with the weights), and every method that could run, those refused last."""
+
+    one_step: float
+    one_memory: int
+    rows: list[Prediction]
+
+    @property
+    def best(self) -> Prediction | None:
+        return self.rows[0] if self.rows and self.rows[0].refused is None else None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method on one mesh with what its busiest ranks would do, or the reason why the model cannot be split."""
+
+    method: ParallelMethod
+    mesh: Topology
+    played: Sequence[Rehearsed] = ()
+    reason: str | None = None
+
+
+def trials(
+    anatomy: Anatomy, calls: Sequence[Call], devices: int, codec: Codec = "raw"
+) -> tuple[Rehearsed, list[Trial]]:
+    """A step on one device, and rehearsals of every method. `calls` are the arguments of the denoiser's in a step."""
+    one = rehearse(anatomy, calls, None, Topology(1, 1, 1, 0))
+    return one, [_try(anatomy, calls, method, devices, one) for method in candidates(devices, halves(calls), codec)]
+
+
+def plan(one: Rehearsed, tried: Sequence[Trial], site: Site) -> Plan:
+    """Predict every method."""
+    found = [_predict(trial, one, site) for trial in tried]
+    found.sort(key=lambda p: (p.refused is not None, p.predicted_seconds))
+    return Plan(_alone(site, one), site.weights + one.held, found)
+
+
+def halves(calls: Sequence[Call]) -> bool:
+    """Whether a step has two halves of guidance: two calls, or a batch of two for one picture."""
+    leaves = [leaf for args, kwargs in calls for leaf in (*args, *kwargs.values()) if getattr(leaf, "ndim", 0) > 1]
+    return len(calls) == 2 or (len(calls) == 1 and len(leaves[0]) == 2)
+
+
+def candidates(devices: int, guided: bool, codec: Codec = "raw") -> Iterator[ParallelMethod]:
+    """Guidance is shared out first where devices remain for a method: it costs no bytes but the output's."""
+    for name in REGISTRY:
+        cfg = 2 if guided and devices % 2 == 0 and (devices > 2 or name == "cfg") else 1
+        if name != "cfg" or (devices == 2 and guided):  # on more devices cfg is patch with cfg = 2
+            yield REGISTRY[name](method=name, devices=devices, cfg=cfg, codec=codec)
+
+
+def _try(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, devices: int, one: Rehearsed) -> Trial:
+    mesh = method.topology(devices, 0)
+    if mesh.cfg * mesh.patch == 1:
+        return Trial(method, mesh, [one])
+    # no rank has more rows than the first, and the second, where it has two neighbours, may send more
+    ranks = [replace(mesh, rank=rank) for rank in range(1 + (mesh.patch > 2))]
+    try:
+        return Trial(method, mesh, [rehearse(anatomy, calls, method, rank) for rank in ranks])
+    except UnsupportedModel as error:
+        return Trial(method, mesh, reason=str(error))
+
+
+def _predict(trial: Trial, one: Rehearsed, site: Site) -> Prediction:
+    method = trial.method
+    settings = method.model_dump(include={"method", "devices", "cfg", "codec"})
+    if trial.reason is not None:
+        return Prediction(method.method, settings, refused=trial.reason)
+    best = max((_cost(method, trial.mesh, part, one, site) for part in trial.played), key=lambda p: p.predicted_seconds)
+    memory = site.weights + max(part.held for part in trial.played)
+    best = replace(best, settings=settings, predicted_memory=memory)
+    return replace(best, refused=_refusal(best, site))
+
+
+def _refusal(found: Prediction, site: Site) -> str | None:
+    if found.predicted_memory > site.memory:
+        need, have = found.predicted_memory / 2**30, site.memory / 2**30
+        return f"too big: predicted to need {need:.2f} GiB on each device, which has {have:.2f}"
+    if found.predicted_speedup <= 1:
+        return f"predicted slower than one device ({found.predicted_speedup:.2f} times its speed)"
+    return None
+
+
+def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearsed, site: Site) -> Prediction:
+    split = mesh.patch * mesh.cfg > 1
+
+    def computing(part: Part) -> float:
+        if site.one_step is None:
+            return part.seconds
+        return site.one_step * part.flops / one.stale.flops + (site.overhead if split else 0)
+
+    def synchronous(part: Part) -> float:
+        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link
+
+    def displaced(part: Part) -> float:
+        output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link
+        return max(computing(part), part.bytes_of(False) / site.link) + output
+
+    fresh = sum(method.fresh(index) for index in range(site.steps))
+    total = fresh * synchronous(rank.fresh) + (site.steps - fresh) * displaced(rank.stale)
+    counted = rank.stale.sent
+    if mesh.step > 1:
+        warmup = min(method.warmup_steps, site.steps)
+        cycles = math.ceil((site.steps - warmup) / mesh.step)
+        eps = (mesh.step - 1) * site.output
+        total = (warmup + cycles) * synchronous(rank.fresh) + cycles * (site.latency + eps / site.link)
+        counted = counted + type(counted)(step=math.ceil(eps * cycles / site.steps))
+    return Prediction(
+        method.method, {}, (mesh.cfg, mesh.step, mesh.patch), _exact(method, mesh), computing(rank.stale),
+        rank.fresh.sent.total(), counted.total(), dict(counted), total / site.steps, total,
+        _alone(site, one) * site.steps / total,
+    )  # fmt: skip
+
+
+def _alone(site: Site, one: Rehearsed) -> float:
+    return one.stale.seconds if site.one_step is None else site.one_step
+
+
+def _exact(method: ParallelMethod, mesh: Topology) -> bool:
+    late = method.warmup_steps + 1
+    return method.fresh(late) and method.context is None and mesh.step == 1 and method.codec == "raw"

@@ -1,0 +1,71 @@
+"""Ranks that are killed or stopped in the middle of a picture; run by real processes, see ranks.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff.errors import PeerLost
+
+from .checks import latents, moved, pipeline
+
+
+def _lost(rank: int, last: int, name: str, how: signal.Signals, steps: int = 6, **parallel: Any) -> list[Any]:
+    """The last rank goes in the middle: what the others get, and how long they waited for it."""
+    pipe = pipeline(name)
+    alone = latents(pipe, name, steps)
+    began = [0.0]
+
+    def goes(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == 2:
+            began[0] = time.monotonic()
+            if rank == last:
+                os.kill(os.getpid(), how)
+        return kwargs
+
+    handle = fastdiff.accelerate(pipe, parallel=parallel)
+    try:
+        found = latents(pipe, name, steps, callback_on_step_end=goes)
+    except PeerLost as error:
+        waited = time.monotonic() - began[0]
+        handle.restore()
+        assert torch.equal(latents(pipe, name, steps), alone), "the pipeline is clean"
+        return ["PeerLost", str(error), waited]
+    return ["finished", handle.report.notes, moved(found, alone)]
+
+
+def killed(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="distrifusion", warmup_steps=1)
+
+
+def killed_in_a_cycle(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="parastep", warmup_steps=1)
+
+
+def stopped(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="patch", timeout=3)
+
+
+def killed_patches_go_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="patch", on_peer_loss="local")
+
+
+def killed_tokens_go_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd3", signal.SIGKILL, method="ulysses", on_peer_loss="local", vae=True)
+
+
+def killed_half_goes_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "flux", signal.SIGKILL, method="cfg", on_peer_loss="local")
+
+
+def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=3)
+
+
+def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 10, method="parastep", warmup_steps=1, on_peer_loss="local")

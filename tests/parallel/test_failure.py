@@ -1,0 +1,42 @@
+"""A rank that dies or hangs: the others say so within seconds, or finish alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from .ranks import start
+
+RAISES = {"killed": (3, 5.0), "killed_in_a_cycle": (2, 5.0), "stopped": (2, 8.0)}  # ranks, most seconds
+GOES_ON = (
+    "killed_patches_go_on", "killed_tokens_go_on", "killed_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on"
+)  # fmt: skip
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@cache
+def said() -> dict[str, list[Any]]:
+    groups = [((name,), ranks) for name, (ranks, _) in RAISES.items()] + [((name,), 2) for name in GOES_ON]
+    return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
+
+
+@pytest.mark.parametrize("name", RAISES)
+def test_the_others_are_told(name: str) -> None:
+    ranks, most = RAISES[name]
+    left = said()[name][: ranks - 1]
+    for rank, one in enumerate(left):
+        assert one[0] == "PeerLost", one
+        assert f"rank {rank} waited" in one[1] and "at step" in one[1] and "for " in one[1]
+        assert one[2] < most
+    how = "did not answer" if name == "stopped" else "broke off or died"
+    assert any(f"rank {ranks - 1} {how}" in one[1] for one in left), left  # "rank 0 or rank 2" where it waits for both
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_who_is_left_finishes_alone(name: str) -> None:
+    state, notes, far = said()[name][0]
+    assert state == "finished" and any("this rank finished alone" in note for note in notes)
+    # every rank has whole latents after each step, so going on alone is what one device does; ParaStep has predictions
+    assert far < 1e-12 if name != "killed_cycle_goes_on" else 0 < far < 0.1

@@ -1,0 +1,139 @@
+"""Parallel methods on 2, 3 and 4 real processes over gloo; what is checked is in checks.py."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from . import checks
+from .ranks import start
+
+NAMES = {
+    2: (
+        "every_family_in_patches", "every_family_in_halves", "every_transformer_by_heads", "in_float32", "odd_rows",
+        "denoisers_alone", "several_pictures", "decoded", "weights_that_came_before_and_after", "controlled",
+        "picture_to_picture_and_another_size", "strangers_become_alike", "displaced", "stepping", "replayed", "cached",
+        "renewed", "counted", "still", "broken_off", "refused",
+    ),
+    3: ("every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted", "refused"),
+    4: ("meshes", "replayed"),
+}  # fmt: skip
+CASES = [(ranks, name) for ranks, names in NAMES.items() for name in names]
+
+
+@cache
+def said() -> dict[int, dict[str, list[Any]]]:
+    """All checks of all groups, by number of ranks."""
+    groups = [(names, ranks) for ranks, names in NAMES.items()]
+    return dict(zip(NAMES, start("tests.parallel.checks", groups), strict=True))
+
+
+def told(ranks: int, name: str) -> list[Any]:
+    """What the ranks returned. A traceback of any of them fails the test."""
+    found = said()[ranks][name]
+    for rank, one in enumerate(found):
+        assert not (isinstance(one, str) and ("Traceback" in one or one == "did not run")), f"rank {rank}: {one}"
+    return found
+
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES, ids=lambda value: str(value))
+def test_check(ranks: int, name: str) -> None:
+    found = told(ranks, name)
+    digests = [_digests(one) for one in found]
+    assert all(one == digests[0] for one in digests), "the ranks ended with different latents"
+
+
+def _digests(said: Any) -> list[str]:
+    if isinstance(said, dict):
+        return [said["digest"]] if "digest" in said else [d for one in said.values() for d in _digests(one)]
+    return [str(one) for one in said if len(str(one)) == 64] if isinstance(said, list) else []
+
+
+def test_displaced_error_shrinks_with_the_step() -> None:
+    found = told(2, "displaced")[0]
+    for name in ("sd15", "sd3"):
+        few, more, most = (found[f"{name} distrifusion {steps}"] for steps in (16, 32, 64))
+        assert few > 1.25 * more and 1.6 * most < more < 2.4 * most, f"{name}: {few}, {more}, {most}"
+
+
+def test_partial_conditioning_is_monotone_and_full_where_it_sees_all() -> None:
+    found = told(2, "displaced")[0]
+    none, half, whole = (found[f"sd3 pcpp {portion} 16"] for portion in ("0", "0.5", "1"))
+    assert none > half > whole
+    assert whole == pytest.approx(found["sd3 distrifusion 16"], rel=1e-9)
+    assert found["sd15 pcpp refreshed 16"] < 1e-11, "seeing everything in every step is the exact method"
+    assert found["sd15 pcpp synchronous 16"] > 1e-6, "the bias stays without staleness"
+
+
+def test_codecs_are_near():  # fmt: skip
+    found = told(2, "displaced")[0]
+    for name in ("sd15", "sd3"):
+        assert 0 < found[f"{name} int8 16"] < 0.02 and 0 < found[f"{name} residual 16"] < 0.05
+
+
+def test_parastep_errs_by_the_square_of_the_step() -> None:
+    found = told(2, "stepping")[0]
+    for solver in ("euler", "dpm++"):
+        assert found[f"{solver} 1 16"] > 2.5 * found[f"{solver} 1 32"]
+        assert found[f"{solver} 2 16"] < found[f"{solver} 1 16"]
+
+
+def test_caches_skip_alike_on_all_ranks() -> None:
+    for one in told(2, "cached")[1:]:
+        for key, (skipped, _) in told(2, "cached")[0].items():
+            assert "parastep" in key or one[key][0] == skipped
+
+
+def test_what_is_too_old_is_renewed() -> None:
+    assert told(2, "renewed")[0] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bytes_are_the_formula(ranks: int) -> None:
+    """16 picture tokens (4 rows of 4) of 32 channels, keys and values, batch 2, float32, in each of 4 blocks."""
+    token, blocks, steps = 2 * 32 * 4 * 2, 4, 4
+    rows = [4 // ranks + (rank < 4 % ranks) for rank in range(ranks)]
+    for rank, one in enumerate(told(ranks, "counted")):
+        whole = rows[rank] * 4 * token * (ranks - 1) * blocks
+        assert one["patch"] == whole * steps
+        neighbours = (rank > 0) + (rank < ranks - 1)
+        part = -(-rows[rank] // 2) * 4 * token * neighbours * blocks
+        assert one["pcpp"] == whole + part * (steps - 2), "the first sees all; the last sends nothing on"
+
+
+def test_an_exception_ends_all_ranks() -> None:
+    first, last = told(2, "broken_off")
+    assert all(text.startswith("KeyError") for text in last)
+    assert all(text.startswith("PeerLost: rank 1 broke off or died: rank 0 waited") for text in first), first
+    assert all("at step" in text for text in first)
+
+
+REASONS = {
+    "rows": "rows of latents make 1 units of 8 rows",
+    "world": "parallel.devices = 7, but {ranks} processes run",
+    "unet heads": "cannot split a unet2d denoiser",
+    "compiled": "parallel and compile do not go together",
+    "vae": "parallel.vae: AutoencoderKLCogVideoX cannot decode by rows",
+    "configs": "the ranks must have the same config",
+    "weights": "the ranks must have the same model",
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_bad_input_is_refused_with_the_reason(ranks: int) -> None:
+    for one in told(ranks, "refused"):
+        for label, reason in REASONS.items():
+            assert reason.format(ranks=ranks) in one[label]
+    if ranks == 3:
+        assert "2 heads cannot be shared by 3 ranks" in told(3, "refused")[0]["heads"]
+
+
+def test_checks_are_all_run() -> None:
+    known = {name for name, value in vars(checks).items() if getattr(value, "__module__", "") == checks.__name__}
+    takes = {name for name in known if list(getattr(checks, name).__annotations__)[:2] == ["rank", "ranks"]}
+    assert takes == {name for names in NAMES.values() for name in names}
