@@ -14,10 +14,11 @@ from fastdiff.errors import BadConfig, FastdiffError
 from .bench import bench
 from .calibrate import calibrate
 from .commands import env, generate, inspect, methods, root
+from .demo import demo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(root)
-for command in (generate, bench, calibrate, methods, inspect, env):
+for command in (generate, bench, calibrate, methods, inspect, env, demo):
     app.command()(command)
 
 

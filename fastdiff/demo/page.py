@@ -1,0 +1,292 @@
+"""The page: what is asked, what comes of it, and a second tab with a benchmark."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import gradio as gr
+
+from fastdiff.config import METHOD_KINDS, PATH_KEYS, Attention, Compile, presets
+from fastdiff.errors import FastdiffError
+from fastdiff.images import save
+from fastdiff.pipelines.loading import CALL_DEFAULTS
+from fastdiff.registry import registry
+
+from .easel import Cancelled, Easel, Pair, Progress, offered
+from .fields import Setting, settings_of
+from .order import Ground, Order, sampling
+from .results import NO_BENCHMARK, benchmarks, captions, explanation, pareto, progress
+
+OFF = "off"
+PROMPT = "a large red circle above a small blue square"
+SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
+OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed")
+SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height")
+KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
+THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700", block_title_text_color="*neutral_800",
+    button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+)  # fmt: skip
+CSS = """
+.gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto; }
+#ask { align-items: end; }
+#status .progress { display: flex; flex-direction: column; gap: 4px; }
+#status progress { width: 100%; height: 12px; accent-color: #1d4ed8; }
+#status .captions { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 110%; }
+#preview img { width: 100%; object-fit: contain; }
+#explain .numbers { border-collapse: collapse; margin-top: 12px; }
+#explain .numbers th, #explain .numbers td { padding: 4px 16px 4px 0; text-align: left; }
+#rows { overflow-x: auto; }
+#rows th, #rows td { white-space: nowrap; padding: 4px 10px; }
+"""
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors as messages on the page; the traceback of a bug goes to the terminal only."""
+    try:
+        yield
+    except FastdiffError as error:
+        raise gr.Error(escape(_printable(error)), title="This cannot be drawn", print_exception=False) from None
+    except (gr.Error, GeneratorExit):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {_printable(error)[:300]}. The terminal has the details."
+        raise gr.Error(escape(text), title="Something went wrong", print_exception=False) from None
+
+
+def _printable(error: object) -> str:
+    return str(error).encode("utf-8", "replace").decode()
+
+
+def _defaults(model: str) -> tuple[str, str]:
+    """Steps and guidance of an embedded model; of others nobody knows before they are loaded."""
+    values = CALL_DEFAULTS.get(model, {})
+    return str(values.get("num_inference_steps", "")), str(values.get("guidance_scale", ""))
+
+
+@dataclass
+class Page:
+    """The state of one page server: the easel, and a way to stop each visitor's run."""
+
+    models: list[str]
+    place: Path
+    shared: bool = False
+    easel: Easel = field(init=False)
+    stops: dict[str, Event] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # parts of the page by name, filled while it is built
+    out: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.models = offered(self.models)
+        self.easel = Easel(self.models if self.shared else None)
+
+    def blocks(self) -> gr.Blocks:
+        with gr.Blocks(title="fastdiff", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.Markdown("# fastdiff\nThe same picture from the same seed, without and with acceleration.")
+            with gr.Tab("Draw"):
+                self._drawing()
+            with gr.Tab("Benchmark"):
+                self._benchmark(page)
+        return page
+
+    def _drawing(self) -> None:
+        with gr.Row(elem_id="ask"):
+            prompt = gr.Textbox(PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt")
+            run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run")
+            cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel")
+        with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
+            self.inputs.update(self._asked(), prompt=prompt)
+            self.inputs.update(self._levers())
+            self._fields(run, cancel)
+        status = gr.HTML("", elem_id="status", container=False)
+        preview = gr.Image(label="Preview of the latents", alt_text="preview", format="png", interactive=False,
+                           visible=False, elem_id="preview", buttons=[])  # fmt: skip
+        slider = gr.ImageSlider(label="Without acceleration (left) and with (right)", format="png", type="filepath",
+                                interactive=False, visible=False, elem_id="result", max_height=420)  # fmt: skip
+        numbers = gr.HTML("", elem_id="explain")
+        with gr.Accordion("Copy", open=False, visible=False, elem_id="copy") as copy:
+            python = gr.Code(
+                label="Copy as Python", language="python", interactive=False, max_lines=20, elem_id="as-python"
+            )
+            command = gr.Code(label="Copy as command", language="shell", interactive=False, wrap_lines=True,
+                              lines=2, max_lines=8, elem_id="as-command")  # fmt: skip
+        self.out.update(status=status, preview=preview, slider=slider, numbers=numbers, copy=copy, python=python,
+                        command=command, seed=self.inputs["seed"])  # fmt: skip
+
+    def _asked(self) -> dict[str, Any]:
+        steps_now, guidance_now = _defaults(self.models[0])
+        hint = {"info": "empty: as the model wants it", "min_width": 160}  # text: a Number cannot start out empty
+        with gr.Row():
+            model = gr.Dropdown(self.models, value=self.models[0], label="Model", elem_id="model", min_width=160,
+                                allow_custom_value=not self.shared,
+                                info=None if self.shared else "or type a directory or a hub id")  # fmt: skip
+            steps = gr.Textbox(steps_now, label="Steps", elem_id="steps", **hint)
+            guidance = gr.Textbox(guidance_now, label="Guidance scale", elem_id="guidance", **hint)
+        with gr.Row():
+            width = gr.Textbox("", label="Width", elem_id="width", **hint)
+            height = gr.Textbox("", label="Height", elem_id="height", **hint)
+            seed = gr.Number(1, label="Seed", info="the same seed, the same picture", elem_id="seed", min_width=160)
+            randomise = gr.Checkbox(False, label="Randomise the seed", elem_id="randomise", min_width=160)
+        negative = gr.Textbox("", label="Negative prompt", elem_id="negative", max_lines=4)
+        model.change(_defaults, model, [steps, guidance], show_progress="hidden", api_visibility="private")
+        return {"model": model, "steps": steps, "guidance_scale": guidance, "seed": seed, "randomise": randomise,
+                "width": width, "height": height, "negative_prompt": negative}  # fmt: skip
+
+    def _levers(self) -> dict[str, Any]:
+        """The preset, and a method of each kind that there is."""
+        named = [(name, name) for name in presets()]
+        ground = Ground("balanced", self.models[0])
+        with gr.Row():
+            preset = gr.Dropdown(named, value=ground.preset, label="Preset", elem_id="preset", min_width=160,
+                                 info="choosing one sets the methods below")  # fmt: skip
+            found = {"preset": preset}
+            for kind in METHOD_KINDS:
+                found[kind] = gr.Dropdown([OFF, *registry(kind)], value=ground.method(kind) or OFF, min_width=160,
+                                          label=KINDS[kind], elem_id=kind, info="method")  # fmt: skip
+
+        def methods(name: str, model: str) -> list[str]:
+            with told():
+                return [Ground(name, model).method(kind) or OFF for kind in METHOD_KINDS]
+
+        preset.change(methods, [preset, self.inputs["model"]], [found[kind] for kind in METHOD_KINDS],
+                      show_progress="hidden", api_visibility="private")  # fmt: skip
+        return found
+
+    def _fields(self, run: Any, cancel: Any) -> None:
+        """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here."""
+        chosen = [self.inputs[name] for name in ("model", "preset", *METHOD_KINDS)]
+
+        @gr.render(inputs=chosen, show_progress="hidden", queue=False)
+        def fields(model: str, preset: str, *methods: str) -> None:
+            entries: dict[Any, tuple[str, Setting]] = {}
+            with told():
+                ground = Ground(preset, model)
+                for section, name in [*zip(METHOD_KINDS, methods, strict=True), *((s, s) for s in SECTIONS)]:
+                    entries |= self._section(ground, section, name)
+            inputs = {*self.inputs.values(), *entries}
+            out = [self.out[name] for name in OUTPUTS]
+
+            def draw(data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
+                given = {name: data[part] for name, part in self.inputs.items()}
+                yield from self.draw(given, [(*entry, data[part]) for part, entry in entries.items()], request)
+
+            shared = {"show_progress": "hidden", "api_visibility": "private"}
+            started = gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=1,
+                            concurrency_id="easel", trigger_mode="once", **shared)  # fmt: skip
+            cancel.click(self.cancel, None, out, cancels=[started], queue=False, **shared)
+
+    def _section(self, ground: Ground, section: str, name: str) -> dict[Any, tuple[str, Setting]]:
+        """The fields of one lever, with where each belongs."""
+        if name == OFF:
+            return {}
+        model = SECTIONS.get(section) or registry(section)[name]
+        values = ground.values(section, None if section in SECTIONS else name)
+        leave_out = {"method", *(PATH_KEYS if self.shared else ())}
+        settings = settings_of(model, values, leave_out)
+        title = section.capitalize() if section in SECTIONS else f"{KINDS[section]}: {name}"
+        found: dict[Any, tuple[str, Setting]] = {}
+        with gr.Accordion(title, open=section in ("cache", "quant"), key=f"{section}/{name}"), gr.Row():
+            for setting in settings:
+                key = f"{ground.model}/{ground.preset}/{section}/{name}/{setting.name}"
+                found[setting.component(section, key)] = (section, setting)
+        return found
+
+    def draw(
+        self, given: Mapping[str, Any], entered: list[tuple[str, Setting, Any]], request: gr.Request
+    ) -> Iterator[dict[Any, Any]]:
+        """Everything the page shows while a pair of pictures is drawn, and then."""
+        stop = self.stops[request.session_hash or ""] = Event()
+        try:
+            with told():
+                order, seed = self.order(given, entered)
+                yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False))
+                for said in self.easel.draw(order, stop):
+                    if isinstance(said, Pair):
+                        yield from self._pair(order, said)
+                    else:
+                        picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
+                        yield self.shows(status=progress(said), **picture)
+        except Cancelled:
+            yield self.cancelled()
+        except gr.Error:
+            yield self.shows(status="", preview=gr.update(visible=False))
+            raise
+        finally:
+            self.stops.pop(request.session_hash or "", None)
+
+    def order(self, given: Mapping[str, Any], entered: list[tuple[str, Setting, Any]]) -> tuple[Order, int]:
+        """What the fields ask for, and the seed. Raises FastdiffError."""
+        seed = secrets.randbelow(2**32) if given["randomise"] or given["seed"] is None else given["seed"]
+        asked = sampling({name: given[name] for name in SAMPLED} | {"seed": seed})
+        ground = Ground(str(given["preset"]), str(given["model"]).strip())
+        values: dict[str, dict[str, Any]] = {}
+        for section, setting, raw in entered:
+            values.setdefault(section, {})[setting.name] = setting.parsed(raw)
+        levers = {kind: None if given[kind] == OFF else given[kind] for kind in METHOD_KINDS}
+        return Order(ground.model, ground.chosen(levers, values), asked), asked.seed or 0
+
+    def _pair(self, order: Order, pair: Pair) -> Iterator[dict[Any, Any]]:
+        """The pictures go to the browser as PNG files with their settings in them."""
+        for text in pair.warnings:
+            gr.Warning(escape(text))
+        made = pair.fast.drawn.made
+        with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
+            files = tuple(
+                str(save(shot.drawn.image, Path(folder) / f"{name}.png", shot.drawn.made))
+                for name, shot in (("without", pair.plain), ("accelerated", pair.fast))
+            )
+            yield self.shows(
+                status=captions(pair), preview=gr.update(value=None, visible=False),
+                slider=gr.update(value=files, visible=True), numbers=explanation(pair), copy=gr.update(visible=True),
+                python=order.python(made), command=order.command(made),
+            )  # fmt: skip
+
+    def cancel(self, request: gr.Request) -> dict[Any, Any]:
+        stop = self.stops.get(request.session_hash or "")
+        if stop is not None:
+            stop.set()
+        return self.cancelled()
+
+    def cancelled(self) -> dict[Any, Any]:
+        return self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False))
+
+    def shows(self, **parts: Any) -> dict[Any, Any]:
+        return {self.out[name]: value for name, value in parts.items()}
+
+    def _benchmark(self, page: gr.Blocks) -> None:
+        gr.Markdown("Measured with `fastdiff bench`: quality against speed, the frontier joined.")
+        with gr.Row():
+            name = gr.Dropdown(benchmarks(self.place), label="Benchmark", elem_id="benchmark", scale=5)
+            again = gr.Button("Read again", elem_id="read-again", scale=1, min_width=80)
+        picture = gr.Image(label="Quality against speed-up", show_label=False, format="png", interactive=False,
+                           alt_text="Pareto plot; the table below has its numbers", elem_id="pareto",
+                           buttons=["download", "fullscreen"])  # fmt: skip
+        table = gr.Markdown("", elem_id="rows")
+
+        def show(wanted: str | None) -> tuple[Any, str]:
+            with told():
+                return pareto(self.place, wanted)
+
+        def listed() -> tuple[Any, Any, Any]:
+            with told():
+                found = benchmarks(self.place)
+                drawn, text = pareto(self.place, found[0]) if found else (None, NO_BENCHMARK)
+                return gr.update(choices=found, value=found[0] if found else None), drawn, text
+
+        shared = {"show_progress": "minimal", "api_visibility": "private"}
+        name.input(show, name, [picture, table], **shared)
+        gr.on([page.load, again.click], listed, None, [name, picture, table], **shared)

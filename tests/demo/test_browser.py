@@ -1,0 +1,238 @@
+"""The page in a real browser: open, draw, move the slider, change the preset, cancel, bad input; desktop and phone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium and chromedriver; on Debian: apt install both"),
+]
+REASON = "needs gradio and selenium: pip install 'fastdiff[dev]'"
+PATIENCE = 240  # seconds, for machines that are busy
+
+
+def until(met: Callable[[], Any], what: str) -> Any:
+    """The first true value of `met`, whose errors while the page changes do not count."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            if found := met():
+                return found
+        except WebDriverException:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"the browser waited in vain for {what}")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Any]:
+    """A served page; its `address` is that of the server."""
+    pytest.importorskip("gradio", reason=REASON)
+    from fastdiff.demo.page import CSS, THEME, Page
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    shutil.copy(Path(__file__).resolve().parents[2] / "benchmarks" / "shapes-unet.json", folder)
+    made = Page([], folder)
+    blocks = made.blocks()
+    blocks.queue(max_size=4)
+    _, made.address, _ = blocks.launch(
+        server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, theme=THEME, css=CSS, ssr_mode=False
+    )
+    yield made
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def chrome(page) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason=REASON)
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "disable-dev-shm-usage", "disable-gpu", *(["no-sandbox"] if os.getuid() == 0 else [])):
+        options.add_argument(f"--{flag}")
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_window_size(1200, 1000)
+    yield driver
+    driver.quit()
+
+
+class Screen:
+    """What a person sees of the page, and does to it."""
+
+    def __init__(self, chrome: Any, page: Any) -> None:
+        self.chrome, self.page = chrome, page
+
+    def all(self, selector: str) -> list[Any]:
+        return self.chrome.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return until(lambda: next((e for e in self.all(selector) if e.is_displayed()), None), selector)
+
+    def text(self, selector: str) -> str:
+        return " ".join(element.text for element in self.all(selector))
+
+    def write(self, name: str, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        box = self.one(f"#{name} textarea, #{name} input")
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(text or Keys.BACKSPACE)
+
+    def choose(self, name: str, value: str) -> None:
+        self.one(f"#{name} input").click()
+        self.one(f"[role=option][aria-label='{value}']").click()
+
+    def advanced(self) -> None:
+        if not any(element.is_displayed() for element in self.all("#steps input, #steps textarea")):
+            self.one("#advanced button").click()
+        self.one("#steps input, #steps textarea")
+
+    def run(self, steps: int) -> None:
+        self.advanced()
+        self.write("steps", str(steps))
+        self.one("#run").click()
+
+    def drawn(self) -> None:
+        until(lambda: "times as" in self.text("#status"), "the captions")
+
+
+@pytest.fixture
+def screen(chrome, page) -> Screen:
+    """The page, opened anew."""
+    chrome.get(page.address)
+    shown = Screen(chrome, page)
+    shown.one("#run")
+    until(lambda: shown.all("#advanced"), "the settings")
+    time.sleep(1)  # the fields of the methods are drawn after the page
+    return shown
+
+
+def test_draw_with_live_previews_then_move_the_slider(screen):
+    screen.run(12)
+    until(lambda: screen.all("#status progress[value]"), "the progress bar")
+    until(lambda: screen.all("#preview img"), "a preview")
+    screen.drawn()
+    images = [image.get_attribute("src") for image in screen.all("#result img")]
+    assert len(images) == 2 and images[0] != images[1] and all(source.endswith(".png") for source in images)
+    assert "12 steps" in screen.one("#explain [role=img]").get_attribute("aria-label")
+    assert len(screen.all("#explain [role=img] > span")) == 12
+    assert "dB" in screen.text("#explain") or "identical" in screen.text("#explain")
+    from selenium.webdriver import ActionChains
+
+    handle = screen.one("#result .outer")
+    before = handle.get_attribute("style")
+    ActionChains(screen.chrome).click_and_hold(screen.one("#result .outer .inner, #result .outer")).move_by_offset(
+        90, 0
+    ).release().perform()
+    until(lambda: screen.one("#result .outer").get_attribute("style") != before, "the slider to move")
+    screen.one("#copy button").click()
+    until(lambda: "--steps 12" in screen.text("#as-command"), "the command")
+    assert "num_inference_steps=12" in screen.text("#as-python")
+
+
+def test_a_preset_sets_the_methods_and_a_method_brings_its_fields(screen):
+    screen.advanced()
+    assert screen.one("#cache-interval input").get_attribute("value") == "2"
+    screen.choose("preset", "fast")
+    until(lambda: screen.one("#cache-interval input").get_attribute("value") == "3", "the preset's interval")
+    screen.choose("preset", "lossless")
+    until(lambda: screen.one("#cache input").get_attribute("value") == "off", "no method")
+    until(lambda: not screen.all("#cache-interval"), "no fields")
+    screen.choose("cache", "fora")
+    screen.one("#cache-interval input")
+    screen.write("cache-interval", "5")
+    screen.run(6)
+    screen.drawn()
+    assert "2 computed" in screen.one("#explain [role=img]").get_attribute("aria-label")
+
+
+def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen):
+    screen.run(2000)
+    until(lambda: "step 3" in screen.text("#status"), "the run to begin")
+    screen.one("#cancel").click()
+    until(lambda: "Cancelled" in screen.text("#status"), "the run to end")
+    until(lambda: screen.page.easel._studio.fast.clock.run is None, "the denoising to stop")
+    assert not screen.page.easel._lock.locked()
+    screen.run(4)
+    screen.drawn()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("prompt", "", "the prompt is empty"),
+        ("steps", "-3", "steps = -3"),
+        ("width", "65", "multiples of 8"),
+        ("model", "<img src=x onerror=document.title='hacked'>", "unknown model"),
+    ],
+)
+def test_bad_input_is_a_message(screen, name, text, message):
+    screen.advanced()
+    screen.write("steps", "2")
+    screen.write(name, text)
+    if name == "model":
+        from selenium.webdriver.common.keys import Keys
+
+        screen.one("#model input").send_keys(Keys.ENTER)
+        time.sleep(1)
+    screen.one("#run").click()
+    until(lambda: message in screen.text("[data-testid=toast-body]"), message)
+    assert "Traceback" not in screen.chrome.page_source and screen.chrome.title == "fastdiff"
+
+
+def test_the_second_tab_shows_a_benchmark(screen):
+    next(tab for tab in screen.all("[role=tab]") if tab.text == "Benchmark").click()
+    until(lambda: "baseline" in screen.text("#rows"), "the table")
+    assert screen.one("#pareto img").get_attribute("alt")
+
+
+def test_every_field_has_a_label(screen):
+    screen.advanced()
+    unnamed = """
+        return [...document.querySelectorAll('input, textarea, select, button')].filter(e => e.offsetParent !== null)
+          .filter(e => !(e.ariaLabel || e.title || e.innerText || (e.labels && e.labels.length) ||
+                         e.getAttribute('aria-labelledby')))
+          .map(e => e.outerHTML.slice(0, 200))"""
+    assert screen.chrome.execute_script(unnamed) == []
+
+
+def test_on_a_phone_nothing_is_cut_off(screen):
+    metrics = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
+    screen.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        screen.advanced()
+        wide = """
+            return [...document.querySelectorAll('input, textarea, button, img')].filter(e => e.offsetParent !== null)
+              .filter(e => { const r = e.getBoundingClientRect(); return r.right > innerWidth + 1 || r.left < -1 })
+              .map(e => e.outerHTML.slice(0, 200))"""
+        assert screen.chrome.execute_script(wide) == []
+        assert screen.chrome.execute_script("return document.documentElement.scrollWidth") <= 375
+        prompt, run = screen.one("#prompt textarea, #prompt input"), screen.one("#run")
+        assert prompt.location["y"] < run.location["y"] + run.size["height"], "prompt and Run are in one row"
+    finally:
+        screen.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_nothing_is_fetched_from_elsewhere(screen):
+    """Fonts, scripts and pictures come from this machine: the page works offline and tells nobody."""
+    import json
+
+    asked = set()
+    for entry in screen.chrome.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            asked.add(message["params"]["request"]["url"])
+    outside = {url for url in asked if url.startswith(("http", "ws")) and "127.0.0.1" not in url.split("/")[2]}
+    assert asked and outside == set()
