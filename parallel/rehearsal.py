@@ -6,11 +6,12 @@ device nothing is computed, and models of any size can be rehearsed.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step, StepClock
@@ -40,7 +39,7 @@ Call = tuple[tuple, dict[str, Any]]  # the arguments of one call of the denoiser
 @dataclass(frozen=True)
 class Part:
     """What one step is to one rank: bytes sent by kind, exchanges (each waits for a message's latency), seconds (0 on
-    the meta device), floating-point operations (0 elsewhere)."""
+    the meta device), floating-point operations."""
 
     sent: Counter[str] = field(default_factory=Counter)
     exchanges: Counter[str] = field(default_factory=Counter)
@@ -54,11 +53,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Steps that wait for all values, steps that use old ones, and the most bytes held in either beside the weights."""
+    """Steps that wait for all values, steps that use old ones, the most bytes held in either beside the weights, and
+    whether another rank has a larger share of the picture."""
 
     fresh: Part
     stale: Part
     held: int
+    behind: bool = False
 
 
 class Echo(Bus):
@@ -68,6 +69,7 @@ class Echo(Bus):
         super().__init__(topology, timeout=1.0)
         self.device = device
         self.exchanges: Counter[str] = Counter()
+        self.behind = False
 
     def begin(self) -> None:
         self.traffic, self.exchanges = Traffic(), Counter()
@@ -76,6 +78,8 @@ class Echo(Bus):
         self.traffic.sent[kind] += sum(message.numel() for message in sends.values())
         self.traffic.messages[kind] += len(sends)
         self.exchanges[kind] += bool(sends or sizes)
+        own = max((message.numel() for message in sends.values()), default=0)
+        self.behind |= kind == "output" and any(size > own for size in sizes.values())
         zeros = {peer: torch.zeros(size, dtype=torch.uint8, device=self.device) for peer, size in sizes.items()}
         return [Pending(peer, buffer, None, layer, 0.0) for peer, buffer in zeros.items()]
 
@@ -105,24 +109,20 @@ def rehearse(
         for callback in clock.on_start:
             callback(clock.run)
         play = _Player(anatomy.denoiser, calls, clock, bus)
-        waits = method is None or method.fresh(warmup + 1)
-        # of a step that waits for everything, and of one that may not
-        indices = (min(1, warmup),) if waits else (min(1, warmup), warmup + 1)
+        always = method is None or method.fresh(warmup + 1)
+        # of a step that waits for everything, and of one that need not
+        indices = (min(1, warmup),) if always else (min(1, warmup), warmup + 1)
         with torch.no_grad():
             if len(calls) > 1 or (method is not None and method.codec != "raw"):
                 play.step(0)  # in which one learns how many calls a step has, and what residuals start from
-            if device.type == "meta":
-                with Held(anatomy.denoiser, calls) as held:
-                    parts = [play.counted(index) for index in indices]
-            else:
-                play.step(indices[0])
-                rows = [[indices[0]] * rounds, list(range(warmup + 1, warmup + 1 + rounds))]
-                parts = [play.timed(row) for row in rows[: len(indices)]]
-                with Held(anatomy.denoiser, calls) as held:
-                    for index in indices:
-                        play.step(index)
+            with Tally(anatomy.denoiser, calls) as tally:
+                parts = [play.counted(index, tally) for index in indices]
+            if device.type != "meta":
+                rows = [[indices[0]] * rounds, list(range(warmup + 2, warmup + 2 + rounds))]
+                for number in (1, 0)[-len(indices) :]:  # old values are those of the step before
+                    parts[number] = replace(parts[number], seconds=play.seconds(rows[number]))
             patches.restore()
-    return Rehearsed(parts[0], parts[-1], held.peak)
+    return Rehearsed(parts[0], parts[-1], tally.peak, bus.behind)
 
 
 def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
@@ -138,7 +138,6 @@ def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepCloc
 class _Player:
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call], clock: StepClock, bus: Echo) -> None:
         self.denoiser, self.calls, self.clock, self.bus = denoiser, calls, clock, bus
-        self.device = bus.device
 
     def step(self, index: int) -> None:
         assert self.clock.run is not None
@@ -150,60 +149,53 @@ class _Player:
         for callback in self.clock.on_tick:
             callback(index)
 
-    def counted(self, index: int) -> Part:
-        """A step with its floating-point operations."""
+    def counted(self, index: int, tally: Tally) -> Part:
+        """A step's bytes and operations."""
         self.bus.begin()
-        with Sketch() as sketch, FlopCounterMode(display=False) as counter:
-            self.step(index)
-        return self._part(flops=counter.get_total_flops() + sketch.flops)
+        before = tally.flops
+        self.step(index)
+        return Part(self.bus.traffic.sent, self.bus.exchanges, flops=tally.flops - before)
 
-    def timed(self, indices: Sequence[int]) -> Part:
-        """The last of some steps, with the least seconds of them: what else the machine does only adds."""
-        seconds = []
+    def seconds(self, indices: Sequence[int]) -> float:
+        """The least of some steps: what else the machine does only adds."""
+        found = []
+        self.bus.begin()
         for index in indices:
-            self.bus.begin()
             self._wait()
             began = time.perf_counter()
             self.step(index)
             self._wait()
-            seconds.append(time.perf_counter() - began)
-        return self._part(min(seconds))
-
-    def _part(self, seconds: float = 0.0, flops: int = 0) -> Part:
-        return Part(Counter(self.bus.traffic.sent), Counter(self.bus.exchanges), seconds, flops)
+            found.append(time.perf_counter() - began)
+        return min(found)
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.bus.device.type == "cuda":
+            torch.cuda.synchronize(self.bus.device)
 
 
-class Sketch(TorchFunctionMode):
-    """Attention as a fused kernel does it: on the meta device torch would build the whole matrix of scores."""
+class Tally(TorchFunctionMode):
+    """Operations of matrix products, and the most bytes alive at a time of tensors that were made inside.
 
-    flops = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **options)
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | options
-        query, key, value = given["query"], given["key"], given["value"]
-        self.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-class Held(TorchDispatchMode):
-    """The most bytes of tensors alive at a time that were made inside, on top of the model and its arguments."""
+    On the meta device the costly ones are only sketched: attention as a fused kernel does it, where torch would build
+    the whole matrix of scores.
+    """
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
+        self.meta = next(denoiser.parameters()).is_meta
         known = [*denoiser.parameters(), *denoiser.buffers(), *pytree.tree_leaves(list(calls))]
         self._known = {leaf.untyped_storage()._cdata for leaf in known if isinstance(leaf, Tensor)}
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(output):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sketch = _SKETCHES.get(func)
+        flops, shape = sketch(*args, **(kwargs or {})) if sketch is not None else (0, None)
+        self.flops += flops
+        if self.meta and shape is not None:
+            output = args[0].new_empty(shape) if args else torch.empty(shape, device="meta")
+        else:
+            output = func(*args, **(kwargs or {}))
+        for leaf in output if isinstance(output, tuple | list) else (output,):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
                 self._hold(leaf.untyped_storage())
         return output
@@ -218,3 +210,32 @@ class Held(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, tuple[int, ...]]:
+    return 2 * input.numel() * len(weight), (*input.shape[:-1], len(weight))
+
+
+def _conv(input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, *_: Any) -> tuple[int, tuple[int, ...]]:
+    """Without dilation and groups, which no stock denoiser has."""
+    sides = zip(input.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    out = (len(input), len(weight), *((n + 2 * pad - size) // step + 1 for n, size, step, pad in sides))
+    return 2 * math.prod(out) * weight[0].numel(), out
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[int, tuple[int, ...]]:  # fmt: skip
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    return 2 * pairs * (query.shape[-1] + value.shape[-1]), (*query.shape[:-1], value.shape[-1])
+
+
+def _same(input: Tensor, *_: Any, **__: Any) -> tuple[int, tuple[int, ...]]:
+    return 0, tuple(input.shape)
+
+
+# operations and shape of what a function gives
+_SKETCHES: Mapping[Any, Callable[..., tuple[int, tuple[int, ...]]]] = {
+    F.linear: _linear, F.conv2d: _conv, F.scaled_dot_product_attention: _attention, F.layer_norm: _same,
+    F.group_norm: _same, F.silu: _same, F.gelu: _same,
+}  # fmt: skip

@@ -15,10 +15,13 @@ from .bench import bench
 from .calibrate import calibrate
 from .commands import env, generate, inspect, methods, root
 from .demo import demo
+from .plan import plan
+from .quantize import quantize
+from .serve import serve
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(root)
-for command in (generate, bench, calibrate, methods, inspect, env, demo):
+for command in (generate, bench, calibrate, quantize, plan, methods, inspect, env, demo, serve):
     app.command()(command)
 
 
