@@ -98,19 +98,21 @@ class Trial:
     reason: str | None = None
 
 
-def trials(
-    anatomy: Anatomy, calls: Sequence[Call], devices: int, codec: Codec = "raw"
-) -> tuple[Rehearsed, list[Trial]]:
-    """A step on one device, and rehearsals of every method. `calls` are the arguments of the denoiser's in a step."""
-    one = rehearse(anatomy, calls, None, Topology(1, 1, 1, 0))
-    return one, [_try(anatomy, calls, method, devices, one) for method in candidates(devices, halves(calls), codec)]
+def alone(anatomy: Anatomy, calls: Sequence[Call]) -> Rehearsed:
+    """A step on one device. `calls` are the arguments of the denoiser's in a step."""
+    return rehearse(anatomy, calls, None, Topology(1, 1, 1, 0))
+
+
+def trials(anatomy: Anatomy, calls: Sequence[Call], devices: int, one: Rehearsed, codec: Codec = "raw") -> list[Trial]:
+    """Rehearsals of every method."""
+    return [attempt(anatomy, calls, method, devices, one) for method in candidates(devices, halves(calls), codec)]
 
 
 def plan(one: Rehearsed, tried: Sequence[Trial], site: Site) -> Plan:
     """Predict every method."""
     found = [_predict(trial, one, site) for trial in tried]
     found.sort(key=lambda p: (p.refused is not None, p.predicted_seconds))
-    return Plan(_alone(site, one), site.weights + one.held, found)
+    return Plan(_one_step(site, one), site.weights + one.held, found)
 
 
 def halves(calls: Sequence[Call]) -> bool:
@@ -127,7 +129,8 @@ def candidates(devices: int, guided: bool, codec: Codec = "raw") -> Iterator[Par
             yield REGISTRY[name](method=name, devices=devices, cfg=cfg, codec=codec)
 
 
-def _try(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, devices: int, one: Rehearsed) -> Trial:
+def attempt(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, devices: int, one: Rehearsed) -> Trial:
+    """One method, played by its busiest ranks."""
     mesh = method.topology(devices, 0)
     if mesh.cfg * mesh.patch == 1:
         return Trial(method, mesh, [one])
@@ -187,11 +190,11 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
     return Prediction(
         method.method, {}, (mesh.cfg, mesh.step, mesh.patch), _exact(method, mesh), computing(rank.stale),
         rank.fresh.sent.total(), counted.total(), dict(counted), total / site.steps, total,
-        _alone(site, one) * site.steps / total,
+        _one_step(site, one) * site.steps / total,
     )  # fmt: skip
 
 
-def _alone(site: Site, one: Rehearsed) -> float:
+def _one_step(site: Site, one: Rehearsed) -> float:
     return one.stale.seconds if site.one_step is None else site.one_step
 
 
