@@ -58,7 +58,7 @@ class Log:
         self.manifest.settle(item, status="done", file=path.name, seconds=round(outcome.seconds, 3))
         self._drawn += 1
         announce(outcome, path, self.order.as_json)
-        left = self.manifest.open
+        left = self.manifest.counts()["pending"]
         seconds = (time.monotonic() - self._began) / self._drawn * left
         say(f"{self._total - left} of {self._total}" + (f", about {seconds / 60:.0f} min left" if seconds > 90 else ""))
 

@@ -84,7 +84,9 @@ def build(options: Options) -> FastAPI:
 
 
 def _add_images(app: FastAPI, desk: Desk, asked: type[ImageRequest]) -> None:
-    @app.post("/v1/images/generations", responses=_ANSWERS, response_model=ImagesReply)
+    answers = {200: {"content": {"text/event-stream": {}}}, **_ANSWERS}
+
+    @app.post("/v1/images/generations", responses=answers, response_model=ImagesReply)
     async def generations(body: asked, request: Request) -> Any:  # type: ignore[valid-type]
         """Draw images. With `stream`, the answer is a stream of events, the last of each image with the image."""
         ticket = _ticket(desk, body)

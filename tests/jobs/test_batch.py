@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -211,9 +212,8 @@ def fork(model: str) -> Any:
 
     def draw() -> None:
         os.setsid()
-        sys.stdout, sys.stderr = Path(f"{os.getpid()}.out").open("w"), Path(f"{os.getpid()}.err").open("w")
-        code = run([str(part) for part in command(model)])
-        sys.stdout.flush()
+        with Path(f"{os.getpid()}.out").open("w") as out, redirect_stdout(out), redirect_stderr(StringIO()):
+            code = run([str(part) for part in command(model)])
         os._exit(code)
 
     process = get_context("fork").Process(target=draw)
