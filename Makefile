@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := pyproject.toml requirements/constraints.txt
 
-.PHONY: image test test-slow install lint types bench readme wheel
+.PHONY: image test test-slow install lint types bench readme docs wheel
 
 image: .venv/.installed
 	$(BIN)/fastdiff generate "$(PROMPT)" --preset $(PRESET) --seed $(SEED) -o out.png
@@ -40,6 +40,10 @@ bench: .venv/.installed-dev
 
 readme: .venv/.installed-dev
 	$(BIN)/python scripts/readme.py
+
+# Strict: a dead link fails. The tests build it too.
+docs: .venv/.installed-dev
+	$(BIN)/python -m mkdocs build
 
 wheel: .venv/.installed-dev
 	$(BIN)/python -m build

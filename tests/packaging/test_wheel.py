@@ -15,7 +15,7 @@ import pytest
 from .tree import HOMES, ROOT, files, installed_path
 
 DATA = ("*.toml", "*.json", "*.safetensors", "*.txt", "*.md", "py.typed")
-BESIDE = ("scripts", "tests", "docs", "requirements", "benchmarks")
+BESIDE = ("scripts", "tests", "docs", "examples", "requirements", "benchmarks")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

@@ -1,0 +1,326 @@
+"""The parts of the site that are made from the code and the committed benchmarks: a hook of mkdocs (see mkdocs.yml).
+
+Pages of methods come from the registry: docstrings, settings from the schema, rows of benchmarks/*.json. Pages in docs/
+take made parts where they have a line `<!-- made: ... -->`. Nothing of it is written into the repository.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import readme  # beside this file; mkdocs puts the folder of a hook on the path
+import step_figures
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from fastdiff.config import Config, presets, read_file
+from fastdiff.method import Method
+from fastdiff.registry import ROOMS, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+TITLES = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the root; on the site
+_SETTING_HEAD = ("setting", "type", "default", "what it says")
+
+
+def on_config(config: Any) -> Any:
+    """Puts a page for each method into the navigation."""
+    for entry in config.nav:
+        if "Methods" in entry:
+            pages = [
+                {TITLES[kind]: [{name: address(kind, name)} for name in sorted(own(kind))]}
+                for kind in ROOMS
+                if own(kind)
+            ]
+            entry["Methods"] = [{"All methods": "methods/index.md"}, *pages]
+    config.nav = written(config.nav)
+    return config
+
+
+def written(nav: list[Any]) -> list[Any]:
+    """The navigation without pages that nobody has written yet."""
+    kept = []
+    for entry in nav:
+        ((title, target),) = entry.items()
+        if isinstance(target, list):
+            kept += [{title: inner}] if (inner := written(target)) else []
+        elif (ROOT / "docs" / target).is_file() or target.startswith("methods/") or target in OUTSIDE.values():
+            kept.append(entry)
+    return kept
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the made pages, the pictures of the benchmarks, and the pages that live in the root."""
+    made = {"methods/index.md": methods_index(), **dict(method_pages())}
+    for method in own("cache"):
+        for name, model, rows in step_figures.figures(method):
+            made[f"images/{name}.svg"] = step_figures.strips(model, rows)
+    made |= {there: (ROOT / here).read_text(encoding="utf-8") for here, there in OUTSIDE.items()}
+    for name, text in made.items():
+        files.append(File.generated(config, name, content=text))
+    for picture in sorted([*BENCHMARKS.glob("*.png"), *BENCHMARKS.glob("*.json")]):
+        files.append(File.generated(config, f"benchmarks/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+    """Made parts, links to what lies outside docs/, and links from the names of methods in tables to their pages."""
+    here = page.file.src_uri
+    markdown = re.sub(r"<!-- made: ([\w-]+) -->", lambda found: part(found[1], here), markdown)
+    if here in OUTSIDE.values():
+        markdown = markdown.replace("](docs/", "](")
+    for name, there in OUTSIDE.items():
+        markdown = markdown.replace(f"](../{name}", f"]({there}")
+    markdown = markdown.replace("](../benchmarks/", "](benchmarks/").replace("](../README.md", "](index.md")
+    return markdown if here.startswith("methods/") else linked(markdown)
+
+
+def linked(markdown: str) -> str:
+    """Names of methods in the first cell of a table row, as links."""
+    known = {name: address(kind, name) for kind in ROOMS for name in own(kind)}
+
+    def link(found: re.Match[str]) -> str:
+        return re.sub(r"`(\w+)`", lambda n: f"[{n[0]}]({known[n[1]]})" if n[1] in known else n[0], found[0])
+
+    return re.sub(r"^\| (?:`\w+`(?:, )?)+ \|", link, markdown, flags=re.MULTILINE)
+
+
+def part(name: str, here: str) -> str:
+    """What a page asks for. Raises PluginError for a name that does not exist."""
+    parts: dict[str, Callable[[], str]] = {
+        "config-sections": config_sections, "common-settings": common_settings, "presets": presets_table,
+        "rivals": rivals, "methods": lambda: methods_index(""),
+    }  # fmt: skip
+    if name not in parts:
+        raise PluginError(f"{here} asks for the part {name!r}; there are {', '.join(parts)}")
+    return parts[name]()
+
+
+def own(kind: str) -> dict[str, type[Method]]:
+    """The methods of a room that ship with fastdiff."""
+    return {name: cls for name, cls in registry(kind).items() if cls.__module__.startswith("fastdiff.")}
+
+
+def address(kind: str, name: str) -> str:
+    return f"methods/{kind}/{name}.md"
+
+
+# pages of methods
+
+
+def methods_index(above: str = "methods/") -> str:
+    """All methods, by room."""
+    parts = ["# Methods"] if above else []
+    for kind in ROOMS:
+        rows = [
+            (f"[`{name}`]({address(kind, name).removeprefix(above)})", readme.summary(cls), readme.source(cls))
+            for name, cls in sorted(own(kind).items())
+        ]
+        parts += [f"## {TITLES[kind]}", readme.table(("method", "what it does", "source"), rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+def method_pages() -> Iterator[tuple[str, str]]:
+    for kind in ROOMS:
+        for name, cls in own(kind).items():
+            yield address(kind, name), method_page(kind, name, cls)
+
+
+def method_page(kind: str, name: str, cls: type[Method]) -> str:
+    """Paper, idea and formula from the docstrings, settings from the schema, numbers from the benchmarks."""
+    module = inspect.cleandoc(importlib.import_module(cls.__module__).__doc__ or "")
+    shared = common(kind)
+    fields = [field for field in cls.model_fields if field != "method" and not same(shared, field, cls)]
+    settings = settings_table(cls, fields) if fields else "None of its own."
+    if shared:
+        link = "the [settings of every method](../../config.md#settings-of-every-method) of this room"
+        settings += f"\n\nBesides these it takes {link}."
+    source = f"{ROOMS[kind].rpartition('.')[2]}/{cls.__module__.rpartition('.')[2]}.py"
+    return "\n\n".join([
+        f"# {name}", autolinked(module), paragraphs(cls), *decisions(cls),
+        f'```toml\n[{kind}]\nmethod = "{name}"\n{"".join(examples(cls, fields))}```',
+        *[f"![Which steps {name} computes on {model}](../../images/{figure}.svg)"
+          for figure, model, _ in step_figures.figures(name)],
+        "## Settings", settings, "## Measured", measured(kind, name), f"Its code is `{source}`.", "",
+    ])  # fmt: skip
+
+
+def paragraphs(cls: type) -> str:
+    """The class docstring as Markdown; a paragraph that starts with `Formula:` stands apart."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return re.sub(
+        r"^Formula: ((?:.+\n?)+)", lambda f: f'!!! abstract "Formula"\n    {f[1].strip()}\n', text, flags=re.M
+    )
+
+
+def decisions(cls: type) -> list[str]:
+    """What the method's own functions say of how it decides and predicts."""
+    told = []
+    for name in ("mask", "change", "around", "weigher", "corrector"):
+        function = vars(cls).get(name)
+        if function is not None and function.__doc__:
+            told.append(f"`{name}`: {inspect.cleandoc(function.__doc__)}")
+    return told
+
+
+def examples(cls: type[Method], fields: Iterable[str]) -> Iterator[str]:
+    """Up to three settings with their defaults, as TOML."""
+    simple = [(f, cls.model_fields[f].default) for f in fields]
+    for field, value in [(f, v) for f, v in simple if isinstance(v, (bool, int, float, str))][:3]:
+        yield f"{field} = {json.dumps(value)}\n"
+
+
+def common(kind: str) -> list[tuple[str, Any]]:
+    """Settings that all methods of a room have from one base class, with their descriptions there."""
+    classes = list(own(kind).values())
+    if not classes:
+        return []
+    shared = set.intersection(*(set(cls.model_fields) for cls in classes)) - {"method"}
+    base = next(b for b in classes[0].__mro__ if issubclass(b, Method) and all(issubclass(c, b) for c in classes))
+    return [(field, base) for field in base.model_fields if field in shared]
+
+
+def same(shared: list[tuple[str, Any]], field: str, cls: type[Method]) -> bool:
+    """Whether a field is as the base class has it."""
+    base = dict(shared).get(field)
+    return base is not None and cls.model_fields[field].default == base.model_fields[field].default
+
+
+def settings_table(cls: type, fields: Iterable[str]) -> str:
+    properties = cls.model_json_schema()["properties"]  # type: ignore[attr-defined]
+    rows = [(f"`{f}`", type_of(properties[f]), default_of(cls, f), described(cls, f)) for f in fields]
+    return readme.table(_SETTING_HEAD, rows)
+
+
+def described(cls: type, field: str) -> str:
+    """The description of a field; a subclass that gives only a default keeps that of its base."""
+    for base in cls.__mro__:
+        found = getattr(base, "model_fields", {}).get(field)
+        if found is not None and found.description:
+            return found.description.replace("|", "\\|")
+    return ""
+
+
+def default_of(cls: type, field: str) -> str:
+    found = cls.model_fields[field]  # type: ignore[attr-defined]
+    if found.is_required():
+        return "must be given"
+    value = found.get_default(call_default_factory=True)
+    return "-" if value is None else f"`{json.dumps(value, default=str)}`"
+
+
+def type_of(schema: Mapping[str, Any]) -> str:
+    """A JSON schema in a few words, with its bounds."""
+    if "anyOf" in schema:
+        return " or ".join(type_of(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "$ref" in schema:
+        return "the path of a plan, or a table" if "plan" in str(schema).lower() else "table"
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{v}`" for v in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"list of {type_of(schema.get('items', {}))}" if schema.get("items") else "list"
+    name = {"integer": "whole number", "string": "text", "boolean": "true, false", "object": "table"}
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    high = schema.get("exclusiveMaximum") if high is None else high
+    bounds = f" {low} to {high}" if None not in (low, high) else f" from {low}" if low is not None else ""
+    bounds = f" up to {high}" if low is None and high is not None else bounds
+    return name.get(str(schema.get("type")), str(schema.get("type", "any"))) + bounds
+
+
+def autolinked(text: str) -> str:
+    return readme._URL.sub(lambda found: f"<{found[0].rstrip('.')}>" + "." * found[0].endswith("."), text)
+
+
+# numbers
+
+
+def rows_with(kind: str, name: str) -> list[Mapping[str, Any]]:
+    """Rows of all committed benchmarks that used a method, whatever else the files hold."""
+    found = []
+    for path in sorted(BENCHMARKS.glob("*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows if isinstance(rows, list) else []:
+            lever = (row.get("config") or {}).get(kind) if set(readme.COLUMNS) <= set(row) else None
+            if lever is not None and lever.get("method") == name:
+                found.append({**row, "file": path.name})
+    return found
+
+
+def measured(kind: str, name: str) -> str:
+    rows = rows_with(kind, name)
+    if not rows:
+        return "This method has no row in the committed benchmarks."
+    columns = {key: title for key, title in readme.COLUMNS.items() if key != "kind"}
+    body = [
+        (f"[{row['model']}](../../benchmarks/{row['file']})", *(readme.cell(key, row[key]) for key in columns))
+        for row in rows
+    ]
+    said = "Compared with the plain picture of the same seed; [how to read it](../../results.md)."
+    return readme.table(("model", *columns.values()), body) + f"\n\n{said}"
+
+
+def rivals() -> str:
+    """For each rival, the row of ours that beats it or comes nearest."""
+    parts = []
+    for path in sorted(BENCHMARKS.glob("*-verdict.json")):
+        model, found = path.stem.removesuffix("-verdict"), json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            (row["rival"], f"{row['speedup']:.2f}", f"{row['psnr']:.1f}", row["beaten_by"] or "**not beaten**",
+             told(row))
+            for row in sorted(found, key=lambda row: row["speedup"])
+        ]  # fmt: skip
+        beaten = sum(bool(row["beaten_by"]) for row in found)
+        head = ("rival", "speedup", "PSNR dB", "beaten by", "how")
+        parts.append(f"### {model}\n\n{beaten} of {len(found)} are beaten.\n\n{readme.table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def told(row: Mapping[str, Any]) -> str:
+    if not row["beaten_by"]:
+        return f"nearest: {row['nearest']}" if row.get("nearest") else "-"
+    if row["rule"] == "closer":
+        return f"at least as fast, {row['margin']:.1f} dB closer"
+    return f"at least as close, {row['margin']:.2f} times as fast"
+
+
+# config
+
+
+def config_sections() -> str:
+    """Every section of the config that is no method."""
+    parts = []
+    for name, field in Config.model_fields.items():
+        if name in ROOMS:
+            listed = ", ".join(f"[`{method}`]({address(name, method)})" for method in sorted(own(name)))
+            parts.append(f"## [{name}]\n\n`method` is one of {listed or 'none yet'}; its settings follow.")
+            continue
+        cls = field.annotation
+        assert inspect.isclass(cls)
+        parts.append(f"## [{name}]\n\n{inspect.cleandoc(cls.__doc__ or '')}\n\n{settings_table(cls, cls.model_fields)}")
+    return "\n\n".join(parts)
+
+
+def common_settings() -> str:
+    parts = []
+    for kind in ROOMS:
+        shared = common(kind)
+        if shared:
+            parts.append(f"### {TITLES[kind]}\n\n{settings_table(shared[0][1], [field for field, _ in shared])}")
+    return "\n\n".join(parts)
+
+
+def presets_table() -> str:
+    rows = []
+    for name, path in presets().items():
+        values = read_file(path)
+        said = values.pop("description", "")
+        rows.append((f"`{name}`", said, f"`{json.dumps(values)}`" if values else "-"))
+    return readme.table(("preset", "what it does", "settings"), rows)

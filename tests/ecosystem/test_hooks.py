@@ -1,0 +1,137 @@
+"""What accelerate and diffusers do to a model besides: devices, offload hooks, prepare, saving, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+
+import fastdiff
+from fastdiff.errors import NotReversible
+from tests import tiny
+from tests.coverage.test_attachments import lora
+from tests.coverage.test_features import adapted, image
+
+DEEP = {"method": "deepcache", "interval": 3}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def hooked(pipe: DiffusionPipeline, kind: str, folder: Path) -> None:
+    if kind == "cpu_offload":
+        accelerate.cpu_offload(pipe.unet, execution_device=CPU)
+    elif kind == "disk_offload":
+        accelerate.disk_offload(pipe.unet, str(folder), execution_device=CPU)
+    elif kind == "dispatch_model":
+        accelerate.dispatch_model(pipe.unet, {"": "cpu"}, force_hooks=True)
+    else:
+        assert accelerate.Accelerator(cpu=True).prepare(pipe.unet) is pipe.unet
+
+
+@pytest.mark.parametrize("kind", ["cpu_offload", "disk_offload", "dispatch_model", "prepare"])
+def test_hooks_of_accelerate_change_no_picture(kind, tmp_path):
+    reference = tiny.make("sd15")
+    plain = tiny.run(reference, "sd15")
+    fastdiff.accelerate(reference, cache=DEEP)
+    expected = tiny.run(reference, "sd15")
+    pipe = tiny.make("sd15")
+    hooked(pipe, kind, tmp_path)
+    with fastdiff.accelerate(pipe, cache=DEEP) as handle:
+        assert torch.equal(tiny.run(pipe, "sd15"), expected) and handle.report.cached == 4
+        assert not handle.report.notes
+    assert torch.equal(tiny.run(pipe, "sd15"), plain)
+
+
+def test_mixed_precision_of_accelerate_goes_first():
+    """It wraps forward as a foreigner would: what is under it cannot be restored, and nothing is claimed to be lost."""
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    pipe = tiny.make("sd15")
+    accelerator.prepare(pipe.unet)
+    with fastdiff.accelerate(pipe, cache=DEEP) as handle:
+        tiny.run(pipe, "sd15")
+        assert handle.report.cached == 4
+    pipe = tiny.make("sd15")
+    handle = fastdiff.accelerate(pipe, cache=DEEP)
+    inner = pipe.unet.forward
+    accelerator.prepare(pipe.unet)
+    tiny.run(pipe, "sd15")
+    assert handle.report.cached == 4 and not handle.report.notes
+    with pytest.raises(NotReversible, match=r"UNet2DConditionModel\.forward was changed"):
+        handle.restore()
+    pipe.unet.forward = inner
+    handle.restore()
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_moved_to_another_dtype_while_accelerated_it_is_what_it_is_when_moved_before(name):
+    def fresh(move_first: bool) -> torch.Tensor:
+        pipe = tiny.make(name)
+        if move_first:
+            tiny.denoiser(pipe).to(torch.float64)
+        handle = fastdiff.accelerate(pipe, cache={"method": "ab_cache", "interval": 2})
+        if not move_first:
+            tiny.run(pipe, name)
+            tiny.denoiser(pipe).to(torch.float64)
+        told = {"prompt": None, "negative_prompt": None, **embedded(name)}
+        found = tiny.run(pipe, name, **told)
+        assert handle.report.cached >= 2
+        return found
+
+    assert torch.equal(fresh(move_first=True), fresh(move_first=False))
+
+
+def embedded(name: str) -> dict[str, Any]:
+    """Text embeddings in double precision, so that the encoders, which tests share, stay as they are."""
+
+    def text(seed: int) -> torch.Tensor:
+        length = 77 if name == "sd15" else 16
+        return torch.randn(1, length, 32, generator=torch.Generator().manual_seed(seed)).double()
+
+    given = {"prompt_embeds": text(1), "negative_prompt_embeds": text(2)}
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).double()
+    masks = {f"{kind}prompt_attention_mask": torch.ones(1, 16) for kind in ("", "negative_")}
+    return {**given, "latents": latents, **(masks if name == "pixart" else {})}
+
+
+def test_saved_while_accelerated_it_is_the_plain_pipeline(tmp_path):
+    pipe = tiny.make("sd15")
+    plain = tiny.run(pipe, "sd15")
+    with fastdiff.accelerate(pipe, cache=DEEP):
+        pipe.save_pretrained(tmp_path)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.run(again, "sd15"), plain)
+
+
+def test_a_lora_an_ip_adapter_offloading_and_a_callback_all_at_once():
+    seen: list[int] = []
+    told = {"ip_adapter_image": image(1), **tiny.at_each_step("sd15", lambda _, step: seen.append(step))}
+
+    def furnished(first: bool) -> DiffusionPipeline:
+        pipe = adapted("sd15")
+        if first:
+            fastdiff.accelerate(pipe, cache=DEEP)
+        pipe.load_lora_weights(lora(pipe))
+        accelerate.cpu_offload(pipe.unet, execution_device=CPU)
+        if not first:
+            fastdiff.accelerate(pipe, cache=DEEP)
+        return pipe
+
+    one, other = furnished(first=True), furnished(first=False)
+    assert torch.equal(tiny.run(one, "sd15", **told), tiny.run(other, "sd15", **told))
+    assert seen == [*range(6), *range(6)]
+    for pipe in (one, other):
+        fastdiff.restore(pipe)
+    assert torch.equal(tiny.run(one, "sd15", **told), tiny.run(other, "sd15", **told))

@@ -1,0 +1,71 @@
+"""The package is typed: mypy, strict, on a program as users write it, finds its mistakes and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """
+from pathlib import Path
+import fastdiff
+
+pipe = fastdiff.load("shapes-unet")
+fast = fastdiff.accelerate(pipe, "balanced", cache={"method": "deepcache", "interval": 3})
+with fast as again:
+    steps: int = again.report.steps
+    seconds: float = again.report.seconds
+    said: dict[str, object] = again.report.to_dict()
+config: fastdiff.Config = fast.config
+fastdiff.accelerate(pipe, Path("my.toml"))
+fastdiff.accelerate(pipe, {"preset": "fast"}).restore()
+names: dict[str, list[str]] = fastdiff.methods()
+try:
+    fastdiff.Config(cache="deepcach")
+except fastdiff.FastdiffError as error:
+    print(error)
+fastdiff.restore(pipe)
+reveal_type(fast)
+"""
+WRONG = {
+    "fastdiff.accelerate(pipe, 3)": "arg-type",
+    "fast.report.computed()": "operator",
+    "fast.restored()": "attr-defined",
+    "text: str = fast.report.steps": "assignment",
+    "fastdiff.acelerate(pipe)": "attr-defined",
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> list[str]:
+    """What mypy says of the program with the mistakes at its end, without the tree's own settings."""
+    folder = tmp_path_factory.mktemp("user")
+    program = folder / "program.py"
+    program.write_text(GOOD + "\n".join(WRONG) + "\n", encoding="utf-8")
+    options = ("--strict", "--follow-imports=silent", "--no-namespace-packages", "--config-file=")
+    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", str(ROOT / ".mypy_cache/user"), str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return [line for line in done.stdout.splitlines() if "program.py:" in line]
+
+
+def test_there_is_a_marker():
+    spec = importlib.util.find_spec("fastdiff")
+    assert spec is not None and spec.origin and Path(spec.origin).with_name("py.typed").is_file()
+
+
+def test_a_right_program_has_no_mistakes(told):
+    lines = len(GOOD.splitlines())
+    mine = [line for line in told if int(line.split(":")[1]) <= lines and ": error:" in line]
+    assert mine == []
+    assert any("fastdiff.pipelines.accelerate.Accelerated" in line for line in told)
+
+
+@pytest.mark.parametrize(("number", "code"), list(enumerate(WRONG.values())), ids=list(WRONG))
+def test_a_mistake_is_found(told, number, code):
+    line = len(GOOD.splitlines()) + 1 + number
+    assert any(f":{line}: error:" in one and f"[{code}]" in one for one in told), "\n".join(told)
