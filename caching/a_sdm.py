@@ -55,6 +55,9 @@ class ASDM(CacheMethod):
 
     `sites` are paths with wildcards; calibrate ranks all sites by the time they take, and those that make up
     `time_share` of it are taken where `sites` is empty.
+
+    Formula: v_i = v_j at the chosen sites, with j the last step in which the site was computed; all around it is
+    computed at every step.
     """
 
     method: Literal["a_sdm"] = "a_sdm"

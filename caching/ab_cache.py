@@ -15,7 +15,12 @@ from .sites import at, each_block
 
 
 class ABCache(CacheMethod):
-    """Compute every `interval` steps, extrapolate the model's output in between on the run's own time grid."""
+    """Compute every `interval` steps, extrapolate the model's output in between on the run's own time grid.
+
+    Formula: steps below w and then every k-th are computed (w = `warmup_steps`, k = `interval`). In between v_i =
+    sum_j c_j v_j over the newest `order` computed steps j, with c_j = prod_(m != j) (s_i - s_m) / (s_j - s_m), s
+    the `coordinate` of a step.
+    """
 
     method: Literal["ab_cache"] = "ab_cache"
     interval: int = Field(2, ge=1, description="compute every so many steps")

@@ -46,6 +46,9 @@ class CacheQuant(CacheMethod):
     predictor in use, and the correction is fitted on the cached trajectory, whose errors it meets. With quantization
     on, all of it is calibrated on the quantized model, and the outputs of the layers that a cached value feeds are
     corrected too.
+
+    Formula: v_i = a_i * v_j + b_i, with j the last computed step, and a scale and a shift for each channel and
+    step, fitted by least squares with `ridge`.
     """
 
     method: Literal["cachequant"] = "cachequant"

@@ -14,7 +14,11 @@ from .sites import block_stack, stack_blocks
 
 
 class DBCache(FirstBlock):
-    """First Block Cache with `live_blocks` at the front and `tail_blocks` at the end that always run."""
+    """First Block Cache with `live_blocks` at the front and `tail_blocks` at the end that always run.
+
+    Formula: as first_block: h_i = tail(live(x_i) + R_j), where R_j is what the blocks between added at the last
+    computed step j.
+    """
 
     method: Literal["dbcache"] = "dbcache"  # type: ignore[assignment]
     threshold: float = Field(0.08, ge=0, description="relative change from which on a step is computed")

@@ -15,7 +15,11 @@ from .unet import unet_inner
 
 
 class DeepCache(CacheMethod):
-    """Reuse a UNet's deep features every `interval` steps; only the layers outside skip `branch` run in between."""
+    """Reuse a UNet's deep features every `interval` steps; only the layers outside skip `branch` run in between.
+
+    Formula: up(skip_b(x_i), D_j): the up layers outside skip b = `branch` run on this step's skip and on the deep
+    features D of the last computed step j.
+    """
 
     method: Literal["deepcache"] = "deepcache"
     interval: int = Field(3, ge=1, description="compute in full every so many steps")

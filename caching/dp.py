@@ -31,6 +31,10 @@ class DP(CacheMethod):
 
     A run on other noise levels (step count, img2img strength, scheduler) computes the same share of its steps, spread
     over the noise levels as in the plan, takes the predictor's own weights, and says so.
+
+    Formula: of all sets of `computed_steps` steps the one with the least sum over groups of |sum_i c_i (p_i -
+    v_i)|^2; a group is the skipped steps between two computed ones, p_i the prediction from the steps computed
+    before i, c_i how much the solver makes of an error at step i in the final latents (its impulse response).
     """
 
     method: Literal["dp"] = "dp"

@@ -16,7 +16,11 @@ from .sites import latent_probe, model_output
 
 
 class EasyCache(Gated):
-    """Skip the model while its output, at its last rate of change over its input, should have moved little."""
+    """Skip the model while its output, at its last rate of change over its input, should have moved little.
+
+    Formula: skipped while the sum over skipped steps of k |x_i - x_(i-1)| / |y| stays below `threshold`, with k =
+    |y_1 - y_0| / |x_1 - x_0| of the two newest computed steps, x the input, y the output.
+    """
 
     method: Literal["easycache"] = "easycache"
     threshold: float = Field(0.05, ge=0, description="sum of expected changes from which on a step is computed")

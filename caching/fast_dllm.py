@@ -24,7 +24,11 @@ NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use
 
 
 class FastDLLM(CacheMethod):
-    """Keep the keys and values of a text's finished blocks; a step computes only the block that is being written."""
+    """Keep the keys and values of a text's finished blocks; a step computes only the block that is being written.
+
+    Formula: attention(q, [K_done; k], [V_done; v]): queries, keys and values of the open block only, after the kept
+    ones of the finished blocks.
+    """
 
     method: Literal["fast_dllm"] = "fast_dllm"
     verify: bool = Field(True, description="compare with the full forward where the first blocks end")

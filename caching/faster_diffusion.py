@@ -24,6 +24,8 @@ class FasterDiffusion(CacheMethod):
 
     A transformer's encoder is the first half of its blocks. What a cached step gives does not depend on its latents,
     so decoding ahead is no further approximation. The initial noise is mixed in where the image is nearly clean.
+
+    Formula: e_i = decoder(encoder features of key step j, t_i) for all i up to the next key step, in one batch.
     """
 
     method: Literal["faster_diffusion"] = "faster_diffusion"

@@ -16,7 +16,11 @@ from .sites import block_stack
 
 
 class FirstBlock(Gated):
-    """Skip all but the first blocks while their residual stays near that of the last computed step."""
+    """Skip all but the first blocks while their residual stays near that of the last computed step.
+
+    Formula: computed where mean |r_i - r_j| / mean |r_j| reaches `threshold`, r the residual of the live blocks, j
+    the last computed step; else h_i = live(x_i) + R_j, with R_j what the other blocks added at j.
+    """
 
     method: Literal["first_block"] = "first_block"
     live_blocks: int = Field(1, ge=1, description="blocks that always run and are compared")

@@ -15,7 +15,10 @@ from .sites import sublayers
 
 
 class FORA(CacheMethod):
-    """Reuse the output of every attention and feed-forward layer for `interval` steps."""
+    """Reuse the output of every attention and feed-forward layer for `interval` steps.
+
+    Formula: f_i = f_j for the output f of each layer, j the last computed step.
+    """
 
     method: Literal["fora"] = "fora"
     interval: int = Field(2, ge=1, description="compute every so many steps")

@@ -32,7 +32,11 @@ class Ratios(Plan):
 
 
 class MagCache(CacheMethod):
-    """Skip while the product of the residual's magnitude ratios, known from a calibration, stays near 1."""
+    """Skip while the product of the residual's magnitude ratios, known from a calibration, stays near 1.
+
+    Formula: skipped while E = sum |1 - prod g_m| stays within `threshold`: the sum over the steps since the last
+    computed one j, the product over m from j + 1 to the step, g_m = |r_m| / |r_(m-1)| from the calibration.
+    """
 
     method: Literal["magcache"] = "magcache"
     threshold: float = Field(0.06, ge=0, description="sum of magnitude errors from which on a step is computed")

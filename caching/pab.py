@@ -15,7 +15,11 @@ from .sites import sublayers
 
 
 class PAB(CacheMethod):
-    """Broadcast attention outputs over a range of steps: self-attention often, temporal less, cross rarely computed."""
+    """Broadcast attention outputs over a range of steps: self-attention often, temporal less, cross rarely computed.
+
+    Formula: within `between`, attention of a kind is computed at every n-th step, n its interval, and f_i = f_j in
+    between.
+    """
 
     method: Literal["pab"] = "pab"
     self_interval: int = Field(2, ge=1, description="compute self-attention every so many steps of the range")

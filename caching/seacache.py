@@ -17,7 +17,12 @@ from .sites import Site, at, latent_probe
 
 
 class SeaCache(Gated):
-    """Skip until the changes of the latents, filtered to what is signal at their noise level, reach the threshold."""
+    """Skip until the changes of the latents, filtered to what is signal at their noise level, reach the threshold.
+
+    Formula: skipped while the sum over skipped steps of mean |W x_i - W x_(i-1)| / mean |W x_(i-1)| stays below
+    `threshold`; W multiplies a frequency f by a P / (a^2 P + s^2), P = |f|^-3, with signal a and noise s of the
+    step.
+    """
 
     method: Literal["seacache"] = "seacache"
     threshold: float = Field(0.25, ge=0, description="sum of filtered changes from which on a step is computed")

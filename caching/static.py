@@ -15,7 +15,10 @@ from .sites import Site, at
 
 
 class Static(CacheMethod):
-    """An explicit list of steps to compute; the rest is predicted at the chosen site."""
+    """An explicit list of steps to compute; the rest is predicted at the chosen site.
+
+    Formula: v_i from the computed steps before i, by the predictor; with `reuse` v_i = v_j, j the last of them.
+    """
 
     method: Literal["static"] = "static"
     compute_steps: tuple[int, ...] = Field(

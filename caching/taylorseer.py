@@ -20,6 +20,9 @@ class TaylorSeer(CacheMethod):
 
     `order` counts the computed values: 3 is the paper's second order. Derivatives are divided differences, so that a
     quadratic feature is forecast exactly, which plain differences do not do. `lite` forecasts the model's output only.
+
+    Formula: f(s) = sum_(k < order) f[s_0, ..., s_k] prod_(m < k) (s - s_m), with the divided differences f[...]
+    over the newest computed steps s_0, s_1, ...
     """
 
     method: Literal["taylorseer"] = "taylorseer"

@@ -31,7 +31,11 @@ class Rescaling(Plan):
 
 
 class TeaCache(Gated):
-    """Skip until the changes of the modulated input of the first attention layer add up to the threshold."""
+    """Skip until the changes of the modulated input of the first attention layer add up to the threshold.
+
+    Formula: skipped while the sum over skipped steps of |p(mean |m_i - m_(i-1)| / mean |m_(i-1)|)| stays below
+    `threshold`, m the probed input, p the polynomial.
+    """
 
     method: Literal["teacache"] = "teacache"
     threshold: float = Field(0.15, ge=0, description="sum of rescaled changes from which on a step is computed")

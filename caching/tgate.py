@@ -22,6 +22,9 @@ class TGate(CacheMethod):
 
     guidance: "drop" takes the conditional output alone, as the paper does; "delta" (ours) keeps the last difference of
     the two halves, so that guidance goes on; "keep" computes both.
+
+    Formula: for i >= `gate` T: cross-attention gives what it gave last; e_i = c_i (drop), or c_i + (u_j - c_j) in
+    the place of the unconditional u_i (delta), with conditional c and j the last step with both.
     """
 
     method: Literal["tgate"] = "tgate"
