@@ -92,7 +92,7 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
     module = _empty(folder, *named)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= {k: t.clone() for k, t in load_file(file).items()}  # aligned, as in the pipeline that was saved
     origin = None if described["origin"] is None else Origin(**described["origin"])
     present = Present()
     for name, recipe in described["layers"].items():
