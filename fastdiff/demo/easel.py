@@ -81,20 +81,23 @@ class Easel:
 
         def work() -> None:
             try:
-                with self._lock:
+                while not self._lock.acquire(timeout=PAUSE):
+                    if stop.is_set():
+                        raise Cancelled
+                try:
                     said.put(self._pair(order, stop, said.put))
+                finally:
+                    self._lock.release()
             except BaseException as error:
                 said.put(error)
             finally:
                 said.put(None)
 
-        thread = Thread(target=work, name="denoising", daemon=True)
-        thread.start()
+        Thread(target=work, name="denoising", daemon=True).start()
         try:
             yield from _latest(said)
         finally:
-            stop.set()
-            thread.join()
+            stop.set()  # and no waiting for the thread: this may run in the server's event loop
 
     def _pair(self, order: Order, stop: Event, tell: Callable[[Said], None]) -> Pair:
         if self.models is not None and order.model not in self.models:

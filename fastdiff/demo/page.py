@@ -6,7 +6,7 @@ import secrets
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,6 +27,7 @@ from .order import Ground, Order, sampling
 from .results import NO_BENCHMARK, benchmarks, captions, explanation, pareto, progress
 
 OFF = "off"
+VISITORS = 8  # who are told that they wait for another picture; more wait in the queue
 PROMPT = "a large red circle above a small blue square"
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
 OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed")
@@ -60,7 +61,7 @@ def told() -> Iterator[None]:
         yield
     except FastdiffError as error:
         raise gr.Error(escape(_printable(error)), title="This cannot be drawn", print_exception=False) from None
-    except (gr.Error, GeneratorExit):
+    except (gr.Error, GeneratorExit, Cancelled):
         raise
     except Exception as error:
         traceback.print_exc()
@@ -185,7 +186,7 @@ class Page:
                 yield from self.draw(given, [(*entry, data[part]) for part, entry in entries.items()], request)
 
             shared = {"show_progress": "hidden", "api_visibility": "private"}
-            started = gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=1,
+            started = gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=VISITORS,
                             concurrency_id="easel", trigger_mode="once", **shared)  # fmt: skip
             cancel.click(self.cancel, None, out, cancels=[started], queue=False, **shared)
 
@@ -214,12 +215,13 @@ class Page:
             with told():
                 order, seed = self.order(given, entered)
                 yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False))
-                for said in self.easel.draw(order, stop):
-                    if isinstance(said, Pair):
-                        yield from self._pair(order, said)
-                    else:
-                        picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
-                        yield self.shows(status=progress(said), **picture)
+                with closing(self.easel.draw(order, stop)) as running:
+                    for said in running:
+                        if isinstance(said, Pair):
+                            yield from self._pair(order, said)
+                        else:
+                            picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
+                            yield self.shows(status=progress(said), **picture)
         except Cancelled:
             yield self.cancelled()
         except gr.Error:

@@ -116,8 +116,12 @@ def test_the_plain_picture_is_that_of_plain_diffusers(easel, tmp_path, monkeypat
     )
 
 
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "denoising"]
+def ended() -> None:
+    """Waits for the denoising threads, each of which may be inside a call of the denoiser."""
+    for thread in threading.enumerate():
+        if thread.name == "denoising":
+            thread.join(timeout=60)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("how", ["event", "close"])
@@ -133,15 +137,38 @@ def test_cancelling_stops_the_denoising_and_the_next_run_is_clean(easel, how):
         for said in running:
             if isinstance(said, Progress) and said.done >= 3:
                 stop.set() if how == "event" else running.close()
+    ended()
     hook.remove()
     assert 3 <= len(calls) < 300, "it went on"
     seen = len(calls)
     time.sleep(0.3)
-    assert len(calls) == seen and not threads()
+    assert len(calls) == seen
     assert easel._studio.fast.clock.run is None
     after = pair(easel, order())
     assert np.array_equal(pixels(after.fast.drawn.image), pixels(before.fast.drawn.image))
     assert np.array_equal(pixels(after.plain.drawn.image), pixels(before.plain.drawn.image))
+
+
+def test_who_waits_for_another_picture_is_told_and_may_leave(easel):
+    with easel._lock:
+        waiting = easel.draw(order(), threading.Event())
+        assert next(waiting).doing == "Waiting for another picture"
+        waiting.close()
+        ended()
+    assert pair(easel, order()).fast.report.steps == STEPS
+
+
+def test_the_page_says_that_it_was_cancelled(visitor, capsys):
+    def cancel(order, stop):
+        stop.set()
+        yield from Easel.draw(visitor.page.easel, order, stop)
+
+    visitor.page.easel.draw, drawn = cancel, visitor.page.easel.draw
+    try:
+        shown = visitor.run(steps=2)
+    finally:
+        visitor.page.easel.draw = drawn
+    assert "Cancelled" in shown[-1]["status"] and "Traceback" not in capsys.readouterr().err
 
 
 def test_cancel_stops_the_visitors_own_run_only(visitor):
@@ -206,7 +233,8 @@ def test_bad_input_is_a_message(visitor, changed, message, capsys):
     assert message in caught.value.message and "\n" not in caught.value.message.strip()
     assert caught.value.title == "This cannot be drawn" and "Traceback" not in capsys.readouterr().err
     caught.value.message.encode()  # what cannot be encoded never reaches the browser
-    assert not threads() and not visitor.page.stops
+    ended()
+    assert not visitor.page.stops
 
 
 def test_a_bad_setting_is_named(visitor):
