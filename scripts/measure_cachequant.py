@@ -1,0 +1,223 @@
+"""Quality of caching with quantization, of mixed bits and of pruning, on held-out captions; writes benchmarks/*.json.
+
+    python scripts/measure_cachequant.py cachequant --model shapes-unet     # adds to benchmarks/cachequant.json
+    python scripts/measure_cachequant.py mixed --model shapes-unet          # adds to benchmarks/quant-mixed.json
+    python scripts/measure_cachequant.py prune --model shapes-unet          # adds to benchmarks/quant-prune.json
+
+Image k has caption k of the held-out split and seed k; every row is compared with the float, uncached images of the
+same seeds. Plans are made on other captions. Rows are written as they are measured, in the place of older ones of the
+same model and name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+import fastdiff
+from fastdiff.bench import metrics, output
+from fastdiff.bench.measure import draw, to_bytes
+from fastdiff.bench.row import environment
+from fastdiff.config import Config
+from fastdiff.pipelines.calibrate import calibrate
+from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.mixed import plan_bits
+from fastdiff.pipelines.prune import plan_pruning
+from fastdiff.pipelines.shapes import checker
+from fastdiff.pipelines.shapes.scenes import scenes
+from fastdiff.quant.mixed import Mixed
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+FILES = {"cachequant": "cachequant.json", "mixed": "quant-mixed.json", "prune": "quant-prune.json"}
+Rows = Iterator[tuple[str, Config, dict[str, Any]]]
+# a cached step of a UNet leaves out all of it: inside its outermost skip connection it would still cost a seventh
+CACHE = {
+    "shapes-unet": {"method": "cachequant", "site": "output", "coordinate": "logsnr"},
+    "shapes-dit": {"method": "cachequant", "site": "stack", "live_blocks": 0, "coordinate": "logsnr"},
+}
+
+
+class Study:
+    """A pipeline, its float images, and what rows are compared by."""
+
+    def __init__(self, model: str, steps: int, captions: int, batch: int, fit: int) -> None:
+        self.model, self.steps, self.batch = model, steps, batch
+        self.pipe: Any = fastdiff.load(model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.asked = scenes(0, captions, held_out=True)
+        self.prompts = [scene.caption for scene in scenes(0, fit, held_out=False)]
+        self.call = {"num_inference_steps": steps, "guidance_scale": 3.0}
+        self.truth, self.baseline = self.images(Config())
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return anatomies(self.pipe)[0].denoiser
+
+    def images(self, config: Config) -> tuple[np.ndarray, dict[str, Any]]:
+        """Images of all captions with a config, and what making them took."""
+        found, begun = [], time.process_time()
+        with fastdiff.accelerate(self.pipe, config) as handle, counted(self.denoiser) as operations:
+            for start in range(0, len(self.asked), self.batch):
+                some = self.asked[start : start + self.batch]
+                seeds = list(range(start, start + len(some)))
+                found.append(draw(self.pipe, [s.caption for s in some], seeds, self.steps, 3.0))
+            computed = handle.report.computed
+        seconds = (time.process_time() - begun) / len(self.asked)
+        told = {"computed_steps": computed, "gigaoperations": round(operations[0] / len(self.asked) / 1e9, 4)}
+        return np.concatenate(found), told | {"cpu_seconds_per_image": round(seconds, 3)}
+
+    def row(self, name: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
+        images, told = self.images(config) if config != Config() else (self.truth, self.baseline)
+        marks = [checker.mark(image, scene) for image, scene in zip(to_bytes(images), self.asked, strict=True)]
+        ratio = self.baseline["gigaoperations"] / told["gigaoperations"]
+        return {
+            "model": self.model, "name": name, "steps": self.steps, "captions": len(self.asked),
+            "psnr": round(float(metrics.psnr(images, self.truth).mean()), 2),
+            "ssim": round(float(metrics.ssim(images, self.truth).mean()), 4),
+            "prompt_accuracy": round(checker.summary(marks)["prompt_accuracy"], 4),
+            **told, "fewer_operations": round(ratio, 2), **extra,
+        }  # fmt: skip
+
+
+@contextmanager
+def counted(root: nn.Module) -> Iterator[list[int]]:
+    """Counts multiply-adds of linear and convolution layers, quantized ones too; attention's products are left out."""
+    total = [0]
+
+    def hook(layer: Any, _inputs: tuple, y: torch.Tensor) -> None:
+        conv = isinstance(layer, nn.Conv2d)
+        each = math.prod((layer.in_channels // layer.groups, *layer.kernel_size)) if conv else layer.in_features
+        total[0] += y.numel() * each
+
+    layers = [layer for layer in root.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield total
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def cachequant(study: Study, interval: int) -> Rows:
+    """Cache only, quantization only, both as they come, with the schedule, with the correction."""
+    known = CACHE[study.model] | {"interval": interval}
+
+    def planned(**levers: Any) -> Config:
+        return calibrate(study.pipe, Config(**levers), study.prompts, batch=study.batch, **study.call)
+
+    def uniform(config: Config, **settings: Any) -> Config:
+        """The same number of computed steps, evenly spread, uncorrected."""
+        method: Any = config.cache
+        count = len(method.plan.compute)
+        steps = sorted({round(k * study.steps / count) for k in range(count)})
+        plan = method.plan.model_copy(update={"compute": tuple(steps), "affine": {}, "layers": {}, "error": None})
+        return config.model_copy(update={"cache": method.model_copy(update={"plan": plan, **settings})})
+
+    yield "float", Config(), {}
+    better = known | {"predictor": "adams_bashforth"}
+    schedule = planned(cache=better | {"correct": False}, quant="w8a8")
+    yield "naive both: even steps, reuse", uniform(schedule, predictor="reuse"), {}
+    yield "both + predictor", uniform(schedule), {}
+    yield "both + predictor + schedule", schedule, {"plan": list(schedule.cache.plan.compute)}  # type: ignore
+    full = planned(cache=better, quant="w8a8")
+    yield "both + predictor + schedule + correction", full, {"fed_layers": len(full.cache.plan.layers)}  # type: ignore
+    yield "quantization only", Config(quant="w8a8"), {}
+    alone = planned(cache=better)
+    yield "cache only: predictor, schedule, correction", alone, {}
+    yield "cache only: even steps, reuse", uniform(alone, predictor="reuse"), {}
+
+
+def mixed(study: Study, _interval: int) -> Rows:
+    """Bits by layer against the same bits for all, at equal bytes."""
+    yield "float", Config(), {"denoiser_mb": round(size_of(study, Config()) / 1e6, 4)}
+    table = None
+    for name, uniform in (
+        ("int4, groups of 16", {"method": "w4a16", "group_size": 16}),
+        ("int8", {"method": "w8a16"}),
+    ):
+        config = Config(quant=uniform)
+        budget = size_of(study, config)
+        yield f"uniform: {name}", config, {"denoiser_mb": round(budget / 1e6, 4)}
+        method = Mixed(budget_mb=budget / 1e6, plan=table)
+        method = plan_bits(study.pipe, method, study.prompts[:4], batch=4, moments=4, **study.call)
+        table = method.plan
+        assert table is not None and table.bytes <= budget
+        yield f"mixed: bytes of {name}", Config(quant=method), {
+            "denoiser_mb": round(size_of(study, Config(quant=method)) / 1e6, 4),
+            "predicted_error": round(table.predicted**0.5, 5), "measured_error": round(table.measured**0.5, 5),
+            "additivity": round(table.additivity, 4),
+            "layers": {b: sum(bits == b for bits in table.bits.values()) for b in (4, 8, 16)},
+        }  # fmt: skip
+    yield (
+        "uniform: int4, groups of 64",
+        (four := Config(quant="w4a16")),
+        {"denoiser_mb": round(size_of(study, four) / 1e6, 4)},
+    )
+
+
+def prune(study: Study, _interval: int) -> Rows:
+    """Removal alone and with 4-bit weights, at several gates."""
+    yield "float", Config(), {"denoiser_mb": round(size_of(study, Config()) / 1e6, 4)}
+    for gate, rank in ((1e-4, 0), (1e-3, 0), (1e-3, 16)):
+        plan = plan_pruning(study.pipe, study.prompts, max_error=gate, rank=rank, batch=4, moments=4, **study.call)
+        total = sum(p.numel() for p in study.denoiser.parameters())
+        told = {"removed": [r.path for r in plan.removed], "parameters_removed": round(plan.parameters / total, 4)}
+        told |= {"output_error": round(plan.error**0.5, 5)}
+        for quant in ("w4a16", "w8a16"):
+            config = Config(quant={"method": quant, "prune": plan})
+            told["denoiser_mb"] = round(size_of(study, config) / 1e6, 4)
+            yield f"prune {gate:g} rank {rank} + {quant}", config, dict(told)
+    for quant in ("w4a16", "w8a16"):
+        yield quant, Config(quant=quant), {"denoiser_mb": round(size_of(study, Config(quant=quant)) / 1e6, 4)}
+
+
+def size_of(study: Study, config: Config) -> int:
+    """Bytes of the denoiser's weights as they are stored."""
+    with fastdiff.accelerate(study.pipe, config):
+        held = {id(t): t for t in study.denoiser.state_dict().values()}
+        return sum(t.numel() * t.element_size() for t in held.values())
+
+
+STUDIES: dict[str, Callable[[Study, int], Rows]] = {"cachequant": cachequant, "mixed": mixed, "prune": prune}
+
+
+def main(
+    study: Annotated[str, typer.Argument(help="cachequant, mixed or prune")],
+    model: Annotated[str, typer.Option(help="shapes-unet or shapes-dit")] = "shapes-unet",
+    steps: Annotated[int, typer.Option(min=2)] = 50,
+    captions: Annotated[int, typer.Option(min=1, help="held-out captions, one image each")] = 64,
+    interval: Annotated[int, typer.Option(min=2, help="mean steps in a group of cachequant")] = 5,
+    fit: Annotated[int, typer.Option(min=2, help="captions to calibrate on")] = 8,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    to: Annotated[Path | None, typer.Option(help="another file than the one in benchmarks/")] = None,
+) -> None:
+    """Measure one study on one model."""
+    metrics.require_extra()
+    torch.set_num_threads(threads)
+    target = to or FOLDER / FILES[study]
+    work = Study(model, steps, captions, batch, fit)
+    for name, config, extra in STUDIES[study](work, interval):
+        row = work.row(name, config, extra)
+        row["command"] = " ".join(["python", "scripts/measure_cachequant.py", *sys.argv[1:]])
+        row["environment"] = environment(work.pipe)
+        known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
+        rows = [r for r in known if (r["model"], r["name"]) != (model, name)] + [row]
+        text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+        output.write(target, lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        print(json.dumps({k: v for k, v in row.items() if k not in ("command", "environment")}), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
