@@ -60,8 +60,8 @@ def take(chrome: webdriver.Chrome, address: str, file: Path, phone: bool, patien
         chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE | {"height": height})
     time.sleep(3)
     chrome.save_screenshot(str(file))
-    with Image.open(file) as image:  # few colours: a quarter of the size
-        image.convert("RGB").quantize(128).save(file, optimize=True)
+    with Image.open(file) as image:
+        image.convert("RGB").save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def screen(chrome, page) -> Screen:
     return shown
 
 
-def test_draw_with_live_previews_then_move_the_slider(screen):
+def test_draw_with_live_previews_then_move_the_slider(screen, tmp_path):
     screen.run(12)
     until(lambda: screen.all("#status progress[value]"), "the progress bar")
     until(lambda: screen.all("#preview img"), "a preview")
@@ -137,6 +137,7 @@ def test_draw_with_live_previews_then_move_the_slider(screen):
         90, 0
     ).release().perform()
     until(lambda: screen.one("#result .outer").get_attribute("style") != before, "the slider to move")
+    screen.chrome.save_screenshot(str(tmp_path / "desktop.png"))
     screen.one("#copy button").click()
     until(lambda: "--steps 12" in screen.text("#as-command"), "the command")
     assert "num_inference_steps=12" in screen.text("#as-python")
@@ -208,11 +209,12 @@ def test_every_field_has_a_label(screen):
     assert screen.chrome.execute_script(unnamed) == []
 
 
-def test_on_a_phone_nothing_is_cut_off(screen):
+def test_on_a_phone_nothing_is_cut_off(screen, tmp_path):
     metrics = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
     screen.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         screen.advanced()
+        screen.chrome.save_screenshot(str(tmp_path / "phone.png"))
         wide = """
             return [...document.querySelectorAll('input, textarea, button, img')].filter(e => e.offsetParent !== null)
               .filter(e => { const r = e.getBoundingClientRect(); return r.right > innerWidth + 1 || r.left < -1 })
