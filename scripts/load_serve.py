@@ -1,6 +1,7 @@
 """Many clients at once against `fastdiff serve`: does each get its own picture, is none lost, does memory stay flat?
 
-python scripts/load_serve.py --json benchmarks/serve.json
+python -c "from tests.tiny import make; make('sd15').save_pretrained('build/tiny-sd')"
+python scripts/load_serve.py -m build/tiny-sd --json benchmarks/serve.json
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""Replicas on Ray Serve: two of them on this machine, one of which is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdiff.cli.serve import shelf
+from fastdiff.serve.app import Options
+from fastdiff.serve.host import serve_on_ray
+
+from .conftest import LIMITS, Server
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'fastdiff[ray]'")
+pytestmark = pytest.mark.slow
+
+
+def replicas() -> list[int]:
+    """Processes that hold a replica."""
+    named = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::ServeReplica" in (folder / "cmdline").read_bytes():
+                named.append(int(folder.name))
+        except OSError:
+            continue
+    return named
+
+
+def test_replicas(model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = Options(model, {"lossless": shelf(["lossless"], [], [])["lossless"]}, limits=LIMITS)
+    seen: dict[str, Any] = {}
+
+    def ask(address: str) -> None:
+        try:
+            server = Server(address, None)  # type: ignore[arg-type]
+            with ThreadPoolExecutor(4) as pool:
+                seen["first"] = list(pool.map(lambda n: server.draw(seed=n % 4, steps=4), range(12)))
+            seen["replicas"] = replicas()
+            os.kill(seen["replicas"][0], signal.SIGKILL)
+            deadline = time.monotonic() + 120
+            while len(set(replicas()) - {seen["replicas"][0]}) < 2 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            seen["bad"] = server.draw(n=7)
+            seen["again"] = server.draw(seed=0, steps=4)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        serve_on_ray(
+            options, "127.0.0.1", port, 2, lambda address: threading.Thread(target=ask, args=(address,)).start()
+        )
+    finally:
+        ray.shutdown()
+    assert [status for status, _ in seen["first"]] == [200] * 12
+    images = [reply["data"][0]["b64_json"] for _, reply in seen["first"]]
+    assert images[:4] == images[4:8] == images[8:]  # whichever replica drew them
+    assert len(seen["replicas"]) == 2
+    assert seen["bad"][0] == 400
+    assert seen["again"][1]["data"][0]["b64_json"] == images[0]
