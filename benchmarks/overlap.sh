@@ -24,7 +24,8 @@ shift
 ip link set lo up
 unshare --net sleep 100000 &
 other=$!
-trap 'kill $other ${second-} 2>/dev/null || true' EXIT
+trap 'kill $other ${first-} ${second-} 2>/dev/null || true' EXIT
+trap 'exit 1' INT TERM
 while [ "$(readlink "/proc/$other/ns/net")" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
 
 ip link add v0 type veth peer name v1 || skip "this kernel has no veth devices"
@@ -40,5 +41,7 @@ tc qdisc del dev v0 root
 export WORLD_SIZE=2 MASTER_ADDR=10.9.0.1 MASTER_PORT=29511 OMP_NUM_THREADS=1
 RANK=1 GLOO_SOCKET_IFNAME=v1 nsenter --target "$other" --net python scripts/overlap.py "$@" &
 second=$!
-RANK=0 GLOO_SOCKET_IFNAME=v0 python scripts/overlap.py "$@"
+RANK=0 GLOO_SOCKET_IFNAME=v0 python scripts/overlap.py "$@" &
+first=$!
+wait "$first"
 wait "$second"

@@ -64,21 +64,28 @@ def main(
             f"{file.name} holds {there['captions']} captions in batches of {there['batch']}; name another -o"
         )
     with tempfile.TemporaryDirectory() as folder:
-        for default in (True, False):  # a run that is stopped has the rows at the default warm-up first
-            for number, name in product(ranks or (2, 4), model or ("shapes-unet", "shapes-dit")):
-                rows = [row for row in wanted(name, number) if row["name"].startswith(only) and not known(file, row)]
-                rows = [row for row in rows if (row["parallel"].get("warmup_steps", 4) == 4) is default]
-                if not rows:
-                    continue
-                reference = Path(folder) / f"{name}.npy"
-                alone(name, count, batch, file, reference, rivals=not default)
-                code = launch(number, TIMEOUT, together, name, rows, count, batch, file, reference)
-                if code:
-                    raise SystemExit(code)
+        order = product(range(3), ranks or (2, 4), model or ("shapes-unet", "shapes-dit"))
+        for turn, number, name in order:  # a run that is stopped has what matters most
+            rows = [row for row in wanted(name, number) if row["name"].startswith(only) and not known(file, row)]
+            rows = [row for row in rows if turn_of(row["parallel"]) == turn]
+            if not rows:
+                continue
+            reference = Path(folder) / f"{name}.npy"
+            alone(name, count, batch, file, reference, rivals=turn > 0)
+            code = launch(number, TIMEOUT, together, name, rows, count, batch, file, reference)
+            if code:
+                raise SystemExit(code)
+
+
+def turn_of(parallel: dict[str, Any]) -> int:
+    """The methods as they are come first, then their variants, then both with a short warm-up."""
+    if parallel.get("warmup_steps", 4) != 4:
+        return 2
+    return int(bool({"codec", "refresh", "synchronous"} & parallel.keys()) or parallel["method"] == "ulysses")
 
 
 def wanted(model: str, ranks: int) -> Iterator[Row]:
-    """The rows of one model and number of ranks, those that carry a claim first."""
+    """The rows of one model and number of ranks."""
 
     def row(name: str, **settings: Any) -> Row:
         return {"model": model, "ranks": ranks, "name": name, "parallel": settings | {"devices": ranks}}
