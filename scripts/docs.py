@@ -20,6 +20,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from fastdiff.caching.predictors import PREDICTORS
 from fastdiff.config import Config, presets, read_file
 from fastdiff.method import Method
 from fastdiff.registry import ROOMS, registry
@@ -168,6 +169,9 @@ def decisions(cls: type) -> list[str]:
         function = vars(cls).get(name)
         if function is not None and function.__doc__:
             told.append(f"`{name}`: {inspect.cleandoc(function.__doc__)}")
+    if "predictor" in cls.model_fields and cls.__module__.startswith("fastdiff.caching"):  # type: ignore[attr-defined]
+        default = str(cls.model_fields["predictor"].default)  # type: ignore[attr-defined]
+        told.append(f"Skipped values: `{default}` unless told otherwise. {inspect.getdoc(PREDICTORS[default])}")
     return told
 
 

@@ -61,7 +61,7 @@ def test_a_cache_method_in_fifteen_lines(registered, tmp_path, monkeypatch, caps
     assert (body.end_lineno or 0) - body.lineno < 15
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(file), run_name="__main__")
-    assert "20 steps: 7 computed, 13 cached" in capsys.readouterr().out
+    assert "20 steps: 8 computed, 12 cached" in capsys.readouterr().out
     assert (tmp_path / "golden.png").stat().st_size > 500
 
 

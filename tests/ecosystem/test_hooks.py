@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import diffusers
@@ -20,6 +20,7 @@ from tests.coverage.test_attachments import lora
 from tests.coverage.test_features import adapted, image
 
 DEEP = {"method": "deepcache", "interval": 3}
+HALF = {"method": "ab_cache", "interval": 2, "warmup_steps": 1}
 CPU = torch.device("cpu")
 
 
@@ -74,35 +75,18 @@ def test_mixed_precision_of_accelerate_goes_first():
     handle.restore()
 
 
-@pytest.mark.parametrize("name", ["sd15", "pixart"])
-def test_moved_to_another_dtype_while_accelerated_it_is_what_it_is_when_moved_before(name):
-    def fresh(move_first: bool) -> torch.Tensor:
-        pipe = tiny.make(name)
-        if move_first:
-            tiny.denoiser(pipe).to(torch.float64)
-        handle = fastdiff.accelerate(pipe, cache={"method": "ab_cache", "interval": 2})
-        if not move_first:
-            tiny.run(pipe, name)
-            tiny.denoiser(pipe).to(torch.float64)
-        told = {"prompt": None, "negative_prompt": None, **embedded(name)}
-        found = tiny.run(pipe, name, **told)
-        assert handle.report.cached >= 2
-        return found
-
-    assert torch.equal(fresh(move_first=True), fresh(move_first=False))
-
-
-def embedded(name: str) -> dict[str, Any]:
-    """Text embeddings in double precision, so that the encoders, which tests share, stay as they are."""
-
-    def text(seed: int) -> torch.Tensor:
-        length = 77 if name == "sd15" else 16
-        return torch.randn(1, length, 32, generator=torch.Generator().manual_seed(seed)).double()
-
-    given = {"prompt_embeds": text(1), "negative_prompt_embeds": text(2)}
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).double()
-    masks = {f"{kind}prompt_attention_mask": torch.ones(1, 16) for kind in ("", "negative_")}
-    return {**given, "latents": latents, **(masks if name == "pixart" else {})}
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_moved_while_accelerated_it_is_what_it_is_when_moved_before(name):
+    """A pipeline with encoders of its own: `to` moves all parts, and tests share those of the tiny ones."""
+    moved, fresh = (copy.deepcopy(tiny.make(name)) for _ in range(2))
+    fresh.to(torch.bfloat16)
+    fastdiff.accelerate(fresh, cache=HALF)
+    handle = fastdiff.accelerate(moved, cache=HALF)
+    assert tiny.run(moved, name).dtype == torch.float32
+    assert moved.to(torch.bfloat16) is moved and moved.to("cpu") is moved
+    found = tiny.run(moved, name)
+    assert found.dtype == torch.bfloat16 and handle.report.cached == 3
+    assert torch.equal(found, tiny.run(fresh, name))
 
 
 def test_saved_while_accelerated_it_is_the_plain_pipeline(tmp_path):

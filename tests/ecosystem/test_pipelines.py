@@ -42,6 +42,7 @@ def test_what_the_auto_class_loads_is_known_by_its_name(model):
 def test_a_pipeline_made_from_an_accelerated_one_is_fast_too_and_restored_with_it(name, auto):
     """They share denoiser and scheduler."""
     pipe = tiny.make(name)
+    plain = tiny.run(pipe, name)  # after it the hooks and caches that diffusers makes when first called are there
     clean = snapshot(pipe)
     handle = fastdiff.accelerate(pipe, cache=HALF)
     other = getattr(diffusers, auto).from_pipe(pipe)
@@ -53,7 +54,9 @@ def test_a_pipeline_made_from_an_accelerated_one_is_fast_too_and_restored_with_i
     other(**{key: value for key, value in given.items() if key in taken})
     assert handle.report.steps >= STEPS - 1 and handle.report.cached >= 2
     handle.restore()
-    assert differences(clean, snapshot(pipe)) == []
+    changed = differences(clean, snapshot(pipe))  # runs move a scheduler on, accelerated or not
+    assert [found for found in changed if not found.startswith("scheduler.")] == []
+    assert torch.equal(tiny.run(pipe, name), plain)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from .tree import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
-PLACEHOLDER = re.compile(r"\b(?:MODEL|DIR|FILE|PROMPT|COMMAND)\b|\.\.\.")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def test_python_runs(block, tmp_path, monkeypatch):
             if hasattr(owner, attribute):
                 monkeypatch.setattr(owner, attribute, dict(getattr(owner, attribute)))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, f"<docs/{block.page}.md>", "exec"), {"__name__": "docs"})
+    exec(compile(block.text, f"<docs/{block.page}.md>", "exec", dont_inherit=True), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("toml") if "[project" not in b.text], ids=str)
