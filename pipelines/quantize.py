@@ -21,8 +21,10 @@ from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import build, chosen
 from fastdiff.quant.calibration import Calibration, Origin
 from fastdiff.quant.calls import Calls
+from fastdiff.quant.flexround import FlexRound
 from fastdiff.quant.halves import halves
 from fastdiff.quant.install import QuantReport
+from fastdiff.quant.mixed import Mixed
 from fastdiff.quant.observe import Observer, edges_of
 from fastdiff.quant.sensitivity import weights
 from fastdiff.quant.standing import Standing
@@ -113,12 +115,15 @@ def quantize(
             pipe, method, prompts, seed=seed, batch=batch, watch=watch, corrupt=corrupt, **call
         )
     calls = hear(pipe, prompts[:batch], moments=4, seed=seed, batch=batch, **call) if prompts else None
+    if isinstance(method, Mixed) and method.plan is None:
+        if calls is None:
+            raise BadConfig("mixed measures the denoiser's layers: give prompts, or a plan of bits as quant.plan")
+        method = method.planned(found[0], calls, watch)
+    learned = learned_by(method, calls)
     float_ms = None if calls is None else _milliseconds(calls)
     predicted = _predicted(method, calls) if calls is not None and predict else None
     with PatchSet() as patches:
-        done = quantize_parts(
-            pipe, method, found, patches.replace, calibration=calibration, learned=learned_by(method, calls)
-        )
+        done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
     for name, present in done.presents.items():
         origin = done.calibration.origin if done.calibration else None
         Standing(method.model_dump(mode="json"), present, origin).attach(pipe.components[name])
@@ -141,7 +146,14 @@ def _predicted(method: QuantMethod, calls: Calls) -> float:
 
 def learned_by(method: QuantMethod, calls: Calls | None) -> Callable[..., Any] | None:
     """What learns the rounding of a layer's weight from calls of the denoiser, if the method wants that."""
-    return None
+    if method.rounding != "flexround":
+        return None
+    if calls is None or method.smooth is not None or method.split or method.components != ("denoiser",):
+        raise BadConfig(
+            "rounding = flexround learns from calls of the denoiser: give prompts, and leave out smooth, split and "
+            "other components; or take rounding = mse"
+        )
+    return FlexRound(calls)
 
 
 def _milliseconds(calls: Calls) -> float:

@@ -21,7 +21,10 @@ from fastdiff.errors import BadConfig, BadModel, FastdiffError, UnsupportedModel
 from fastdiff.quant.activations import Present
 from fastdiff.quant.calibration import Origin
 from fastdiff.quant.layers import QConv2d, QLayer, QLinear, Recipe
+from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.standing import Standing, standing
+
+from .quantizing import print_of
 
 INDEX = "fastdiff_quant.json"
 
@@ -90,6 +93,9 @@ def load_components(directory: Path, dtype: torch.dtype) -> dict[str, nn.Module]
 
 def _component(folder: Path, named: list[str], described: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     module = _empty(folder, *named)
+    pruned = described["method"].get("prune")
+    if pruned is not None and (plan := PrunePlan.model_validate(pruned)).denoiser == print_of(folder.name, module):
+        plan.take_out(module, lambda parent, name, put: parent._modules.__setitem__(name, put))
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= {k: t.clone() for k, t in load_file(file).items()}  # aligned, as in the pipeline that was saved

@@ -86,13 +86,18 @@ class PrunePlan(Settings):
         Raises BadConfig for another model.
         """
         self.check_model(anatomy)
+        self.take_out(anatomy.denoiser, put)
+
+    def take_out(self, denoiser: nn.Module, put: Callable[[nn.Module, str, nn.Module], None]) -> None:
+        """The same for a denoiser that is known to be the plan's."""
         for removal in self.removed:
             try:
-                here = next(anatomy.denoiser.get_submodule(removal.path).parameters(), torch.empty(()))
+                here = next(denoiser.get_submodule(removal.path).parameters(), torch.empty(()))
             except AttributeError:
                 raise BadConfig(f"the prune plan removes {removal.path}, which this model does not have") from None
             parent, _, name = removal.path.rpartition(".")
-            put(anatomy.denoiser.get_submodule(parent), name, Removed(removal).to(here.device))
+            device = "cpu" if here.is_meta else here.device
+            put(denoiser.get_submodule(parent), name, Removed(removal).to(device))
 
     def summary(self) -> str:
         paths = ", ".join(removal.path for removal in self.removed) or "nothing"

@@ -60,7 +60,7 @@ def test_measuring_leaves_no_trace_and_the_choice_keeps_the_budget():
     calls = hear(pipe, PROMPTS, batch=2, moments=2, **arguments("sd3"))
     before = snapshot(pipe)
     denoiser = tiny.denoiser(pipe)
-    whole = sum(p.numel() * 4 for p in denoiser.parameters())
+    whole = sum(t.numel() * t.element_size() for t in [*denoiser.parameters(), *denoiser.buffers()])
     method = Mixed(budget_mb=whole * 0.6 / 1e6)
     seen = []
     found = plan_bits(pipe, method, PROMPTS, batch=2, moments=2, watch=lambda *at: seen.append(at), **arguments("sd3"))

@@ -7,12 +7,15 @@ import json
 import pytest
 import torch
 
+import fastdiff
 from fastdiff.affine import decoded
 from fastdiff.errors import BadConfig
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.calibrate import hear
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.prune import plan_pruning
+from fastdiff.pipelines.quantize import quantize
+from fastdiff.pipelines.quantized_files import load_components, save
 from fastdiff.quant.calls import swapped
 from fastdiff.quant.components import components
 from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed
@@ -149,3 +152,29 @@ def test_a_plan_is_one_json_file(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         option.validate_python(str(tmp_path / "nowhere.json"))
     assert isinstance(plan, PrunePlan)
+
+
+def test_pruned_and_quantized_together(tmp_path):
+    """As an option of a scheme: reversible on a live pipeline, gone from the files of one quantized for good."""
+    call = arguments("sd3")
+    pipe = tiny.make("sd3")
+    silence(pipe, "transformer_blocks.2.ff")
+    plan = plan_pruning(pipe, PROMPTS, max_error=1e-9, batch=2, moments=2, **call)
+    assert "transformer_blocks.2.ff" in [removal.path for removal in plan.removed]
+    config = fastdiff.Config(quant={"method": "w4a16", "prune": plan})
+    before = snapshot(pipe)
+    with fastdiff.accelerate(pipe, config):
+        assert isinstance(pipe.transformer.transformer_blocks[2].ff, Removed)
+        live = tiny.run(pipe, "sd3", steps=4)
+    assert not differences(before, snapshot(pipe))
+    quantize(pipe, config)
+    assert torch.equal(tiny.run(pipe, "sd3", steps=4), live)
+    save(pipe, tmp_path / "pruned")
+    loaded = load_components(tmp_path / "pruned", torch.float32)["transformer"]
+    assert isinstance(loaded.transformer_blocks[2].ff, Removed)
+    kept = pipe.transformer.state_dict()
+    assert not any(name.startswith("transformer_blocks.2.ff.net") for name in kept)
+    assert kept.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(kept[name], t) for name, t in loaded.state_dict().items())
+    with pytest.raises(BadConfig, match="prune plan was made for"):
+        fastdiff.accelerate(tiny.make("pixart"), config)
