@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .jobs import Asked
+    from .studio import Order
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="shapes-unet, shapes-dit, a directory or a hub id.")]
@@ -98,20 +102,27 @@ def generate(
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
 
-    from . import ranks, studio
+    from . import studio
 
     order = studio.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
         metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline,
     )  # fmt: skip
+    return _carry_out(order, asked if lasting else None, (workers or 0) if engine == "ray" else None, devices)
+
+
+def _carry_out(order: Order, asked: list[Asked] | None, workers: int | None, devices: int | None) -> int | None:
+    """Draw the pictures of an order, or `asked` as a job; in this process, on a cluster, or in one for each device."""
+    from . import ranks, settings, studio
+
     work: tuple[Any, ...] = studio.draw, order
-    if lasting:
+    if asked is not None:
         from fastdiff.jobs import batch
 
-        work = batch.run, batch.Batch(order, targets[0].parent, asked, workers or 0 if engine == "ray" else None)
+        work = batch.run, batch.Batch(order, order.targets[0].parent, asked, workers)
     if devices is None or devices == 1 or ranks.launched():
         return work[0](work[1])
-    return ranks.launch(devices, settings.timeout(layers), *work)
+    return ranks.launch(devices, settings.timeout(order.layers), *work)
 
 
 def methods(as_json: Json = False) -> None:
