@@ -54,6 +54,10 @@ class Present:
     def forget(self) -> None:
         self._last = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have inputs of their own."""
+        return {**self.__dict__, "_last": (), "clocked": False}
+
 
 def rows_of(x: Tensor) -> Tensor:
     """[n, channels] of a sequence or picture [b, channels, h, w]; a view where the memory format allows."""

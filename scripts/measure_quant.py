@@ -18,6 +18,7 @@ import json
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def quality(
 def _calibrated(study: Study, name: str, settings: dict[str, Any]) -> str:
     method: Any = Config(quant=settings).quant
     found = calibrate_ranges(study.pipe, method, study.prompts, batch=study.batch, **study.call)
-    path = Path("/tmp") / f"ranges-{study.model}-{name.replace(' ', '-').replace(',', '')}.safetensors"
+    path = Path(tempfile.mkdtemp()) / f"ranges-{study.model}-{name.replace(' ', '-').replace(',', '')}.safetensors"
     found.save(path)
     return str(path)
 
