@@ -21,6 +21,7 @@ from .plans import from_file
 from .sensitivity import FORMAT, sensitivities, stored, together
 
 Bits = Literal[4, 8, 16]
+_HINT = "make one with fastdiff.pipelines.mixed.plan_bits"
 
 
 class BitPlan(Settings):
@@ -59,9 +60,9 @@ class Mixed(QuantMethod):
         None, gt=0, lt=1, description="relative error of the denoiser's output, as the linear model predicts it"
     )
     choices: tuple[Bits, ...] = Field((4, 8, 16), min_length=1, description="bits a layer may have")
-    plan: Annotated[BitPlan | None, from_file(BitPlan, "bit plan", "make one with fastdiff quantize")] = Field(
-        None, description="what was chosen, or the path of its file"
-    )
+    plan: Annotated[
+        BitPlan | None, from_file(BitPlan, "bit plan", "make one with fastdiff.pipelines.mixed.plan_bits")
+    ] = Field(None, description="what was chosen, or the path of its file")
 
     format: ClassVar[str] = "int8"
 
@@ -81,8 +82,8 @@ class Mixed(QuantMethod):
     def recipe(self, name: str, layer: nn.Module) -> Recipe | None:
         if self.plan is None:
             raise BadConfig(
-                "the quant method mixed needs a plan of bits by layer: make one with fastdiff quantize, and name it as "
-                "`plan`"
+                "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it; or make "
+                "one with fastdiff.pipelines.mixed.plan_bits, and name its file as `plan`"
             )
         if name not in self.plan.bits:
             raise BadConfig(f"the bit plan says nothing of layer {name}; it was made for {self.plan.denoiser}")

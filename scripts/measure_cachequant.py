@@ -1,8 +1,9 @@
-"""Quality of caching with quantization, of mixed bits and of pruning, on held-out captions; writes benchmarks/*.json.
+"""Quality of caching with quantization, mixed bits, pruning and rounding on held-out captions: benchmarks/*.json.
 
     python scripts/measure_cachequant.py cachequant --model shapes-unet     # adds to benchmarks/cachequant.json
     python scripts/measure_cachequant.py mixed --model shapes-unet          # adds to benchmarks/quant-mixed.json
     python scripts/measure_cachequant.py prune --model shapes-unet          # adds to benchmarks/quant-prune.json
+    python scripts/measure_cachequant.py rounding --model shapes-unet       # adds to benchmarks/quant-rounding.json
 
 Image k has caption k of the held-out split and seed k; every row is compared with the float, uncached images of the
 same seeds. Plans are made on other captions. Rows are written as they are measured, in the place of older ones of the
@@ -34,12 +35,18 @@ from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.pipelines.prune import plan_pruning
+from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.shapes import checker
 from fastdiff.pipelines.shapes.scenes import scenes
 from fastdiff.quant.mixed import Mixed
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-FILES = {"cachequant": "cachequant.json", "mixed": "quant-mixed.json", "prune": "quant-prune.json"}
+FILES = {
+    "cachequant": "cachequant.json",
+    "mixed": "quant-mixed.json",
+    "prune": "quant-prune.json",
+    "rounding": "quant-rounding.json",
+}
 Rows = Iterator[tuple[str, Config, dict[str, Any]]]
 # a cached step of a UNet leaves out all of it: inside its outermost skip connection it would still cost a seventh
 CACHE = {
@@ -78,7 +85,7 @@ class Study:
         return np.concatenate(found), told | {"cpu_seconds_per_image": round(seconds, 3)}
 
     def row(self, name: str, config: Config, extra: dict[str, Any]) -> dict[str, Any]:
-        images, told = self.images(config) if config != Config() else (self.truth, self.baseline)
+        images, told = (self.truth, self.baseline) if name == "float" else self.images(config)
         marks = [checker.mark(image, scene) for image, scene in zip(to_bytes(images), self.asked, strict=True)]
         ratio = self.baseline["gigaoperations"] / told["gigaoperations"]
         return {
@@ -182,6 +189,18 @@ def prune(study: Study, _interval: int) -> Rows:
         yield quant, Config(quant=quant), {"denoiser_mb": round(size_of(study, Config(quant=quant)) / 1e6, 4)}
 
 
+def rounding(study: Study, _interval: int) -> Rows:
+    """Three ways to round 4-bit weights; output_error is on the calls that flexround learns from, images are not."""
+    for way in ("nearest", "mse", "flexround"):
+        study.pipe = fastdiff.load(study.model)
+        study.pipe.set_progress_bar_config(disable=True)
+        config, begun = {"quant": {"method": "w4a16", "rounding": way}}, time.process_time()
+        report = quantize(study.pipe, config, study.prompts[:4], batch=4, **study.call)
+        seconds = round(time.process_time() - begun, 1)
+        assert report.output_error is not None
+        yield f"w4a16 {way}", Config(), {"output_error": round(report.output_error, 5), "cpu_seconds": seconds}
+
+
 def size_of(study: Study, config: Config) -> int:
     """Bytes of the denoiser's weights as they are stored."""
     with fastdiff.accelerate(study.pipe, config):
@@ -189,11 +208,16 @@ def size_of(study: Study, config: Config) -> int:
         return sum(t.numel() * t.element_size() for t in held.values())
 
 
-STUDIES: dict[str, Callable[[Study, int], Rows]] = {"cachequant": cachequant, "mixed": mixed, "prune": prune}
+STUDIES: dict[str, Callable[[Study, int], Rows]] = {
+    "cachequant": cachequant,
+    "mixed": mixed,
+    "prune": prune,
+    "rounding": rounding,
+}
 
 
 def main(
-    study: Annotated[str, typer.Argument(help="cachequant, mixed or prune")],
+    study: Annotated[str, typer.Argument(help="cachequant, mixed, prune or rounding")],
     model: Annotated[str, typer.Option(help="shapes-unet or shapes-dit")] = "shapes-unet",
     steps: Annotated[int, typer.Option(min=2)] = 50,
     captions: Annotated[int, typer.Option(min=1, help="held-out captions, one image each")] = 64,
