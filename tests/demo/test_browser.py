@@ -86,9 +86,13 @@ class Screen:
     def write(self, name: str, text: str) -> None:
         from selenium.webdriver.common.keys import Keys
 
-        box = self.one(f"#{name} textarea, #{name} input")
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text or Keys.BACKSPACE)
+        def written() -> bool:
+            box = self.one(f"#{name} textarea, #{name} input")
+            box.send_keys(Keys.CONTROL, "a")
+            box.send_keys(text or Keys.BACKSPACE)
+            return True
+
+        until(written, f"{name} to take text")  # what is being unfolded takes none yet
 
     def choose(self, name: str, value: str) -> None:
         self.one(f"#{name} input").click()
