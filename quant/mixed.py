@@ -82,8 +82,8 @@ class Mixed(QuantMethod):
     def recipe(self, name: str, layer: nn.Module) -> Recipe | None:
         if self.plan is None:
             raise BadConfig(
-                "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it; or make "
-                "one with fastdiff.pipelines.mixed.plan_bits, and name its file as `plan`"
+                "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it; else "
+                f"{_HINT}, and name its file as `plan`"
             )
         if name not in self.plan.bits:
             raise BadConfig(f"the bit plan says nothing of layer {name}; it was made for {self.plan.denoiser}")
