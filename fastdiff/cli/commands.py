@@ -122,6 +122,7 @@ def _carry_out(order: Order, asked: list[Asked] | None, workers: int | None, dev
         work = batch.run, batch.Batch(order, order.targets[0].parent, asked, workers)
     if devices is None or devices == 1 or ranks.launched():
         return work[0](work[1])
+    settings.early(order.layers, studio.described(order.model), order.model)  # a mistake starts nothing
     return ranks.launch(devices, settings.timeout(order.layers), *work)
 
 
