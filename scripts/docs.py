@@ -157,9 +157,11 @@ def method_page(kind: str, name: str, cls: type[Method]) -> str:
 def paragraphs(cls: type) -> str:
     """The class docstring as Markdown; a paragraph that starts with `Formula:` stands apart."""
     text = inspect.cleandoc(cls.__doc__ or "")
-    return re.sub(
-        r"^Formula: ((?:.+\n?)+)", lambda f: f'!!! abstract "Formula"\n    {f[1].strip()}\n', text, flags=re.M
-    )
+    return re.sub(r"^Formula: ((?:.+\n?)+)", framed, text, flags=re.MULTILINE)
+
+
+def framed(found: re.Match[str]) -> str:
+    return '!!! abstract "Formula"\n' + textwrap.indent(found[1].strip(), "    ") + "\n"
 
 
 def decisions(cls: type) -> list[str]:
@@ -282,17 +284,18 @@ def rivals() -> str:
             for row in sorted(found, key=lambda row: row["speedup"])
         ]  # fmt: skip
         beaten = sum(bool(row["beaten_by"]) for row in found)
-        head = ("rival", "speedup", "PSNR dB", "beaten by", "how")
+        head = ("rival", "speedup of denoising", "PSNR dB", "beaten by", "how")
         parts.append(f"### {model}\n\n{beaten} of {len(found)} are beaten.\n\n{readme.table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def told(row: Mapping[str, Any]) -> str:
-    if not row["beaten_by"]:
-        return f"nearest: {row['nearest']}" if row.get("nearest") else "-"
-    if row["rule"] == "closer":
-        return f"at least as fast, {row['margin']:.1f} dB closer"
-    return f"at least as close, {row['margin']:.2f} times as fast"
+    """How far the row of ours that is named lies from the rival, by the rule that is nearer to holding."""
+    if row.get("margin") is None:
+        return "-"
+    unit = f"{row['margin']:.2f} times as fast" if row["rule"] == "faster" else f"{row['margin']:+.1f} dB"
+    same = "at its PSNR or better" if row["rule"] == "faster" else "at its speedup or better"
+    return f"{unit} {same}" if row["beaten_by"] else f"nearest is {row['nearest']}: {unit} {same}"
 
 
 # config

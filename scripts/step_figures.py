@@ -39,7 +39,7 @@ def figures(method: str | None = None) -> Iterator[tuple[str, str, list[dict[str
 def strips(model: str, rows: list[dict[str, Any]]) -> str:
     """A strip a config, a cell a step; computed cells are taller, and each has its words as a tooltip."""
     left, cell, line = 210, 11, 24
-    width = left + max(cell * max(len(row["steps"]) for row in rows), 4 * 130) + 8
+    width = left + max(cell * max(len(row["steps"]) for row in rows), 4 * 160) + 8
     parts = []
     for number, row in enumerate(rows):
         y = 34 + number * line
@@ -54,7 +54,7 @@ def strips(model: str, rows: list[dict[str, Any]]) -> str:
                 f"<title>step {index}: {KINDS[kind][0]}</title></rect>"
             )
     for number, kind in enumerate(FILLS):
-        x = left + number * 130
+        x = left + number * 160
         parts.append(f'<rect x="{x}" y="8" width="{cell - 2}" height="13" fill="{FILLS[kind]}" stroke="#6b7280"/>')
         parts.append(f'<text x="{x + 14}" y="19">{KINDS[kind][0]}</text>')
     height = 42 + len(rows) * line

@@ -121,6 +121,20 @@ def test_types_are_said_in_words(script):
     assert script.type_of({"type": "array", "items": {"type": "string"}}) == "list of text"
 
 
+def test_a_formula_stands_in_a_frame_with_all_its_lines(script):
+    class Method:
+        """What it does.
+
+        Formula: x_i = x_j,
+        j the last step.
+
+        More.
+        """
+
+    frame = '!!! abstract "Formula"\n    x_i = x_j,\n    j the last step.\n'
+    assert script.paragraphs(Method) == f"What it does.\n\n{frame}\nMore."
+
+
 def test_an_unknown_part_is_refused(script):
     with pytest.raises(Exception, match=r"index.md asks for the part 'presets_table'; there are config-sections"):
         script.part("presets_table", "index.md")
