@@ -1,0 +1,123 @@
+"""Parallel runs started from the command line, as users start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.images import read
+from tests.cli.conftest import cli  # noqa: F401
+from tests.tiny import make
+
+PATCH = ("--set", "parallel.method=patch")
+TALL = ("--steps", "3", "--width", "64", "--height", "128", "--seed", "5")
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny-sd"
+    make("sd15").save_pretrained(path)
+    return str(path)
+
+
+def call(folder: Path, *words: str, start: tuple[str, ...] = ("-m", "fastdiff")) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *start, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr or start[1] != "fastdiff", done.stderr
+    return done
+
+
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.int16)
+
+
+def test_ranks_of_our_own_draw_the_picture_of_one(model: str, tmp_path: Path) -> None:
+    alone = call(tmp_path, "generate", "a cat", "-m", model, *TALL, "-o", "one.png")
+    assert alone.returncode == 0, alone.stderr
+    two = call(
+        tmp_path, "generate", "a cat", "-m", model, *TALL, *PATCH, "--devices", "2", "-o", "two.png", "--json",
+        "--timeline", "trace.json",
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    (line,) = two.stdout.splitlines()  # one rank speaks
+    row = json.loads(line)
+    assert row["file"] == "two.png" and [one["rank"] for one in row["report"]["ranks"]] == [0, 1]
+    assert row["report"]["bytes_sent"] == sum(row["report"]["ranks"][0]["sent"].values()) > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "trace.json", "two.png"]
+    assert int((pixels(tmp_path / "one.png") - pixels(tmp_path / "two.png")).abs().max()) <= 1
+    assert read(tmp_path / "two.png").config["parallel"]["devices"] == 2
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {(event["pid"], event["cat"]) for event in events} >= {(0, "transfer"), (1, "wait"), (1, "compute")}
+
+
+def test_torchrun(model: str, tmp_path: Path) -> None:
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastdiff")
+    words = ("generate", "a cat", "-m", model, "--steps", "2", "--width", "64", "--height", "128", *PATCH)
+    done = call(tmp_path, *words, "--set", "parallel.devices=2", "-o", "t.png", start=run)  # seeds are left to chance
+    assert done.returncode == 0 and done.stdout.splitlines() == ["t.png"], done.stderr
+    wrong = call(tmp_path, *words, "--set", "parallel.devices=3", "-o", "u.png", start=run)
+    assert wrong.returncode and "parallel.devices = 3, but 2 processes run; make the numbers equal" in wrong.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["t.png"]
+
+
+def test_one_process_is_refused_with_the_numbers(model: str, tmp_path: Path) -> None:
+    done = call(tmp_path, "generate", "a cat", "-m", model, *PATCH, "--set", "parallel.devices=4")
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert (
+        "parallel.devices = 4, but this is a single process; start 4 with `fastdiff generate --devices 4`"
+        in done.stderr
+    )
+    done = call(tmp_path, "generate", "a cat", "-m", model, *PATCH)
+    assert done.returncode == 2 and "set parallel.devices, or start them with torchrun" in done.stderr
+
+
+def test_a_mistake_is_told_once(model: str, tmp_path: Path) -> None:
+    done = call(
+        tmp_path, "generate", "a cat", "-m", model, "--steps", "2", "--width", "64", "--height", "64", *PATCH,
+        "--devices", "2",
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("too few for 2 patch ranks") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("parallel.method=pcpp", "parallel.portion=1.5"), "portion"),
+        (("parallel.method=patch", "parallel.warmup_steps=-1"), "warmup_steps"),
+        (("parallel.method=patch", "parallel.cfg=3"), "cfg"),
+        (("parallel.method=parastep", "parallel.cfg=2"), "is no multiple of cfg * step = 2"),
+        (("parallel.method=patch", "parallel.timeout=0"), "timeout"),
+        (("parallel.method=patch", "parallel.codec=zip"), "codec"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_settings_start_nothing(
+    cli,  # noqa: F811
+    model: str,
+    words: tuple[str, ...],
+    reason: str,
+) -> None:
+    sets = [part for word in words for part in ("--set", word)]
+    done = cli("generate", "a cat", "-m", model, *sets, "--devices", "3")
+    assert done.code == 2 and reason in done.err
+
+
+def test_devices_need_a_method(
+    cli,  # noqa: F811
+    model: str,
+) -> None:
+    done = cli("generate", "a cat", "-m", model, "--devices", "2")
+    assert (
+        done.code == 2 and "--devices 2 needs --set parallel.method=NAME, one of cfg, patch, distrifusion" in done.err
+    )
