@@ -83,10 +83,10 @@ class Bus:
     def group(self) -> Any:
         """A process group of our own: closing it wakes whoever waits for us, and leaves the user's alone."""
         if self._group is None:
-            wait = datetime.timedelta(seconds=self.timeout)
-            self._group = self._guarded(
-                "meeting", None, lambda: dist.new_group(timeout=wait, backend=dist.get_backend())
-            )
+            wait, backend = datetime.timedelta(seconds=self.timeout), dist.get_backend()
+            if backend == "nccl":  # decisions and the random state are tensors on the CPU, which NCCL refuses
+                backend = "cpu:gloo,cuda:nccl"
+            self._group = self._guarded("meeting", None, lambda: dist.new_group(timeout=wait, backend=backend))
         return self._group
 
     def begin(self) -> None:
