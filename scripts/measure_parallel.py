@@ -257,7 +257,7 @@ def cells(row: Row) -> tuple[str, ...]:
     error = row["accuracy_change_standard_error"]
     change = f"{row['accuracy_change_points']:+.1f}" + (f" ± {error:.1f}" if error else "")
     sent = f"{row['bytes_per_step_and_image'] / 1e3:.1f}" if "bytes_per_step_and_image" in row else ""
-    decibels = "identical" if row["psnr"] >= PSNR_CAP else f"{row['psnr']:.1f}"
+    decibels = f"over {PSNR_CAP:.0f}" if row["psnr"] >= PSNR_CAP else f"{row['psnr']:.1f}"
     return decibels, f"{row['ssim']:.4f}", f"{row['prompt_accuracy']:.3f}", change, sent
 
 
