@@ -6,13 +6,13 @@ Needs the extra `ray`. The model must be found under the same name on every mach
 from __future__ import annotations
 
 import time
-from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from fastdiff.cli.console import say, warn
+from fastdiff.cli.console import say
 from fastdiff.cli.studio import Drawn, Order, Studio
 from fastdiff.errors import FastdiffError
 from fastdiff.images import Sampling
@@ -58,7 +58,7 @@ def draw(log: Log, order: Order, workers: int | None) -> None:
         ray.init()
     try:
         painters = _hire(order, workers, 1 + log.manifest.open)
-        _share(log, painters, [first] if first else [])
+        _share(log, painters, first)
     finally:
         if mine:
             ray.shutdown()
@@ -73,7 +73,8 @@ def _hire(order: Order, workers: int | None, most: int) -> list[Any]:
         raise FastdiffError(f"{workers or 1} workers need a {kind} each, the Ray cluster has {there}")
     count = min(workers or there, most)
     resources: dict[str, Any] = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-    actor: Any = ray.remote(Painter).options(max_restarts=-1, **resources)
+    actor: Any = ray.remote(Painter).options(max_restarts=-1, max_task_retries=_TRIES - 1, **resources)
+    order = replace(order, jobs=(), targets=())  # each worker needs to know how, not what
     painters = [actor.remote(order) for _ in range(count)]
     say(f"{count} workers on Ray, a {kind} each")
     try:
@@ -85,30 +86,22 @@ def _hire(order: Order, workers: int | None, most: int) -> list[Any]:
     return painters
 
 
-def _share(log: Log, painters: list[Any], waiting: list[Item]) -> None:
-    """Hand out pictures as workers get free; what a dying worker had goes to another."""
-    idle, tries = list(painters), Counter[str]()
-    running: dict[Any, tuple[Any, Item]] = {}
-    while True:
-        while idle and (item := waiting.pop() if waiting else log.manifest.claim()) is not None:
-            painter = idle.pop()
+def _share(log: Log, painters: list[Any], first: Item | None) -> None:
+    """Hand out pictures as workers get free. What a dying worker had is drawn by its successor: Ray sees to that."""
+    idle, running = list(painters), dict[Any, tuple[Any, Item]]()
+    while first is not None or running or log.manifest.open:
+        while idle and (item := first or log.manifest.claim()) is not None:
+            painter, first = idle.pop(), None
             running[painter.draw.remote(item.sampling)] = painter, item
-        if not running and not log.manifest.open:
-            return
         if not running:  # another runner has what is left
             time.sleep(_LOOK_AGAIN)
             continue
         for reference in ray.wait(list(running), timeout=_LOOK_AGAIN)[0]:
             painter, item = running.pop(reference)
-            idle.insert(0, painter)
+            idle.append(painter)
             try:
                 outcome = ray.get(reference)
             except RayError as error:
-                tries[item.id] += 1
-                warn(f"a worker was lost while it drew {item.sampling.prompt[:40]!r}: {_first_line(error)}")
-                if tries[item.id] < _TRIES:
-                    waiting.append(item)
-                    continue
                 outcome = f"lost {_TRIES} workers: {_first_line(error)}"
             log.settle(item, outcome)
 
