@@ -6,8 +6,6 @@ Runs with an embedded model on a CPU. With a hub id in MODEL it is the same call
 from pathlib import Path
 
 import fastdiff
-from fastdiff.pipelines.quantize import quantize
-from fastdiff.pipelines.quantized_files import save
 
 MODEL = "shapes-unet"
 CONFIG = {"quant": {"method": "w8a16"}}  # 8-bit weights, computed in 16 or 32 bits: nothing to calibrate
@@ -15,8 +13,8 @@ CONFIG = {"quant": {"method": "w8a16"}}  # 8-bit weights, computed in 16 or 32 b
 
 def main(directory: Path = Path("shapes-unet-w8a16")) -> None:
     pipe = fastdiff.load(MODEL)
-    print(quantize(pipe, CONFIG))  # bytes before and after, layers, what was left alone
-    save(pipe, directory)
+    print(fastdiff.quantize(pipe, CONFIG))  # bytes before and after, layers, what was left alone
+    fastdiff.save(pipe, directory)
     small = fastdiff.load(directory)  # a stock pipeline with quantized layers; cache it like any other
     with fastdiff.accelerate(small, "balanced") as fast:
         small("a small green ring", num_inference_steps=8, guidance_scale=3).images[0].save(directory / "ring.png")

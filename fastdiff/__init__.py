@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import caching, parallel, quant, registry
     from .config import Config as Config
     from .errors import FastdiffError as FastdiffError
     from .pipelines.accelerate import Accelerated as Accelerated
     from .pipelines.accelerate import accelerate as accelerate
     from .pipelines.accelerate import restore as restore
+    from .pipelines.families import register_family as register_family
     from .pipelines.loading import load as load
     from .pipelines.quantize import quantize as quantize
     from .pipelines.quantized_files import save as save
-    from .registry import names as methods  # noqa: F401
+
+    methods = registry.names
+    register_cache = caching.REGISTRY.register
+    register_parallel = parallel.REGISTRY.register
+    register_quant = quant.REGISTRY.register
 
 _HOME = {
     "Accelerated": "pipelines.accelerate:Accelerated",
@@ -36,15 +42,17 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    """Names are imported when first used, so that `import fastdiff` needs neither torch nor diffusers (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    module, _, path = _HOME[name].partition(":")
-    found: Any = importlib.import_module(f"fastdiff.{module}")
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+if not TYPE_CHECKING:  # else a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        """Names are imported when first used, so that `import fastdiff` needs neither torch nor diffusers (PEP 562)."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+        module, _, path = _HOME[name].partition(":")
+        found: Any = importlib.import_module(f"fastdiff.{module}")
+        for part in path.split("."):
+            found = getattr(found, part)
+        return found
 
 
 def __dir__() -> list[str]:
