@@ -170,22 +170,22 @@ def fork(model: str, *options: str) -> Any:
     return process
 
 
-@pytest.mark.parametrize("grace", ["60", "0"])
+@pytest.mark.parametrize("grace", ["600", "0"])  # seconds; ample on a busy machine, and none
 def test_shutdown_finishes_or_fails_what_is_in_flight(cli, model: str, grace: str, pool) -> None:
     process = fork(model, "--grace", grace)
     try:
         server = Server(Path("out").read_text().strip(), None)  # type: ignore[arg-type]
-        answers = [later(server, pool, steps=150, seed=n) for n in range(3)]
+        answers = [later(server, pool, steps=60, seed=n) for n in range(3)]
         busy = {"drawing": True, "waiting": 2}
         wait_for(lambda: busy.items() <= server.call("/health")[1].items())
         os.kill(process.pid, signal.SIGTERM)
         replies = [answer.result() for answer in answers]
-        process.join(120)
+        process.join(240)
     finally:
         process.kill()
     assert process.exitcode == 0
     statuses = [status for status, _ in replies]
-    if grace == "60":
+    if grace == "600":
         assert statuses == [200] * 3
     else:
         assert statuses == [503] * 3
