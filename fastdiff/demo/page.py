@@ -27,6 +27,7 @@ from .order import Ground, Order, sampling
 from .results import NO_BENCHMARK, benchmarks, captions, explanation, pareto, progress
 
 OFF = "off"
+LIVE: dict[str, Any] = {"interactive": True}  # Gradio guesses from the static events, and Run's is none of them
 VISITORS = 8  # who are told that they wait for another picture; more wait in the queue
 PROMPT = "a large red circle above a small blue square"
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
@@ -46,7 +47,7 @@ CSS = """
 #status .progress { display: flex; flex-direction: column; gap: 4px; }
 #status progress { width: 100%; height: 12px; accent-color: #1d4ed8; }
 #status .captions { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 110%; }
-#preview img { width: 100%; object-fit: contain; }
+#preview img { width: 100%; height: 100%; object-fit: contain; }
 #explain .numbers { border-collapse: collapse; margin-top: 12px; }
 #explain .numbers th, #explain .numbers td { padding: 4px 16px 4px 0; text-align: left; }
 #rows { overflow-x: auto; }
@@ -106,7 +107,9 @@ class Page:
 
     def _drawing(self) -> None:
         with gr.Row(elem_id="ask"):
-            prompt = gr.Textbox(PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt")
+            prompt = gr.Textbox(
+                PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt", **LIVE
+            )
             run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run")
             cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel")
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
@@ -115,7 +118,7 @@ class Page:
             self._fields(run, cancel)
         status = gr.HTML("", elem_id="status", container=False)
         preview = gr.Image(label="Preview of the latents", alt_text="preview", format="png", interactive=False,
-                           visible=False, elem_id="preview", buttons=[])  # fmt: skip
+                           visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
         slider = gr.ImageSlider(label="Without acceleration (left) and with (right)", format="png", type="filepath",
                                 interactive=False, visible=False, elem_id="result", max_height=420)  # fmt: skip
         numbers = gr.HTML("", elem_id="explain")
@@ -130,19 +133,24 @@ class Page:
 
     def _asked(self) -> dict[str, Any]:
         steps_now, guidance_now = _defaults(self.models[0])
-        hint = {"info": "empty: as the model wants it", "min_width": 160}  # text: a Number cannot start out empty
+        hint = LIVE | {
+            "info": "empty: as the model wants it",
+            "min_width": 160,
+        }  # text: a Number cannot start out empty
         with gr.Row():
-            model = gr.Dropdown(self.models, value=self.models[0], label="Model", elem_id="model", min_width=160,
-                                allow_custom_value=not self.shared,
+            model = gr.Dropdown(self.models, value=self.models[0], label="Model", elem_id="model", **LIVE,
+                                min_width=160, allow_custom_value=not self.shared,
                                 info=None if self.shared else "or type a directory or a hub id")  # fmt: skip
             steps = gr.Textbox(steps_now, label="Steps", elem_id="steps", **hint)
             guidance = gr.Textbox(guidance_now, label="Guidance scale", elem_id="guidance", **hint)
         with gr.Row():
             width = gr.Textbox("", label="Width", elem_id="width", **hint)
             height = gr.Textbox("", label="Height", elem_id="height", **hint)
-            seed = gr.Number(1, label="Seed", info="the same seed, the same picture", elem_id="seed", min_width=160)
-            randomise = gr.Checkbox(False, label="Randomise the seed", elem_id="randomise", min_width=160)
-        negative = gr.Textbox("", label="Negative prompt", elem_id="negative", max_lines=4)
+            seed = gr.Number(
+                1, label="Seed", info="the same seed, the same picture", elem_id="seed", **LIVE, min_width=160
+            )
+            randomise = gr.Checkbox(False, label="Randomise the seed", elem_id="randomise", **LIVE, min_width=160)
+        negative = gr.Textbox("", label="Negative prompt", elem_id="negative", **LIVE, max_lines=4)
         model.change(_defaults, model, [steps, guidance], show_progress="hidden", api_visibility="private")
         return {"model": model, "steps": steps, "guidance_scale": guidance, "seed": seed, "randomise": randomise,
                 "width": width, "height": height, "negative_prompt": negative}  # fmt: skip
@@ -152,12 +160,12 @@ class Page:
         named = [(name, name) for name in presets()]
         ground = Ground("balanced", self.models[0])
         with gr.Row():
-            preset = gr.Dropdown(named, value=ground.preset, label="Preset", elem_id="preset", min_width=160,
+            preset = gr.Dropdown(named, value=ground.preset, label="Preset", elem_id="preset", **LIVE, min_width=160,
                                  info="choosing one sets the methods below")  # fmt: skip
             found = {"preset": preset}
             for kind in METHOD_KINDS:
                 found[kind] = gr.Dropdown([OFF, *registry(kind)], value=ground.method(kind) or OFF, min_width=160,
-                                          label=KINDS[kind], elem_id=kind, info="method")  # fmt: skip
+                                          label=KINDS[kind], elem_id=kind, **LIVE, info="method")  # fmt: skip
 
         def methods(name: str, model: str) -> list[str]:
             with told():
@@ -272,7 +280,7 @@ class Page:
     def _benchmark(self, page: gr.Blocks) -> None:
         gr.Markdown("Measured with `fastdiff bench`: quality against speed, the frontier joined.")
         with gr.Row():
-            name = gr.Dropdown(benchmarks(self.place), label="Benchmark", elem_id="benchmark", scale=5)
+            name = gr.Dropdown(benchmarks(self.place), label="Benchmark", elem_id="benchmark", scale=5, **LIVE)
             again = gr.Button("Read again", elem_id="read-again", scale=1, min_width=80)
         picture = gr.Image(label="Quality against speed-up", show_label=False, format="png", interactive=False,
                            alt_text="Pareto plot; the table below has its numbers", elem_id="pareto",

@@ -279,3 +279,8 @@ def test_a_shared_page_loads_what_it_offers_and_reads_no_paths(tmp_path):
     with gr.Blocks():
         found = page._section(Ground("lossless", "shapes-unet"), "cache", "teacache")
     assert "plan" not in {setting.name for _, setting in found.values()}
+
+
+def test_every_field_takes_input(visitor):
+    """Gradio makes a part read-only that is an output of the static events and an input of none."""
+    assert all(part.interactive for part in visitor.page.inputs.values())
