@@ -83,10 +83,10 @@ class Bus:
     def group(self) -> Any:
         """A process group of our own: closing it wakes whoever waits for us, and leaves the user's alone."""
         if self._group is None:
-            wait, backend = datetime.timedelta(seconds=self.timeout), dist.get_backend()
+            wait, backend = datetime.timedelta(seconds=self.timeout), str(dist.get_backend())
             if backend == "nccl":  # decisions and the random state are tensors on the CPU, which NCCL refuses
                 backend = "cpu:gloo,cuda:nccl"
-            self._group = self._guarded("meeting", None, lambda: dist.new_group(timeout=wait, backend=backend))
+            self._group = self._guarded("meeting", set(), lambda: dist.new_group(timeout=wait, backend=backend))
         return self._group
 
     def begin(self) -> None:
@@ -177,7 +177,7 @@ class Bus:
         message = tensor.contiguous().clone()
         if message.numel():
             self._guarded(
-                layer, 0, lambda: dist.broadcast(message, 0, group=self.group, async_op=True).wait(self._limit())
+                layer, {0}, lambda: dist.broadcast(message, 0, group=self.group, async_op=True).wait(self._limit())
             )
         return message
 

@@ -145,7 +145,7 @@ class Accelerated:
         alike = {
             "config": self.config.model_dump_json(),
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
-            "versions": f"{torch.__version__} of torch, {diffusers.__version__} of diffusers, {fastdiff.__version__} here",
+            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {fastdiff.__version__}",
         }
         return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
 

@@ -98,7 +98,7 @@ def linked(markdown: str) -> str:
 def part(name: str, here: str) -> str:
     """What a page asks for. Raises PluginError for a name that does not exist."""
     parts: dict[str, Callable[[], str]] = {
-        "config-sections": config_sections, "common-settings": common_settings, "presets": presets_table,
+        "config-sections": config_sections, "common-settings": shared_settings, "presets": presets_table,
         "rivals": rivals, "methods": lambda: methods_index(""),
     }  # fmt: skip
     if name not in parts:
@@ -139,7 +139,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
 def method_page(kind: str, name: str, cls: type[Method]) -> str:
     """Paper, idea and formula from the docstrings, settings from the schema, numbers from the benchmarks."""
     module = inspect.cleandoc(importlib.import_module(cls.__module__).__doc__ or "")
-    shared = common(kind)
+    shared = shared_of(kind)
     fields = [field for field in cls.model_fields if field != "method" and not same(shared, field, cls)]
     settings = settings_table(cls, fields) if fields else "None of its own."
     if shared:
@@ -185,7 +185,7 @@ def examples(cls: type[Method], fields: Iterable[str]) -> Iterator[str]:
         yield f"{field} = {json.dumps(value)}\n"
 
 
-def common(kind: str) -> list[tuple[str, Any]]:
+def shared_of(kind: str) -> list[tuple[str, Any]]:
     """Settings that all methods of a room have from one base class, with their descriptions there."""
     classes = list(own(kind).values())
     if not classes:
@@ -316,10 +316,10 @@ def config_sections() -> str:
     return "\n\n".join(parts)
 
 
-def common_settings() -> str:
+def shared_settings() -> str:
     parts = []
     for kind in ROOMS:
-        shared = common(kind)
+        shared = shared_of(kind)
         if shared:
             parts.append(f"### {TITLES[kind]}\n\n{settings_table(shared[0][1], [field for field, _ in shared])}")
     return "\n\n".join(parts)

@@ -135,7 +135,8 @@ def test_spawned_children_import_it(installed, tmp_path):
     "editable", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["as the tests run", "installed"]
 )
 def test_torchrun_children_import_it(installed, tmp_path, editable):
-    (tmp_path / "program.py").write_text("import fastdiff.caching.base\nprint(fastdiff.caching.__file__)\n")
+    tell = "import sys, fastdiff.caching.base\nsys.stdout.write(fastdiff.caching.__file__ + '\\n')\n"
+    (tmp_path / "program.py").write_text(tell)  # in one piece: both children write to one pipe
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py")
     out = run(*launch, cwd=tmp_path, **({} if editable else {"PYTHONPATH": str(installed)}))
     home = ROOT if editable else installed
