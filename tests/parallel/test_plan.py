@@ -1,0 +1,212 @@
+"""The planner: bytes are those of a run, DistriFusion's published table is reproduced, bad plans are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.errors import BadConfig
+from fastdiff.parallel import REGISTRY
+from fastdiff.parallel.planner import A100, Site, alone, attempt, candidates, halves, plan, trials
+from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
+from fastdiff.pipelines.families import FAMILIES, recognise
+from fastdiff.pipelines.plan import observe, plan_parallel
+from scripts.predict_parallel import PUBLISHED, flux, flux_calls, sdxl, sdxl_calls
+from tests import tiny
+from tests.state import differences, snapshot
+
+from .ranks import start
+
+PREDICTED = Path(__file__).parents[2] / "benchmarks" / "parallel-predictions.json"
+TABLE = json.loads(PUBLISHED.read_text())[0]
+POINTS = [(pixels, devices) for pixels in TABLE["seconds"] for devices in ("2", "4", "8")]
+
+
+def method(name: str, **fields: Any) -> Any:
+    return REGISTRY[name](method=name, **fields)
+
+
+@cache
+def big(build: Any) -> Any:
+    with torch.device("meta"):
+        return recognise(build().to(torch.bfloat16).eval(), "denoiser", FAMILIES)
+
+
+def asked(arguments: Any, pixels: int) -> list[Any]:
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return arguments(pixels)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("pixels", "devices"), POINTS)
+def test_published_table_of_distrifusion(pixels: str, devices: str) -> None:
+    """The planner's own path, from a model without weights to seconds; two devices are the halves of guidance."""
+    published, anatomy, side, count = TABLE["seconds"][pixels], big(sdxl), int(pixels), int(devices)
+    calls, one_step = asked(sdxl_calls, side), published["1"] / TABLE["steps"]
+    asks = method("cfg") if count == 2 else method("distrifusion", cfg=2)
+    one = alone(anatomy, calls)
+    site = Site(count, 300e9, 1e-5, 50, 8 * (side // 8) ** 2, 0, one_step=one_step, overhead=A100.of(side**2))
+    found = plan(one, [attempt(anatomy, calls, asks, count, one)], site).rows[0]
+    assert found.predicted_seconds == pytest.approx(published[devices], rel=0.1)
+
+
+def test_bytes_of_sdxl_are_the_formula() -> None:
+    anatomy, height = big(sdxl), 128
+    asks = method("distrifusion", cfg=2)
+    found = rehearse(anatomy, asked(sdxl_calls, 8 * height), asks, asks.topology(8, 1)).stale
+    kv = 2 * 2 * (640 * 10 * (height // 2) ** 2 + 1280 * 60 * (height // 4) ** 2)
+    assert found.sent["kv"] == 3 * kv // 4
+    assert found.sent["norm"] == 3 * 46 * 32 * 3 * 4, "mean, variance and count, in float32, to three ranks"
+    assert found.sent["output"] == 2 * (3 * 4 * height // 4 * height + 4 * height * height), "patches, then halves"
+
+
+def test_bytes_and_operations_of_flux_are_the_formula() -> None:
+    anatomy, asks, tokens = big(flux), method("pcpp", portion=0.5), 4096
+    calls = asked(flux_calls, 1024)
+    part = rehearse(anatomy, calls, asks, asks.topology(4, 1))
+    assert part.fresh.sent["kv"] == 3 * 57 * 2 * 2 * 3072 * tokens // 4
+    assert part.stale.sent["kv"] == 2 * 57 * 2 * 2 * 3072 * tokens // 8, "half of its rows to each neighbour"
+    seen = 4 * 57 * 3072 * (1024 + 512)
+    assert part.fresh.flops - part.stale.flops == seen * (tokens // 4 * 3 - 2 * 512), "keys that it does not see"
+
+
+@cache
+def told() -> list[dict[str, Any]]:
+    found = start("tests.parallel.planned", [(("sent",), 2), (("sent",), 3)])
+    return [one for group in found for one in group["sent"]]
+
+
+@pytest.mark.xdist_group("planned")
+@pytest.mark.parametrize("index", range(5), ids=lambda k: f"2 ranks, {k}" if k < 2 else f"3 ranks, {k - 2}")
+def test_rehearsed_bytes_are_those_of_a_run(index: int) -> None:
+    found = told()[index]
+    assert isinstance(found, dict), found
+    assert len(found) == 10
+    for label, (real, expected) in found.items():
+        assert expected.items() <= real.items(), (label, real, expected)
+
+
+def test_memory_and_bytes_are_the_same_without_weights() -> None:
+    anatomy, calls, _ = observe(tiny.make("sd15"), 128)
+    asks = method("distrifusion")
+    live = rehearse(anatomy, calls, asks, asks.topology(2, 0), rounds=1)
+    anatomy.denoiser.to("meta")
+    bare = [
+        (tuple(leaf.to("meta") for leaf in args), {k: v.to("meta") if hasattr(v, "to") else v for k, v in kw.items()})
+        for args, kw in calls
+    ]
+    meta = rehearse(anatomy, bare, asks, asks.topology(2, 0))
+    assert (live.stale.sent, live.stale.flops) == (meta.stale.sent, meta.stale.flops)
+    assert live.held == pytest.approx(meta.held, rel=0.02)
+    assert live.stale.seconds > 0
+
+
+def test_a_plan_leaves_the_pipeline_as_it_was() -> None:
+    pipe = tiny.make("flux")
+    observe(pipe, 64)  # a pipeline remembers the arguments of its last call
+    before = snapshot(pipe)
+    found = plan_parallel(pipe, 2, 1e9, size=64, steps=6)
+    assert [text for text in differences(before, snapshot(pipe)) if "scheduler" not in text] == []
+    assert "step" not in vars(pipe.scheduler)
+    assert {row.method for row in found.rows} == {"patch", "distrifusion", "pcpp", "parastep", "ulysses"}
+    assert {row.method for row in found.rows if row.exact} == {"patch", "ulysses"}
+
+
+def test_two_calls_are_two_halves() -> None:
+    anatomy, calls, output = observe(tiny.make("flux"), 64)
+    assert not halves(calls) and halves(calls * 2)
+    asks = method("cfg")
+    one, part = alone(anatomy, calls * 2), rehearse(anatomy, calls * 2, asks, asks.topology(2, 0), rounds=1)
+    assert part.stale.flops * 2 == one.stale.flops
+    assert part.stale.sent == {"output": output}
+
+
+def test_shares_that_differ_are_played_by_the_longest_too() -> None:
+    anatomy, calls, _ = observe(tiny.make("sd15"), 256)
+    one = Rehearsed(Part(), Part(), 0)
+    even, odd = (attempt(anatomy, calls, method("patch"), devices, one) for devices in (4, 3))
+    assert (len(even.played), len(odd.played)) == (1, 2)
+
+
+# seconds and bytes that are easy to add up: compute 1 s, half of it on two ranks, 100 bytes hidden, 10 of output
+ONE = Rehearsed(Part(seconds=1.0), Part(seconds=1.0), 1000)
+PART = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5)
+
+
+def cost(name: str, link: float, memory: float = math.inf, part: Part = PART, **fields: Any) -> Any:
+    from fastdiff.parallel.planner import Trial
+
+    asks = method(name, **fields)
+    trial = Trial(asks, asks.topology(2, 0), [Rehearsed(part, part, 500)])
+    return plan(ONE, [trial], Site(2, link, 0.01, 10, 20, 3000, memory)).rows[0]
+
+
+def test_a_synchronous_step_adds_up_and_a_displaced_one_hides() -> None:
+    assert cost("patch", 1000).predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 0.11)
+    late = cost("distrifusion", 1000, warmup_steps=1)
+    assert late.predicted_seconds == pytest.approx(2 * 0.66 + 8 * (0.5 + 0.01 + 0.01)), "hidden behind the computation"
+    slow = cost("distrifusion", 100, warmup_steps=1)
+    assert slow.predicted_seconds == pytest.approx(2 * 1.65 + 8 * (1.0 + 0.01 + 0.1)), "the link is the limit"
+    assert late.predicted_speedup == pytest.approx(10 / late.predicted_seconds)
+
+
+def test_parastep_takes_a_message_a_cycle() -> None:
+    whole = Part(seconds=1.0)
+    found = cost("parastep", 1000, part=whole, warmup_steps=3)
+    assert found.predicted_seconds == pytest.approx(3 + 4 + 4 * (0.01 + 20 / 1000)), "7 steps in 4 cycles of 2"
+    assert found.mesh == (1, 2, 1) and not found.exact
+
+
+def test_what_is_slower_or_too_big_is_refused() -> None:
+    assert "predicted slower than one device" in cost("patch", 10).refused
+    assert "too big: predicted to need" in cost("patch", 1000, memory=3400).refused
+    assert cost("patch", 1000, memory=3500).refused is None
+
+
+def test_what_cannot_be_split_is_refused_with_the_reason() -> None:
+    anatomy, calls, _ = observe(tiny.make("sd15"), 64)
+    one = alone(anatomy, calls)
+    found = plan(one, trials(anatomy, calls, 16, one), Site(16, 1e9, 0, 10, 100, 0)).rows
+    reasons = {row.method: row.refused for row in found}
+    assert "too few for 8 patch ranks" in reasons["patch"]
+    assert "by rows" in reasons["ulysses"]
+    assert reasons["parastep"] is None
+    assert all(row.refused is None for row in found[:1]) and math.isinf(found[-1].predicted_seconds)
+
+
+def test_guidance_is_shared_out_first() -> None:
+    meshes = {m.method: m.topology(4, 0) for m in candidates(4, guided=True)}
+    assert {(t.cfg, t.patch) for n, t in meshes.items() if n != "parastep"} == {(2, 2)} and "cfg" not in meshes
+    assert (meshes["parastep"].cfg, meshes["parastep"].step) == (2, 2)
+    assert "cfg" in {m.method for m in candidates(2, guided=True)}
+    assert all(m.cfg == 1 for m in candidates(4, guided=False))
+
+
+@pytest.mark.parametrize(("devices", "link"), [(1, 1e9), (2, 0.0), (2, math.inf), (2, math.nan)])
+def test_numbers_that_cannot_be(devices: int, link: float) -> None:
+    with pytest.raises(BadConfig, match="a plan needs 2 devices or more"):
+        plan_parallel(tiny.make("sd15"), devices, link)
+
+
+@pytest.mark.skipif(not PREDICTED.exists(), reason="scripts/predict_parallel.py has not been run yet")
+def test_committed_predictions_are_next_to_the_papers() -> None:
+    found = json.loads(PREDICTED.read_text())
+    assert found["what"].startswith("PREDICTIONS")
+    rows = found["rows"]
+    assert {(r["model"], r["pixels"], r["devices"]) for r in rows} == {
+        (model, pixels, devices) for model in ("SDXL", "Flux") for pixels in (1024, 2048, 3840) for devices in (2, 4, 8)
+    }
+    measured = [row for row in rows if "published_seconds" in row and row["model"] == "SDXL"]
+    assert len(measured) == 9
+    for row in measured:
+        assert row["predicted_seconds"] == pytest.approx(row["published_seconds"], rel=0.1)
