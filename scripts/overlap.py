@@ -74,7 +74,7 @@ def main(
 
 def limit(rate: float) -> None:
     """Bytes a second that this rank can send. A small bucket: what it holds is sent at once after each pause."""
-    device = os.environ["GLOO_SOCKET_IFNAME"]
+    device = f"v{dist.get_rank()}"  # as overlap.sh names them
     tbf = ["tbf", "rate", f"{round(8 * rate)}bit", "burst", f"{round(20_000 + rate / 250)}", "limit", "4mb"]
     subprocess.run(["tc", "qdisc", "replace", "dev", device, "root", *tbf], check=True)
 
