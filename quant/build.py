@@ -90,7 +90,8 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank = min(rank, *weight.shape)
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).half(), (root[:, None] * vt[:rank]).half()
+    # laid out as a file has them: sums in another order are not the same to the last bit
+    return (u[:, :rank] * root).half().contiguous(), (root[:, None] * vt[:rank]).half().contiguous()
 
 
 def _factors(layer: nn.Linear | nn.Conv2d, up: Tensor, down: Tensor, smooth: Tensor | None) -> Tensors:

@@ -107,13 +107,14 @@ def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
         for x in _samples(layer):
             found, wanted = kernel(layer, packed, x).float(), kernel.expected(layer, x).float()
             error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
-            if not error <= (TOLERANCE if x.dtype != torch.float32 else TOLERANCE / 100):
+            rounded = x.dtype != torch.float32 or isinstance(kernel, TorchAO)  # which rounds weights once more
+            if not error <= (TOLERANCE if rounded else TOLERANCE / 100):
                 return None, f"is wrong by {error:.1%}"
         if kernel.replaces_q:
             given = {name: t for name, t in layer.tensors().items() if name != "q"}
             if not torch.equal(kernel.unpack(layer, packed, given), layer.q):
                 return None, "does not give the weight back"
-    except (RuntimeError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:  # torchao asserts
         return None, f"fails: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
     finally:
         layer.present.forget()

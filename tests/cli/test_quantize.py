@@ -1,0 +1,46 @@
+"""`fastdiff quantize`: a directory that `generate` reads, ranges alone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+FEW = ("--steps", 3, "--prompts", 2, "--set", 'quant.skip=["down_blocks*", "up_blocks*"]')
+
+
+def test_a_directory_is_written_that_generate_reads(cli, model: str) -> None:
+    done = cli("quantize", "-m", model, "-o", "small", "--report", "report.json", *FEW)
+    assert (done.code, done.files) == (0, ["small"])
+    assert "quant w8a8" in done.err and "speed:" in done.err
+    report = json.loads(Path("report.json").read_text())
+    assert report["bytes_before"] > 2 * report["bytes_after"] and report["layers"][0]["kernel"]
+    made = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "--width", 64, "--height", 64)
+    assert made.code == 0
+    again = cli("quantize", "-m", model, "-o", "small", *FEW)
+    assert again.code == 2 and "exists" in again.err
+
+
+def test_ranges_alone(cli, model: str) -> None:
+    done = cli("quantize", "-m", model, "-o", "ranges.safetensors", *FEW)
+    assert (done.code, done.files) == (0, ["ranges.safetensors"])
+    made = cli(
+        "generate", "a cat", "-m", model, "--steps", 2, "--width", 64, "--height", 64, "--set", "quant.method=w8a8",
+        "--set", "quant.ranges=ranges.safetensors", *FEW[4:],
+    )  # fmt: skip
+    assert made.code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-o", "x", "--set", "quant.method=w9"), "unknown quant method"),
+        (("-o", "no/where"), "does not exist"),
+        (("-o", "r.safetensors", "--prompts", 0), "need prompts"),
+    ],
+)
+def test_refused(cli, model: str, arguments: tuple, said: str) -> None:
+    done = cli("quantize", "-m", model, *arguments)
+    assert done.code == 2 and said in done.err
+    assert list(Path().iterdir()) == []

@@ -1,0 +1,23 @@
+"""What each rank checks, see tests/parallel/ranks.py."""
+
+from __future__ import annotations
+
+import torch
+
+import fastdiff
+from tests import tiny
+
+
+def static_ranges(rank: int, ranks: int) -> dict:
+    """With static ranges a split picture has the integers of the whole one; float sums differ in their order only."""
+    from tests.quant.test_ranges import calibrated
+
+    pipe, file = tiny.make("sd15_one_layer"), f"/tmp/fastdiff-ranges-{torch.initial_seed()}-{rank}.safetensors"
+    calibrated(pipe).save(file)  # type: ignore[arg-type]
+    quant = {"method": "w8a8", "skip": ["down_blocks*"], "timestep_buckets": 2, "ranges": file}
+    call = {"height": 192, "steps": 3}
+    with fastdiff.accelerate(pipe, quant=quant):
+        whole = tiny.run(pipe, "sd15", **call)
+    with fastdiff.accelerate(pipe, quant=quant, parallel={"method": "patch", "devices": ranks}):
+        split = tiny.run(pipe, "sd15", **call)
+    return {"off": float((split - whole).norm() / whole.norm())}
