@@ -111,8 +111,9 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
         raise BadModel(f"{str(folder)!r} holds tensors that are not the model's: {', '.join(foreign[:3])}")
     floats = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     module.load_state_dict(floats, strict=False, assign=True)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    tie: Any = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
     if missing := sorted(k for k in expected - tensors.keys() if module.state_dict()[k].is_meta):
         raise BadModel(f"{str(folder)!r} lacks tensors of the model: {', '.join(missing[:3])}; fetch it again")
     Standing(described["method"], present, origin).attach(module)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import tempfile
+from pathlib import Path
 
 import fastdiff
 from tests import tiny
@@ -12,7 +13,7 @@ def static_ranges(rank: int, ranks: int) -> dict:
     """With static ranges a split picture has the integers of the whole one; float sums differ in their order only."""
     from tests.quant.test_ranges import calibrated
 
-    pipe, file = tiny.make("sd15_one_layer"), f"/tmp/fastdiff-ranges-{torch.initial_seed()}-{rank}.safetensors"
+    pipe, file = tiny.make("sd15_one_layer"), str(Path(tempfile.mkdtemp()) / "ranges.safetensors")
     calibrated(pipe).save(file)  # type: ignore[arg-type]
     quant = {"method": "w8a8", "skip": ["down_blocks*"], "timestep_buckets": 2, "ranges": file}
     call = {"height": 192, "steps": 3}
