@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,12 @@ def told() -> list[dict[str, Any]]:
 @pytest.mark.xdist_group("planned")
 @pytest.mark.parametrize("index", range(5), ids=lambda k: f"2 ranks, {k}" if k < 2 else f"3 ranks, {k - 2}")
 def test_rehearsed_bytes_are_those_of_a_run(index: int) -> None:
-    found = told()[index]
+    found = deepcopy(told()[index])
     assert isinstance(found, dict), found
-    assert len(found) == 10
+    assert len(found) == (3 if index < 2 else 1)
     for label, (real, expected) in found.items():
-        assert expected.items() <= real.items(), (label, real, expected)
+        del real["decision"]  # once a run: whether the ranks were given the same
+        assert real == expected, label
 
 
 def test_memory_and_bytes_are_the_same_without_weights() -> None:
