@@ -50,16 +50,12 @@ def quantize(
 
     from fastdiff.bench import output as files
     from fastdiff.bench import prompts_for, solvers
-    from fastdiff.errors import BadConfig
     from fastdiff.pipelines import quantize as work
-    from fastdiff.pipelines.quantized_files import check_target, save
+    from fastdiff.pipelines.quantized_files import save
 
     only_ranges = output.suffix == ".safetensors"
     files.check([report, *([output] if only_ranges else [])], overwrite)
-    if only_ranges and not prompts:
-        raise BadConfig("ranges need prompts to be calibrated on; give --prompts 8")
-    if not only_ranges:
-        check_target(output)
+    _check(output, only_ranges, prompts)
     if scheduler is not None:
         solvers.check_name(scheduler)
     pipe, resolved = _loaded(model, layers)
@@ -79,6 +75,16 @@ def quantize(
     if report is not None:
         _write(report, done)
     _tell(output, done, as_json)
+
+
+def _check(output: Path, only_ranges: bool, prompts: int) -> None:
+    from fastdiff.errors import BadConfig
+    from fastdiff.pipelines.quantized_files import check_target
+
+    if only_ranges and not prompts:
+        raise BadConfig("ranges need prompts to be calibrated on; give --prompts 8")
+    if not only_ranges:
+        check_target(output)
 
 
 def _write(report: Path, done: QuantReport) -> None:
