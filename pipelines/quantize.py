@@ -48,8 +48,8 @@ def method_of(pipe: Any, config: Source) -> QuantMethod:
 
 
 def calibrate_ranges(
-    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, watch: Watch | None = None,
-    corrupt: bool = False, **call: Any,
+    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4,
+    watch: Watch | None = None, corrupt: bool = False, **call: Any,
 ) -> Calibration:  # fmt: skip
     """Static ranges of the activations of a float pipeline, by noise level and over both branches of guidance.
 

@@ -59,8 +59,7 @@ def quantize(
     if scheduler is not None:
         solvers.check_name(scheduler)
     pipe, resolved = _loaded(model, layers)
-    if scheduler is not None:
-        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
+    pipe.scheduler = solvers.solver(scheduler, pipe.scheduler) if scheduler is not None else pipe.scheduler
     call = _arguments(pipe, steps, guidance_scale)
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
     with _progress() as watch:
@@ -72,9 +71,7 @@ def quantize(
             return
         done = work.quantize(pipe, resolved, texts, seed=seed, batch=batch, predict=predict, watch=watch, **call)
     save(pipe, output)
-    if report is not None:
-        _write(report, done)
-    _tell(output, done, as_json)
+    _tell(output, done, report, as_json)
 
 
 def _check(output: Path, only_ranges: bool, prompts: int) -> None:
@@ -96,11 +93,13 @@ def _write(report: Path, done: QuantReport) -> None:
     files.write(report, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _tell(output: Path, done: QuantReport, as_json: bool) -> None:
+def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -> None:
     import json
 
     from .console import say
 
+    if report is not None:
+        _write(report, done)
     if as_json:
         told: dict[str, Any] = {key: value for key, value in done.to_dict().items() if key != "layers"}
         print(json.dumps({"file": str(output), "layers": len(done.layers), **told}))

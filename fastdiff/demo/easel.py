@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event, Lock, Thread
 from typing import Any
@@ -74,7 +74,7 @@ class Easel:
         self._plain: tuple[Sampling, Shot] | None = None
         self._warm: tuple[int, int] | None = None
 
-    def draw(self, order: Order, stop: Event) -> Iterator[Said]:
+    def draw(self, order: Order, stop: Event) -> Generator[Said, None, None]:
         """What happens, the pair last. Closing the iterator or setting `stop` ends the denoising before its next call
         of the denoiser. Raises Cancelled, or FastdiffError for what cannot be drawn."""
         said: queue.SimpleQueue[Said | BaseException | None] = queue.SimpleQueue()
