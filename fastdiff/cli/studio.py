@@ -28,6 +28,7 @@ from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, l
 from .console import quiet, say, waiting, warn
 from .jobs import make_folder
 from .previews import Previews
+from .ranks import own_device
 from .settings import early
 from .timeline import write_timeline
 
@@ -114,6 +115,7 @@ class Studio:
             raise UnknownName("dtype", dtype, DTYPES)
         quiet()
         early(layers, described(model), model)
+        own_device()
         self.pipe = _load(model, getattr(torch, dtype) if dtype else None)
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
         self.use(layers)
