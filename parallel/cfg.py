@@ -95,7 +95,9 @@ class _Calls:
 
     def _tick(self, index: int) -> None:
         if index == 0 and self.calls != 2 and not self.bus.alone:
-            self.recorder.note(f"cfg = 2 shares nothing out: the denoiser is called {self.calls} times a step, not twice")
+            self.recorder.note(
+                f"cfg = 2 shares nothing out: the denoiser is called {self.calls} times a step, not twice"
+            )
         if self._empty is not None:
             raise FastdiffError(
                 f"step {index} made one call of the denoiser where the first made {self.calls}; set parallel.cfg = 1"
