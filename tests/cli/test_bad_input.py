@@ -28,7 +28,7 @@ USAGE = {
     "absurd height": (["generate", "x", "--height", "99999"], "height = 99999: "),
     "negative seed": (["generate", "x", "--seed", "-1"], "seed = -1: "),
     "no images": (["generate", "x", "-n", "0"], "-n 0: give 1 to 10000"),
-    "no parallel method": (["generate", "x", "--devices", "4"], "--devices 4: fastdiff has no parallel method yet"),
+    "no parallel method": (["generate", "x", "--devices", "4"], "--devices 4 needs --set parallel.method=NAME"),
     "no devices": (["generate", "x", "--devices", "0"], "--devices 0: give 1 or more"),
     "unknown preset": (["generate", "x", "--preset", "balancd", "-o", "new/"], "did you mean 'balanced'?"),
     "preset and config": (["generate", "x", "--preset", "fast", "--config", "c.toml"], "exclude each other"),

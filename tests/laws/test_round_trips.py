@@ -16,8 +16,8 @@ METHODS = [(kind, name) for kind, names in fastdiff.methods().items() for name i
 DEFAULTS = [
     (kind, name)
     for kind, name in METHODS
-    if not any(f.is_required() for f in registry(kind)[name].model_fields.values())
-]  # the others are in ROWS, with what they require
+    if not any(f.is_required() for f in registry(kind)[name].model_fields.values()) and name != "mixed"
+]  # the others are in ROWS, with what they require; mixed requires one of two (tests/quant)
 
 
 def as_toml(tables: dict[str, dict]) -> str:

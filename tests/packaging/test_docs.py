@@ -94,7 +94,7 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.parametrize("kind", ROOMS)
 def test_pages_of_methods_have_every_setting(script, kind):
     for name, cls in script.own(kind).items():
-        page = script.method_page(kind, name, cls) + script.common_settings()
+        page = script.method_page(kind, name, cls) + script.shared_settings()
         assert [field for field in cls.model_fields if field != "method" and f"| `{field}` |" not in page] == []
         assert page.startswith(f"# {name}\n") and "http" in page
 

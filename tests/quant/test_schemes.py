@@ -50,7 +50,7 @@ def test_near_the_float_model_and_exactly_restored(make, family, scheme):
         report = handle.quantized.report
         assert report.before / report.after > (2.9 if scheme == "w8a8" else 4)  # tiny layers; scales weigh much
         assert any(scheme in note and "restore()" in note for note in handle.report.notes)
-    changed = [name for name in differences(before, snapshot(pipe)) if name != "scheduler.model_outputs"]
+    changed = [name for name in differences(before, snapshot(pipe)) if not name.startswith("scheduler.model_outputs")]
     assert changed == []  # a solver of two steps remembers its last run
     assert torch.equal(run(pipe, family), plain)
 
