@@ -8,12 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import NO_BATCH, Anatomy
 
 from .region import tensors
-
-# parts of the names of inputs that hold places, not images
-_NO_BATCH = ("rotary", "rope", "freqs", "grid", "img_ids", "txt_ids")
 
 
 class Batches:
@@ -40,7 +37,7 @@ class Batches:
         folds = self.anatomy.family.kind == "unet"
         out: dict[str, Any] = {}
         for name, value in named.items():
-            if any(part in name for part in _NO_BATCH):
+            if any(part in name for part in NO_BATCH):
                 out[name] = value
                 continue
             rows = [len(leaf) for leaf in tensors(pytree.tree_leaves(value)) if leaf.ndim > 0]

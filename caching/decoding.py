@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastdiff.anatomy import parameters
 from fastdiff.clock import Run, Step
 
 from .batches import Batches
-from .region import parameters, signature
+from .region import signature
 from .session import Session
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastdiff.anatomy import parameters
 from fastdiff.clock import Run
 
 from .batches import Batches
 from .predictors import combine
-from .region import parameters
 from .session import Session
 
 if TYPE_CHECKING:

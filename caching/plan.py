@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, 
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
-from fastdiff.method import Settings
+from fastdiff.method import Settings, read_json
 
 Floats = NDArray[np.float64]
 LARGEST = 64 << 20  # bytes
@@ -140,14 +139,7 @@ def read_plan(path: Path, kind: type[Plan]) -> dict[str, Any]:
     """What a plan file holds. Raises ValueError, in one sentence, for a file that is missing, broken or no plan of that
     kind."""
     name = f"plan file {str(path)!r}"
-    if not path.is_file():
-        raise ValueError(f"{name} does not exist; make one with fastdiff calibrate")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{name} has {path.stat().st_size} bytes, more than any plan")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is truncated or no JSON: {error}") from None
+    values = read_json(path, name, "plan", "make one with fastdiff calibrate", LARGEST)
     if not isinstance(values, dict) or not {"version", "denoiser", "sigmas"} <= values.keys():
         raise ValueError(f"{name} holds no plan; make one with fastdiff calibrate")
     if values["version"] != VERSION:

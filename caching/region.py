@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,21 +76,6 @@ class Memory:
 def tensors(leaves: Sequence[Any]) -> list[Tensor]:
     """The tensors among some leaves; a last block may return None for a stream that ends."""
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def parameters(module: nn.Module) -> list[str]:
-    """Names of what a module's forward takes, in order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
-    """Turns the arguments of a module's forward into a dict by name."""
-    order = parameters(module)
-
-    def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
-        return dict(zip(order, args, strict=False)) | kwargs
-
-    return by_name
 
 
 def placeholder(output: Any) -> Any:

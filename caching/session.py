@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, named
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
@@ -19,7 +19,7 @@ from fastdiff.recorder import Recorder
 from .base import CacheMethod, Gated
 from .predictors import combine
 from .reading import peak
-from .region import Memory, Region, named, placeholder, signature, unread
+from .region import Memory, Region, placeholder, signature, unread
 
 
 class Session:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy, Stack
+from fastdiff.anatomy import Anatomy, Stack, parameters
 from fastdiff.errors import BadConfig, UnsupportedModel
 
-from .region import Probe, Region, parameters
+from .region import Probe, Region
 from .unet import unet_inner, unet_parts
 
 Site: TypeAlias = Literal["auto", "output", "stack", "inner"]

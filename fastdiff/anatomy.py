@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -29,6 +29,8 @@ class Stack:
     returns: tuple[str, ...] = ("hidden_states",)
 
 
+# parts of the names of inputs that hold places, not images
+NO_BATCH = ("rotary", "rope", "freqs", "grid", "img_ids", "txt_ids")
 JOINT = {"takes": ("hidden_states", "encoder_hidden_states"), "returns": ("encoder_hidden_states", "hidden_states")}
 
 
@@ -81,6 +83,21 @@ class Anatomy:
             if any(block is member for member in self._list(stack)):
                 return stack
         raise UnsupportedModel(f"{type(block).__name__} is in no block stack of {self.family.name}")
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Names of what a module's forward takes, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
+    """Turns the arguments of a module's forward into a dict by name."""
+    order = parameters(module)
+
+    def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
+        return dict(zip(order, args, strict=False)) | kwargs
+
+    return by_name
 
 
 def recognise(denoiser: nn.Module, component: str, families: Mapping[str, Family]) -> Anatomy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -24,3 +26,16 @@ class Method(Settings):
     """Base of every registered method; `method` is its name in the registry."""
 
     method: str
+
+
+def read_json(path: Path, name: str, kind: str, hint: str, largest: int) -> Any:
+    """What a JSON file holds that a setting names. Raises ValueError, in one sentence that calls it `name`, for a file
+    that is missing, has more bytes than any `kind` has, or is truncated."""
+    if not path.is_file():
+        raise ValueError(f"{name} does not exist; {hint}")
+    if path.stat().st_size > largest:
+        raise ValueError(f"{name} has {path.stat().st_size} bytes, more than any {kind}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is truncated or no JSON: {error}") from None

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.anatomy import named
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 
 from .exchange import Exchange
-from .split import Split, named
+from .split import Split
 
 
 class Layout(Protocol):
@@ -35,11 +36,11 @@ class Layout(Protocol):
         """How many of a rank's `count` tokens a neighbour is shown: whole rows."""
         ...
 
-    def text(self, keys: int, named: dict[str, Any]) -> int:
+    def text(self, keys: int) -> int:
         """How many of an attention call's keys are of the text, which every rank has."""
         ...
 
-    def crosses(self, module: nn.Module, named: dict[str, Any]) -> bool:
+    def crosses(self, given: dict[str, Any]) -> bool:
         """Whether an attention call looks at the text alone."""
         ...
 
@@ -62,10 +63,9 @@ def _attention(split: Split, name: str, module: nn.Module, layout: Layout, patch
         def attention_forward(*args: Any, **kwargs: Any) -> Any:
             if not split.active:
                 return forward(*args, **kwargs)
-            given = by_name(args, kwargs)
-            if layout.crosses(module, given):
+            if layout.crosses(by_name(args, kwargs)):
                 return forward(*args, **kwargs)
-            with Intercept(lambda *call, **options: _attend(split, exchange, layout, given, *call, **options)) as mode:
+            with Intercept(lambda *call, **options: _attend(split, exchange, layout, *call, **options)) as mode:
                 output = forward(*args, **kwargs)
             if not mode.calls:
                 raise UnsupportedModel(
@@ -94,13 +94,13 @@ class Intercept(TorchFunctionMode):
 
 
 def _attend(
-    split: Split, exchange: Exchange, layout: Layout, given: dict[str, Any],
+    split: Split, exchange: Exchange, layout: Layout,
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and the text's in joint attention."""
     if attn_mask is not None:
         raise UnsupportedModel(f"{exchange.layer} masks its self-attention, which cannot be split into patches")
-    text = layout.text(key.shape[-2], given)
+    text = layout.text(key.shape[-2])
     begin = text if layout.text_first else 0
     own = slice(begin, begin + key.shape[-2] - text)
     if split.method.heads:

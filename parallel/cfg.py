@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import NO_BATCH, Anatomy, named
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import FastdiffError, UnsupportedModel
 from fastdiff.patch import PatchSet
@@ -19,10 +19,7 @@ from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus
-from .split import Forward, named
-
-# parts of the names of inputs that hold places, not images
-_NO_BATCH = ("rotary", "rope", "freqs", "grid", "img_ids", "txt_ids")
+from .split import Forward
 
 
 class CFG(ParallelMethod):
@@ -67,7 +64,7 @@ class _Batch:
                 return leaf[begin : begin + half] if leaf.ndim and len(leaf) == count else leaf
 
             for name, value in given.items():
-                if not any(part in name for part in _NO_BATCH):
+                if not any(part in name for part in NO_BATCH):
                     given[name] = pytree.tree_map_only(Tensor, take, value)
             return pytree.tree_map_only(Tensor, self._whole, forward(**given))
 

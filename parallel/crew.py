@@ -51,7 +51,6 @@ class Crew:
         _compare({"devices of kind": device.type, **alike}, self.bus)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
-        self._outside: Callable[[PatchSet], None] | None = None
         self._others_inputs = False
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
@@ -61,17 +60,13 @@ class Crew:
         """A reading of a cache, averaged over the ranks that have to decide alike."""
         return lambda reading: reading if self.bus.alone else self.bus.mean(reading, ("patch", "cfg"))
 
-    def inside(self, anatomy: Anatomy, patches: PatchSet) -> None:
-        if self.bus.topology.patch == 1:
-            return
-        if anatomy.family.kind == "unet":
+    def inside(self, anatomy: Anatomy, patches: PatchSet) -> Callable[[PatchSet], None]:
+        """Patch what is inside a denoiser; what is returned patches what goes outside of a cache, around its blocks."""
+        if self.bus.topology.patch > 1:
+            if anatomy.family.kind != "unet":
+                return split_tokens(self.method, anatomy, self.bus, self.clock, patches)
             split_unet(self.method, anatomy, self.bus, self.clock, patches)
-        else:
-            self._outside = split_tokens(self.method, anatomy, self.bus, self.clock, patches)
-
-    def outside(self, patches: PatchSet) -> None:
-        if self._outside is not None:
-            self._outside(patches)
+        return lambda _: None
 
     def decoder(self, vae: nn.Module | None, patches: PatchSet) -> None:
         """Decode by patches, where the config says so."""

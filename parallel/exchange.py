@@ -159,11 +159,10 @@ class Exchange:
             flight.landed = self.bus.wait(flight.pending or [], self.kind)
         if dtype is None:
             return
+        values: dict[int, Tensor] = {}  # not those of before: who got them may still read them
         for peer, shape in slot.shapes.items():
-            wire = slot.into[peer]
-            begin, size = slot.offsets[peer], wire.size(shape, dtype)
-            slot.values = {
-                **slot.values,
-                peer: wire.unpack(flight.landed[peer][begin : begin + size].clone(), shape, dtype),
-            }
+            wire, begin = slot.into[peer], slot.offsets[peer]
+            message = flight.landed[peer][begin : begin + wire.size(shape, dtype)].clone()
+            values[peer] = wire.unpack(message, shape, dtype)
+        slot.values = values
         slot.made = slot.sent

@@ -60,7 +60,7 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
             if not split.active:
                 return forward(x, *args, **kwargs)
             up, down = split.neighbour(-1), split.neighbour(1)
-            if min(x.shape[-2], x.shape[-2]) < max(above, below):
+            if x.shape[-2] < max(above, below):
                 raise UnsupportedModel(f"{name} needs {max(above, below)} rows of each neighbour; patches are smaller")
             sends: dict[int, Tensor] = {}
             shapes: dict[int, tuple[int, ...]] = {}

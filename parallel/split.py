@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -111,22 +110,10 @@ class Split:
                 exchange.bundle = self._bundles.get(exchange.kind)
 
 
-def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
-    """How the arguments of a module's forward get their names."""
-    signature = inspect.signature(type(module).forward)
-
-    def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
-        bound = signature.bind(module, *args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
-        return {name: value for name, value in bound.items() if name != "self"} | extra
-
-    return by_name
-
-
 def around(
-    split: Split, forward: Forward, change: Callable[[tuple, dict], tuple[tuple, dict]], after: Forward
+    split: Split, forward: Forward, change: Callable[[tuple, dict], tuple[tuple, dict]], after: Forward | None = None
 ) -> Forward:
-    """A forward with other arguments, inside `split`, whose output `after` makes whole again."""
+    """A forward with other arguments, inside `split`; `after`, if given, makes the tensors it returns whole again."""
 
     @wraps(forward)
     def split_forward(*args: Any, **kwargs: Any) -> Any:
@@ -139,6 +126,6 @@ def around(
         finally:
             split.leave()
         split.flush()
-        return pytree.tree_map_only(Tensor, after, output)
+        return output if after is None else pytree.tree_map_only(Tensor, after, output)
 
     return split_forward

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy, Stack
+from fastdiff.anatomy import Anatomy, Stack, named
 from fastdiff.clock import StepClock
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
@@ -23,7 +23,7 @@ from .attention import is_attention, split_attention
 from .base import ParallelMethod
 from .bus import Bus
 from .mesh import shares
-from .split import Split, named
+from .split import Split, around
 
 # parts of the names of block arguments that hold a value for each token
 _PLACES = ("rotary", "rope", "freqs")
@@ -44,7 +44,7 @@ class Tokens:
         row = self.split.width
         return min(count, math.ceil(portion * count / row) * row)
 
-    def text(self, keys: int, named: dict[str, Any]) -> int:
+    def text(self, keys: int) -> int:
         begin, end = self.split.parts[self.split.place]
         text = keys - (end - begin)
         if text not in (0, self.text_tokens):
@@ -53,8 +53,8 @@ class Tokens:
             )
         return text
 
-    def crosses(self, module: nn.Module, named: dict[str, Any]) -> bool:
-        return self.kind == "apart" and named.get("encoder_hidden_states") is not None
+    def crosses(self, given: dict[str, Any]) -> bool:
+        return self.kind == "apart" and given.get("encoder_hidden_states") is not None
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of an argument that has a value for each token; others as they are."""
@@ -88,23 +88,11 @@ def split_tokens(
         _check_heads(blocks, len(split.ranks))
     root_by_name = named(anatomy.denoiser)
 
-    def entering(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)
-        def entered(*args: Any, **kwargs: Any) -> Any:
-            if split.bus.alone:
-                return forward(*args, **kwargs)
-            split.parts = []
-            split.rules(lambda: _rules(split, blocks, layout, patches))
-            split.latents = root_by_name(args, kwargs)
-            split.enter()
-            try:
-                output = forward(*args, **kwargs)
-            finally:
-                split.leave()
-            split.flush()
-            return output
-
-        return entered
+    def seen(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        split.parts = []
+        split.rules(lambda: _rules(split, blocks, layout, patches))
+        split.latents = root_by_name(args, kwargs)
+        return args, kwargs
 
     def outside(patches: PatchSet) -> None:
         for block in blocks:
@@ -112,7 +100,7 @@ def split_tokens(
             _block(split, layout, block, stack, block is blocks[0], block is blocks[-1], patches)
 
     _rules(split, blocks, layout, patches)
-    patches.wrap_forward(anatomy.denoiser, entering)
+    patches.wrap_forward(anatomy.denoiser, lambda forward: around(split, forward, seen))
     return outside
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, named
 from fastdiff.clock import StepClock
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
@@ -19,7 +19,7 @@ from .base import ParallelMethod
 from .bus import Bus
 from .layers import split_layers
 from .mesh import shares
-from .split import Split, around, named
+from .split import Split, around
 
 # inputs that have the rows of the latents, at some level of the UNet: ControlNet, T2I-Adapter
 _LEVELS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
@@ -41,11 +41,11 @@ class Rows:
         rows, width = self._level(count, place)[place]
         return math.ceil(portion * rows) * width
 
-    def text(self, keys: int, named: dict[str, Any]) -> int:
+    def text(self, keys: int) -> int:
         return 0
 
-    def crosses(self, module: nn.Module, named: dict[str, Any]) -> bool:
-        return named.get("encoder_hidden_states") is not None
+    def crosses(self, given: dict[str, Any]) -> bool:
+        return given.get("encoder_hidden_states") is not None
 
     def _level(self, own: int, place: int | None = None) -> list[tuple[int, int]]:
         """Rows of each rank, and columns, where a rank (this one by default) has `own` tokens."""
@@ -56,7 +56,7 @@ class Rows:
         return [(count, width) for count in rows]
 
 
-def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> Split:
+def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
     """Raises UnsupportedModel, with the reason, before anything is patched."""
     unet: Any = anatomy.denoiser
     if anatomy.family.name != "unet2d" or method.heads:
@@ -87,7 +87,6 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
 
     _rules(split, unet, patches)
     patches.wrap_forward(unet, lambda forward: around(split, forward, change, whole))
-    return split
 
 
 def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: PatchSet) -> None:
@@ -114,14 +113,13 @@ def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: Pat
         shapes = [(*output.shape[:-2], (e - b) * factor, output.shape[-1]) for b, e in split.parts]
         return torch.cat(bus.gather("output", "the decoded picture", output, "patch", shapes), -2)
 
-    split_layers(split, decoder, patches)
-    split_attention(split, decoder, Rows(split), patches)
+    _rules(split, decoder, patches)
     patches.wrap_forward(decoder, lambda forward: around(split, forward, change, whole))
 
 
-def _rules(split: Split, unet: nn.Module, patches: PatchSet) -> None:
-    split_layers(split, unet, patches)
-    split_attention(split, unet, Rows(split), patches)
+def _rules(split: Split, root: nn.Module, patches: PatchSet) -> None:
+    split_layers(split, root, patches)
+    split_attention(split, root, Rows(split), patches)
 
 
 def rows_of(height: int, unit: int, parts: int) -> list[tuple[int, int]]:

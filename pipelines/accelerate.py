@@ -108,8 +108,7 @@ class Accelerated:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
         crew = self.crew
-        if crew is not None:
-            crew.inside(anatomy, patches)
+        outside = crew.inside(anatomy, patches) if crew is not None else None
         session = self._session(anatomy, whole)
         if config.compile.enabled and session is not None:
             check_cache(session, config.compile)
@@ -122,8 +121,8 @@ class Accelerated:
             if crew is not None:
                 session.agree = crew.agrees
                 crew.forget.append(session.forget)
-        if crew is not None:
-            crew.outside(patches)
+        if outside is not None:
+            outside(patches)
         if whole:
             compile_denoiser(anatomy, config.compile, patches)
         if session is not None:
