@@ -43,20 +43,7 @@ def on_config(config: Any) -> Any:
                 if own(kind)
             ]
             entry["Methods"] = [{"All methods": "methods/index.md"}, *pages]
-    config.nav = written(config.nav)
     return config
-
-
-def written(nav: list[Any]) -> list[Any]:
-    """The navigation without pages that nobody has written yet."""
-    kept = []
-    for entry in nav:
-        ((title, target),) = entry.items()
-        if isinstance(target, list):
-            kept += [{title: inner}] if (inner := written(target)) else []
-        elif (ROOT / "docs" / target).is_file() or target.startswith("methods/") or target in OUTSIDE.values():
-            kept.append(entry)
-    return kept
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -16,21 +16,30 @@ if TYPE_CHECKING:
     from fastdiff.config import Config, Layer
 
 
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")]
+PromptLines = Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")]
+StepCount = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")]
+SchedulerName = Annotated[
+    str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
+]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Image k has seed + k.")]
+PerCall = Annotated[int, typer.Option(min=1, help="Images a call.")]
+
+
 def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write, JSON.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    model: ModelName = "shapes-unet",
     preset: Preset = None,
     config: ConfigFile = None,
     sets: Sets = None,
     prompts: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 8,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 4,
+    prompt_file: PromptLines = None,
+    steps: StepCount = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: SchedulerName = None,
+    seed: FirstSeed = 0,
+    batch: PerCall = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -45,18 +54,14 @@ def calibrate(
     layers = _unplanned(settings.layers(preset, config, None, None, sets or [], None))
 
     from fastdiff.bench import output as files
-    from fastdiff.bench import prompts_for, solvers
+    from fastdiff.bench import prompts_for
     from fastdiff.pipelines.calibrate import calibrate as plan_for
 
     files.check([output], overwrite)
-    if scheduler is not None:
-        solvers.check_name(scheduler)
-    pipe, resolved = _loaded(model, layers)
-    if scheduler is not None:
-        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
-    call = _arguments(pipe, steps, guidance_scale)
+    pipe, resolved = loaded(model, layers, scheduler)
+    call = arguments(pipe, steps, guidance_scale)
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts
-    with _progress() as watch:
+    with progress() as watch:
         found = plan_for(pipe, resolved, texts, seed=seed, batch=batch, watch=watch, **call)
     plan: Plan = found.cache.plan  # type: ignore[union-attr]
     files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))
@@ -74,7 +79,9 @@ def _unplanned(layers: list[Layer]) -> list[Layer]:
     return kept
 
 
-def _loaded(model: str, layers: list[Layer]) -> tuple[Any, Config]:
+def loaded(model: str, layers: list[Layer], scheduler: str | None) -> tuple[Any, Config]:
+    """A pipeline that is still plain, with the named scheduler, and the config to calibrate for."""
+    from fastdiff.bench import solvers
     from fastdiff.config import resolve
     from fastdiff.pipelines.families import anatomies
     from fastdiff.pipelines.loading import embedded_name, load
@@ -83,15 +90,19 @@ def _loaded(model: str, layers: list[Layer]) -> tuple[Any, Config]:
     from .settings import early
     from .studio import described
 
+    if scheduler is not None:
+        solvers.check_name(scheduler)
     quiet()
     early(layers, described(model), model)
     with waiting(f"loading {model}"):
         pipe: Any = load(model)
     pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
     return pipe, resolve(layers, anatomies(pipe)[0].family, embedded_name(pipe)).config
 
 
-def _arguments(pipe: Any, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+def arguments(pipe: Any, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
     from fastdiff.errors import BadConfig
     from fastdiff.pipelines.loading import call_defaults
 
@@ -104,15 +115,15 @@ def _arguments(pipe: Any, steps: int | None, guidance_scale: float | None) -> di
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr for steps done of all; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     screen = Console(stderr=True)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        task = progress.add_task("calibrating", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _tell(output: Path, plan: Plan, as_json: bool) -> None:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calibrate import _arguments, _loaded, _progress
+from .calibrate import (
+    FirstSeed,
+    GuidanceScale,
+    ModelName,
+    PerCall,
+    PromptLines,
+    SchedulerName,
+    StepCount,
+    arguments,
+    loaded,
+    progress,
+)
 from .commands import ConfigFile, Json, Preset, Sets
 
 if TYPE_CHECKING:
@@ -18,19 +29,17 @@ def quantize(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The directory to write; or FILE.safetensors: ranges.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    model: ModelName = "shapes-unet",
     preset: Preset = None,
     config: ConfigFile = None,
     sets: Sets = None,
     prompts: Annotated[int, typer.Option(min=0, help="Images to calibrate on; 0 finds ranges at each call.")] = 8,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 4,
+    prompt_file: PromptLines = None,
+    steps: StepCount = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: SchedulerName = None,
+    seed: FirstSeed = 0,
+    batch: PerCall = 4,
     predict: Annotated[bool, typer.Option("--predict", help="Also measure each layer alone; slow.")] = False,
     report: Annotated[Path | None, typer.Option(help="A JSON file for the report of every layer.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files (never directories).")] = False,
@@ -49,20 +58,17 @@ def quantize(
     ]
 
     from fastdiff.bench import output as files
-    from fastdiff.bench import prompts_for, solvers
+    from fastdiff.bench import prompts_for
     from fastdiff.pipelines import quantize as work
     from fastdiff.pipelines.quantized_files import save
 
     only_ranges = output.suffix == ".safetensors"
     files.check([report, *([output] if only_ranges else [])], overwrite)
     _check(output, only_ranges, prompts)
-    if scheduler is not None:
-        solvers.check_name(scheduler)
-    pipe, resolved = _loaded(model, layers)
-    pipe.scheduler = solvers.solver(scheduler, pipe.scheduler) if scheduler is not None else pipe.scheduler
-    call = _arguments(pipe, steps, guidance_scale)
+    pipe, resolved = loaded(model, layers, scheduler)
+    call = arguments(pipe, steps, guidance_scale)
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
-    with _progress() as watch:
+    with progress() as watch:
         if only_ranges:
             method = work.method_of(pipe, resolved)
             found = work.calibrate_ranges(pipe, method, texts, seed=seed, batch=batch, watch=watch, **call)

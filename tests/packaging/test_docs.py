@@ -174,7 +174,9 @@ def test_python_runs(block, tmp_path, monkeypatch):
             if hasattr(owner, attribute):
                 monkeypatch.setattr(owner, attribute, dict(getattr(owner, attribute)))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, f"<docs/{block.page}.md>", "exec", dont_inherit=True), {"__name__": "page"})
+    names = {"__name__": "page"}
+    exec(compile(block.text, f"<docs/{block.page}.md>", "exec", dont_inherit=True), names)
+    assert names.keys() - {"__name__", "__builtins__"}, "an example makes something"
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("toml") if "[project" not in b.text], ids=str)
@@ -183,7 +185,8 @@ def test_toml_is_a_config(block, tmp_path):
         pytest.skip(f"needs {block.needs}")
     file = tmp_path / "example.toml"
     file.write_text(block.text, encoding="utf-8")
-    resolve(layers_of(file))
+    config = resolve(layers_of(file)).config
+    assert type(config).from_json(config.model_dump_json()) == config
 
 
 LINES = [
@@ -202,7 +205,7 @@ def test_commands_are_accepted(block, line):
     root = typer.main.get_command(app)
     with root.make_context("fastdiff", list(words), resilient_parsing=True) as context:
         name, command, rest = root.resolve_command(context, list(words))  # type: ignore[attr-defined]
-        command.make_context(name, rest, parent=context)
+        assert command.make_context(name, rest, parent=context).command is root.commands[name]
 
 
 def test_blocks_that_are_left_out_say_what_they_need():

@@ -200,7 +200,6 @@ def test_numbers_that_cannot_be(devices: int, link: float) -> None:
         plan_parallel(tiny.make("sd15"), devices, link)
 
 
-@pytest.mark.skipif(not PREDICTED.exists(), reason="scripts/predict_parallel.py has not been run yet")
 def test_committed_predictions_are_next_to_the_papers() -> None:
     found = json.loads(PREDICTED.read_text())
     assert found["what"].startswith("PREDICTIONS")
