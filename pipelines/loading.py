@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastdiff.errors import BadModel, UnknownName
 
-from .quantized_files import is_quantized, load_components
+from .quantized_files import align, is_quantized, load_components
 
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -56,12 +56,15 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | N
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source = _source(str(model))
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-    if is_quantized(Path(source)):
+    quantized = is_quantized(Path(source))
+    if quantized:
         options |= load_components(Path(source), dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **options)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
         raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+    if quantized:
+        align(pipe)
     return pipe.to(device)
 
 

@@ -111,6 +111,11 @@ class QLayer(nn.Module):
         key = (make.__name__, top, self._smooth_key)
         return self.present.shared(x, key, lambda: make(rows_of(x), top, self._inverse))
 
+    @property
+    def highest(self) -> float:
+        """A value of the smoothed input that is the highest level."""
+        return self._ranges[-1][1] if self._ranges else 3.0
+
     def finite(self, x: Tensor) -> bool:
         """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait."""
         return not self._ranges or x.device.type != "cpu" or math.isfinite(float(x.sum()))

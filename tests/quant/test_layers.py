@@ -2,6 +2,9 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,6 +203,37 @@ def test_a_kernel_that_is_wrong_is_passed_over_and_the_reason_told(monkeypatch):
     assert "wrong by 10" in quantized.choose_kernel()
     assert quantized.kernel_name == "reference"
     assert off(quantized(x), layer(x)) < 0.02
+
+
+_SATURATES = """
+import torch
+from torch import nn
+from fastdiff.quant.activations import Present
+from fastdiff.quant.build import build
+from fastdiff.quant.layers import Recipe, reference
+torch.manual_seed(0)
+for layer, shape in ((nn.Linear(96, 80), (33, 96)), (nn.Conv2d(24, 40, 1), (1, 24, 8, 8))):
+    x, names = 0.9 + torch.rand(shape) / 10, set()
+    for bucket in (0, 1, None):  # of ranges in which the input is at the top, and in the middle
+        present = Present(bucket)
+        edges = {"low": torch.tensor([-0.1, -90.0, -90.0]), "high": torch.tensor([1.0, 90.0, 90.0])}
+        quantized = build(layer.eval().requires_grad_(False), Recipe("int8", "int8"), present, **edges)
+        quantized.choose_kernel()
+        names.add(quantized.kernel_name)
+        assert present.bucket == bucket
+        present.bucket = 0
+        top = 127 if quantized.kernel_name == "onednn_7bit" else 255
+        assert torch.dist(quantized(x), reference(quantized, x, top)) < 1e-4, (bucket, names)
+    assert len(names) == 1
+"""
+
+
+@has_onednn
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+def test_where_8_bits_saturate_the_same_kernel_is_chosen_whatever_the_ranges_and_the_bucket(isa):
+    """As oneDNN computes on machines without VNNI; which it is, is fixed when it is loaded."""
+    environment = {**os.environ, "DNNL_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", _SATURATES], env=environment, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
