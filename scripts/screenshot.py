@@ -43,13 +43,11 @@ def take(chrome: webdriver.Chrome, address: str, file: Path, phone: bool, patien
     else:
         chrome.set_window_size(1100, 1150)
     chrome.get(address)
-    end = time.monotonic() + patience
-    begun = False
+    end, begun = time.monotonic() + patience, False
     while not chrome.find_elements("css selector", "#status .captions"):
         if time.monotonic() > end:
             raise SystemExit(f"no picture after {patience:.0f} s")
-        if not begun and (run := chrome.find_elements("css selector", "#run")):
-            time.sleep(3)  # the fields of the methods come after the page, and Run reads them
+        if not begun and (run := chrome.find_elements("css selector", "#run:enabled")):
             run[0].click()
             begun = True
         time.sleep(0.5)

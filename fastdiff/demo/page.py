@@ -110,7 +110,7 @@ class Page:
             prompt = gr.Textbox(
                 PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt", **LIVE
             )
-            run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run")
+            run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run", interactive=False)
             cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel")
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
             self.inputs.update(self._asked(), prompt=prompt)
@@ -176,10 +176,14 @@ class Page:
         return found
 
     def _fields(self, run: Any, cancel: Any) -> None:
-        """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here."""
-        chosen = [self.inputs[name] for name in ("model", "preset", *METHOD_KINDS)]
+        """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here.
 
-        @gr.render(inputs=chosen, show_progress="hidden", queue=False)
+        Cancel only asks the run to stop: `cancels=` would cut its stream, and its last update could come after that.
+        """
+        cancel.click(self.cancel, None, None, show_progress="hidden", api_visibility="private", queue=False)
+        names = ("model", "preset", *METHOD_KINDS)
+
+        @gr.render(inputs=[self.inputs[name] for name in names], show_progress="hidden", queue=False)
         def fields(model: str, preset: str, *methods: str) -> None:
             entries: dict[Any, tuple[str, Setting]] = {}
             with told():
@@ -191,12 +195,16 @@ class Page:
 
             def draw(data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
                 given = {name: data[part] for name, part in self.inputs.items()}
+                if [given[name] for name in names] != [model, preset, *methods]:
+                    raise gr.Error(
+                        "The fields of the new settings are not there yet; press Run again.", title="Too soon"
+                    )
                 yield from self.draw(given, [(*entry, data[part]) for part, entry in entries.items()], request)
 
             shared = {"show_progress": "hidden", "api_visibility": "private"}
-            started = gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=VISITORS,
-                            concurrency_id="easel", trigger_mode="once", **shared)  # fmt: skip
-            cancel.click(self.cancel, None, out, cancels=[started], queue=False, **shared)
+            gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=VISITORS,
+                  concurrency_id="easel", trigger_mode="once", **shared)  # fmt: skip
+            gr.on(None, lambda: gr.update(interactive=True), None, run, queue=False, **shared)  # now it can be heard
 
     def _section(self, ground: Ground, section: str, name: str) -> dict[Any, tuple[str, Setting]]:
         """The fields of one lever, with where each belongs."""
@@ -218,7 +226,8 @@ class Page:
         self, given: Mapping[str, Any], entered: list[tuple[str, Setting, Any]], request: gr.Request
     ) -> Iterator[dict[Any, Any]]:
         """Everything the page shows while a pair of pictures is drawn, and then."""
-        stop = self.stops[request.session_hash or ""] = Event()
+        visitor = request.session_hash or ""
+        stop = self.stops[visitor] = Event()
         try:
             with told():
                 order, seed = self.order(given, entered)
@@ -227,16 +236,19 @@ class Page:
                     for said in running:
                         if isinstance(said, Pair):
                             yield from self._pair(order, said)
+                        elif stop.is_set():
+                            yield self.shows(status=progress(Progress("Stopping")))
                         else:
                             picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
                             yield self.shows(status=progress(said), **picture)
         except Cancelled:
-            yield self.cancelled()
+            yield self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False))
         except gr.Error:
             yield self.shows(status="", preview=gr.update(visible=False))
             raise
         finally:
-            self.stops.pop(request.session_hash or "", None)
+            if self.stops.get(visitor) is stop:  # not that of the run which followed
+                del self.stops[visitor]
 
     def order(self, given: Mapping[str, Any], entered: list[tuple[str, Setting, Any]]) -> tuple[Order, int]:
         """What the fields ask for, and the seed. Raises FastdiffError."""
@@ -265,14 +277,9 @@ class Page:
                 python=order.python(made), command=order.command(made),
             )  # fmt: skip
 
-    def cancel(self, request: gr.Request) -> dict[Any, Any]:
-        stop = self.stops.get(request.session_hash or "")
-        if stop is not None:
+    def cancel(self, request: gr.Request) -> None:
+        if (stop := self.stops.get(request.session_hash or "")) is not None:
             stop.set()
-        return self.cancelled()
-
-    def cancelled(self) -> dict[Any, Any]:
-        return self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False))
 
     def shows(self, **parts: Any) -> dict[Any, Any]:
         return {self.out[name]: value for name, value in parts.items()}

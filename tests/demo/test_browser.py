@@ -117,9 +117,7 @@ def screen(chrome, page) -> Screen:
     """The page, opened anew."""
     chrome.get(page.address)
     shown = Screen(chrome, page)
-    shown.one("#run")
-    until(lambda: shown.all("#advanced"), "the settings")
-    time.sleep(1)  # the fields of the methods are drawn after the page
+    until(lambda: shown.one("#run").is_enabled(), "the settings")
     return shown
 
 
@@ -163,16 +161,24 @@ def test_a_preset_sets_the_methods_and_a_method_brings_its_fields(screen):
     assert "2 computed" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
-@pytest.mark.slow  # it has not passed in a browser yet; the page's callbacks are tested for it in test_page.py
-def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen):
+@pytest.mark.parametrize("after", ["Starting", "step "])
+def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen, monkeypatch, after):
+    from fastdiff.demo import easel
+
+    steps, tick = [], easel._Watch.tick
+    monkeypatch.setattr(easel._Watch, "tick", lambda *given: (steps.append(given[1]), tick(*given)))
     screen.run(900)
-    until(lambda: "step " in screen.text("#status"), "the run to begin")
+    until(lambda: any(word in screen.text("#status") for word in (after, "step ")), "the run to begin")
     screen.one("#cancel").click()
     until(lambda: "Cancelled" in screen.text("#status"), "the run to end")
-    until(lambda: screen.page.easel._studio.fast.clock.run is None, "the denoising to stop")
-    assert not screen.page.easel._lock.locked()
+    stopped_at = len(steps)
+    assert stopped_at < 450
+    until(lambda: not screen.page.easel._lock.locked(), "the thread to end")
+    assert len(steps) == stopped_at and screen.page.easel._studio.fast.clock.run is None
+    assert not screen.page.stops and "Cancelled" in screen.text("#status")
     screen.run(4)
     screen.drawn()
+    assert "4 steps" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
 @pytest.mark.parametrize(
