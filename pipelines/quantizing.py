@@ -179,7 +179,18 @@ def installed(
     pipe: Any, method: QuantMethod, found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet
 ) -> Quantized:
     """Quantize a live pipeline reversibly: the float layers come back with the patches."""
-    done = quantize_parts(pipe, method, found, patches.replace)
+
+    def put(parent: nn.Module, name: str, instead: nn.Module) -> None:
+        floats, own = parent._modules[name], instead._apply
+
+        def both(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+            floats._apply(fn)  # type: ignore[union-attr]  # so that restore() puts back what is where the rest went
+            return own(fn, recurse)
+
+        patches.replace(parent, name, instead)
+        instead._apply = both  # type: ignore[method-assign]
+
+    done = quantize_parts(pipe, method, found, put)
     done.listen(clock, recorder, patches)
     if hasattr(pipe, "fuse_lora"):
         patches.set(pipe, "fuse_lora", refuse_fusing)

@@ -1,4 +1,5 @@
-"""The matrix: every registered cache method, with settings that skip nothing and settings that skip a lot.
+"""The matrix: every registered cache method, with settings that skip nothing and settings that skip a lot; and every
+quantization scheme, which has no such two, so that only some of the laws are about it.
 
 A new method fails `test_every_method_has_a_row` until it has a row here.
 """
@@ -17,11 +18,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import fastdiff
+from fastdiff.anatomy import fingerprint
 from fastdiff.caching.cachequant import Corrected
 from fastdiff.caching.calibration import Calibrator
 from fastdiff.caching.magcache import Ratios
 from fastdiff.caching.plan import Plan, Schedule
 from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.quantize import calibrate_ranges
+from fastdiff.quant.build import layers_of
+from fastdiff.quant.mixed import BitPlan
+from fastdiff.quant.w8a8 import W8A8
 from tests import tiny
 from tests.tiny import FAMILIES, TRANSFORMERS, UNETS
 
@@ -216,6 +222,46 @@ ROWS: dict[str, Row | PlannedRow] = {
     },
 }  # fmt: skip
 
+# Quantization schemes work on every family; what they are given of it (ranges, a plan) is made when a test asks.
+SCHEMES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "w8a16": lambda name: {"method": "w8a16"},
+    "w8a8": lambda name: {"method": "w8a8"},
+    "w8a8 static": lambda name: {"method": "w8a8", "timestep_buckets": 3, "ranges": ranges(name)},
+    "w4a16": lambda name: {"method": "w4a16", "low_rank": 2},
+    "w4a8": lambda name: {"method": "w4a8", "rounding": "nearest"},
+    "fp8": lambda name: {"method": "fp8"},
+    "mixed": lambda name: {"method": "mixed", "plan": bits(name)},
+}
+QUANTIZED = [(f"{scheme} {name}", name) for scheme in SCHEMES for name in FAMILIES]
+QUANTIZED_ONCE = [(row, name) for row, name in QUANTIZED if name == "sd3"]
+QUANTIZED_KINDS = [(row, name) for row, name in QUANTIZED if name in KINDS]
+
+
+@cache
+def ranges(name: str) -> str:
+    path = Path(_plan_folder().name) / f"{name}.safetensors"
+    told = tiny.arguments(name, STEPS) | {"negative_prompt": ["bad"]}
+    del told["generator"], told["output_type"]
+    calibrate_ranges(tiny.make(name), W8A8(timestep_buckets=3), [told.pop("prompt")], **told).save(path)
+    return str(path)
+
+
+@cache
+def bits(name: str) -> BitPlan:
+    """4, 8 and 16 bits in turn."""
+    anatomy = anatomies(tiny.make(name))[0]
+    layers = {found.name: (4, 8, 16)[k % 3] for k, found in enumerate(layers_of(anatomy.denoiser))}
+    return BitPlan(denoiser=fingerprint(anatomy), bits=layers, bytes=0, predicted=0.1, measured=0.1)
+
+
+def levers(row: str) -> dict[str, Any]:
+    """Of a row with the aggressive settings, or of a scheme on a family."""
+    if row in ROWS:
+        return {"cache": ROWS[row].aggressive}
+    scheme, _, name = row.rpartition(" ")
+    return {"quant": SCHEMES[scheme](name)}
+
+
 SUPPORTED = [(row, name) for row in ROWS for name in ROWS[row].families]
 REFUSED = [(row, name) for row in ROWS for name in FAMILIES if ROWS[row].refusal and name not in ROWS[row].families]
 ONE_A_KIND = [(row, name) for row, name in SUPPORTED if name in KINDS or ROWS[row].families == ("flux",)]
@@ -254,5 +300,9 @@ def fresh(row: str, name: str, scheduler: Any = None, **overrides: Any) -> Tenso
 
 
 def accelerate(pipe: DiffusionPipeline, row: str) -> fastdiff.Accelerated:
-    """With the aggressive settings."""
-    return fastdiff.accelerate(pipe, cache=ROWS[row].aggressive)
+    """With the aggressive settings, or a scheme."""
+    return fastdiff.accelerate(pipe, **levers(row))
+
+
+def neutral(pipe: DiffusionPipeline, row: str) -> fastdiff.Accelerated:
+    return fastdiff.accelerate(pipe, cache=ROWS[row].neutral if row in ROWS else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.caching.session import Session
 from tests import tiny
-from tests.laws.rows import CROSS, ONE_A_KIND, ROWS, STEPS, SUPPORTED, accelerate, each
+from tests.laws.rows import CROSS, ONE_A_KIND, ROWS, SCHEMES, STEPS, SUPPORTED, accelerate, each
 
 TWO_CALLS = [(row, name) for row, name in SUPPORTED if name in tiny.TWO_CALLS]
 
@@ -76,7 +76,8 @@ STATIC_ON_PIXART = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("row", [*STATIC_ON_PIXART, "first_block"])  # that skips whatever it sees
+# first_block skips whatever it sees; schemes have static ranges, or dynamic ones for each token
+@pytest.mark.parametrize("row", [*STATIC_ON_PIXART, "first_block", *(f"{scheme} pixart" for scheme in SCHEMES)])
 def test_one_prompt_of_a_batch_does_not_change_the_other(row):
     def of(prompts: list[str]) -> Tensor:
         pipe = tiny.make("pixart")

@@ -9,7 +9,21 @@ import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.registry import registry
 from tests import tiny
-from tests.laws.rows import ONCE, REFUSED, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, plain
+from tests.laws.rows import (
+    ONCE,
+    QUANTIZED,
+    QUANTIZED_ONCE,
+    REFUSED,
+    ROWS,
+    SCHEMES,
+    STEPS,
+    SUPPORTED,
+    accelerate,
+    cached_afresh,
+    each,
+    neutral,
+    plain,
+)  # fmt: skip
 from tests.state import differences, snapshot
 from tests.tiny import FAMILIES
 
@@ -17,6 +31,7 @@ from tests.tiny import FAMILIES
 def test_every_method_has_a_row():
     pictures = {name for name in fastdiff.methods()["cache"] if not registry("cache")[name].language}
     assert {row.method for row in ROWS.values()} == pictures
+    assert {scheme.split()[0] for scheme in SCHEMES} == set(fastdiff.methods()["quant"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -45,14 +60,14 @@ def test_with_nothing_enabled_no_bit_changes(name):
     assert (handle.report.computed, handle.report.cached) == (STEPS, 0)
 
 
-@each(SUPPORTED)
+@each([*SUPPORTED, *QUANTIZED])
 def test_restore_leaves_no_trace(row, name):
     pipe = tiny.make(name)
     tiny.run(pipe, name, steps=STEPS)  # so that the scheduler's end state is in the picture
     before = snapshot(pipe)
     handle = accelerate(pipe, row)
     assert differences(before, snapshot(pipe)), "accelerate patched nothing"
-    assert not torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name)), "the settings skip nothing"
+    assert not torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name)), "the settings change nothing"
     handle.restore()
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
     assert differences(before, snapshot(pipe)) == []
@@ -60,7 +75,7 @@ def test_restore_leaves_no_trace(row, name):
     assert differences(before, snapshot(pipe)) == [], "a second restore() does nothing"
 
 
-@each(SUPPORTED)
+@each([*SUPPORTED, *QUANTIZED])
 def test_the_context_manager_restores_even_if_nothing_ran(row, name):
     pipe = tiny.make(name)
     before = snapshot(pipe)
@@ -79,12 +94,12 @@ def test_a_method_that_cannot_work_on_a_model_says_why_and_leaves_it_alone(row, 
     assert differences(before, snapshot(pipe)) == []
 
 
-@each(ONCE)  # six runs each, and state is a session's own whatever the family
+@each([*ONCE, *QUANTIZED_ONCE])  # six runs each, and state is a session's own whatever the family
 def test_two_pipelines_of_one_class_do_not_touch_each_other(row, name):
     fast, slow, other = tiny.make(name), tiny.make(name), tiny.make(name)
     before = snapshot(slow)
     accelerate(fast, row)
-    fastdiff.accelerate(other, cache=ROWS[row].neutral)
+    neutral(other, row)
     assert differences(before, snapshot(slow)) == []
     inner = []
 
@@ -95,3 +110,14 @@ def test_two_pipelines_of_one_class_do_not_touch_each_other(row, name):
     outer = tiny.run(fast, name, steps=STEPS, **tiny.at_each_step(name, run_the_others))
     assert torch.equal(outer, cached_afresh(row, name))
     assert all(torch.equal(latents, plain(name)) for latents in inner) and len(inner) == 2
+
+
+@each(QUANTIZED_ONCE)
+def test_a_model_that_is_moved_while_it_is_quantized_is_restored_where_it_went(row, name):
+    pipe = tiny.make(name)
+    with accelerate(pipe, row):
+        tiny.denoiser(pipe).to(torch.float64)
+    moved = tiny.denoiser(tiny.make(name)).to(torch.float64).state_dict()
+    found = tiny.denoiser(pipe).state_dict()
+    assert found.keys() == moved.keys()
+    assert all(found[key].dtype == tensor.dtype and torch.equal(found[key], tensor) for key, tensor in moved.items())

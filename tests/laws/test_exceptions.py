@@ -5,12 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastdiff
 from fastdiff.caching.session import Session
 from fastdiff.clock import StepClock
 from fastdiff.errors import BadConfig
+from fastdiff.quant.layers import QLayer
 from tests import tiny
-from tests.laws.rows import ONCE, ONE_A_KIND, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh, plain
+from tests.laws.rows import (
+    ONCE,
+    ONE_A_KIND,
+    QUANTIZED_KINDS,
+    QUANTIZED_ONCE,
+    ROWS,
+    STEPS,
+    SUPPORTED,
+    accelerate,
+    cached_afresh,
+    each,
+    fresh,
+    neutral,
+    plain,
+)  # fmt: skip
 from tests.state import differences, snapshot
 
 ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
@@ -62,7 +76,7 @@ def fail_while_decoding(pipe, name):
         hook.remove()
 
 
-@each(ONE_A_KIND)  # several runs each; what is forgotten, and when, no family has a part in
+@each([*ONE_A_KIND, *QUANTIZED_KINDS])  # several runs each; what is forgotten, and when, no family has a part in
 def test_after_an_exception_in_a_run_the_next_call_equals_a_fresh_one(row, name):
     pipe = tiny.make(name)
     tiny.run(pipe, name, steps=STEPS)
@@ -106,11 +120,12 @@ STAGES = {
     "denoiser": (Session, "attach_denoiser", 1),
     "watch": (StepClock, "watch", 1),
     "attach": (StepClock, "attach", 1),
+    "layer": (QLayer, "choose_kernel", 5),
 }
 WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux")]  # no cross-attention: the denoiser alone is wrapped
 
 
-@each(ONCE)
+@each([*ONCE, *QUANTIZED_ONCE])
 @pytest.mark.parametrize(("owner", "stage", "call"), STAGES.values(), ids=STAGES)
 def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, row, name, owner, stage, call):
     pipe = tiny.make(name)
@@ -123,7 +138,9 @@ def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, r
         breaks()
 
     monkeypatch.setattr(owner, stage, breaks_after_its_work)
-    if stage == "_wrap_unit" and (row, name) in WITHOUT_UNITS:
+    if (owner is not StepClock and (owner is Session) != (row in ROWS)) or (
+        stage == "_wrap_unit" and (row, name) in WITHOUT_UNITS
+    ):  # it has no such stage
         accelerate(pipe, row).restore()
     else:
         with pytest.raises(Broken):
@@ -132,7 +149,7 @@ def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, r
     assert differences(before, snapshot(pipe)) == []
 
 
-@each(ONE_ROW_A_FAMILY)
+@each([*ONE_ROW_A_FAMILY, *QUANTIZED_ONCE])
 @pytest.mark.parametrize("error", [BadConfig, RuntimeError, KeyboardInterrupt])
 def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, error):
     pipe = tiny.make(name)
@@ -146,10 +163,10 @@ def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, 
 
     monkeypatch.setattr(StepClock, "watch", watch_but_fail_the_first_time)
     with pytest.raises(error):
-        fastdiff.accelerate(pipe, cache=ROWS[row].neutral)
+        neutral(pipe, row)
     assert handle.active
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), fresh(row, name))
-    assert handle.report.cached == ROWS[row].cached
+    assert handle.report.cached == (ROWS[row].cached if row in ROWS else 0)
     handle.restore()
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
 

@@ -8,7 +8,19 @@ import torch
 
 import fastdiff
 from tests import tiny
-from tests.laws.rows import ONCE, ONE_A_KIND, ROWS, STEPS, SUPPORTED, accelerate, cached_afresh, each, fresh
+from tests.laws.rows import (
+    ONCE,
+    ONE_A_KIND,
+    QUANTIZED_KINDS,
+    QUANTIZED_ONCE,
+    ROWS,
+    STEPS,
+    SUPPORTED,
+    accelerate,
+    cached_afresh,
+    each,
+    fresh,
+)  # fmt: skip
 
 CHANGES = {
     "size": {"height": 128, "width": 64},
@@ -25,7 +37,7 @@ def changes(name: str) -> dict[str, dict]:
     return known
 
 
-@each(SUPPORTED)
+@each([*SUPPORTED, *QUANTIZED_KINDS])
 def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, name):
     """The solver, too: each takes its own arguments."""
     pipe = tiny.make(name)
@@ -40,7 +52,9 @@ def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, nam
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "and the first one again"
 
 
-@each(ONCE)  # ten runs each: where a change of everything is a fresh start, this tells which change was not
+@each(
+    [*ONCE, *QUANTIZED_ONCE]
+)  # ten runs each: where a change of everything is a fresh start, this tells which change was not
 def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name):
     pipe = tiny.make(name)
     accelerate(pipe, row)
