@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from PIL import Image
@@ -229,9 +229,9 @@ class Studio:
         )
 
 
-def announce(drawn: Drawn, path: Path, as_json: bool) -> None:
-    """A picture's path or JSON on stdout, its report on stderr."""
-    print(json.dumps({"file": str(path)} | drawn.row) if as_json else path, flush=True)
+def announce(drawn: Drawn, path: Path, as_json: bool, out: TextIO | None = None) -> None:
+    """A picture's path or JSON on stdout, or `out`; its report on stderr."""
+    print(json.dumps({"file": str(path)} | drawn.row) if as_json else path, flush=True, file=out)
     say(f"{path}  seed {drawn.made.seed}  {drawn.summary}")
     if drawn.idle:
         steps = drawn.made.report["steps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Log:
         self.manifest = Manifest(batch.folder, items, mistakes, order.overwrite)
         self._began, self._total, self._drawn = time.monotonic(), len(items), 0
         self._mistakes = len(mistakes)
+        self._out = sys.stdout  # which Ray's own threads print to, unless they are told another one
         for row in mistakes:
             warn(f"{row.where}: {row.error}")
         if done := self.manifest.counts()["done"]:
@@ -57,7 +59,7 @@ class Log:
         path = save(outcome.image, path, made, overwrite=overwrite)
         self.manifest.settle(item, status="done", file=path.name, seconds=round(outcome.seconds, 3))
         self._drawn += 1
-        announce(outcome, path, self.order.as_json)
+        announce(outcome, path, self.order.as_json, self._out)
         left = self.manifest.counts()["pending"]
         seconds = (time.monotonic() - self._began) / self._drawn * left
         say(f"{self._total - left} of {self._total}" + (f", about {seconds / 60:.0f} min left" if seconds > 90 else ""))

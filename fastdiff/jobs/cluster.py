@@ -5,7 +5,9 @@ Needs the extra `ray`. The model must be found under the same name on every mach
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +59,8 @@ def draw(log: Log, order: Order, workers: int | None) -> None:
     if mine:
         ray.init()
     try:
-        painters = _hire(order, workers, 1 + log.manifest.open)
-        _share(log, painters, first)
+        with redirect_stdout(sys.stderr):
+            _share(log, _hire(order, workers, 1 + log.manifest.open), first)
     finally:
         if mine:
             ray.shutdown()
@@ -88,7 +90,8 @@ def _hire(order: Order, workers: int | None, most: int) -> list[Any]:
 
 def _share(log: Log, painters: list[Any], first: Item | None) -> None:
     """Hand out pictures as workers get free. What a dying worker had is drawn by its successor: Ray sees to that."""
-    idle, running = list(painters), dict[Any, tuple[Any, Item]]()
+    idle = list(painters)
+    running: dict[Any, tuple[Any, Item]] = {}
     while first is not None or running or log.manifest.open:
         while idle and (item := first or log.manifest.claim()) is not None:
             painter, first = idle.pop(), None

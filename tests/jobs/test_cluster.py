@@ -47,13 +47,13 @@ def test_a_worker_that_dies_loses_nothing(cli, model: str) -> None:
         killed.extend(painters()[:1])
         os.kill(killed[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     done = cli(*command(model, "--engine", "ray", "--workers", 2))
     killer.join()
     assert killed
     assert "2 workers on Ray, a CPU each" in done.err
-    assert (done.code, len(done.files)) == (1, count), done.err  # 1: a line of the file was refused
+    assert (done.code, len(done.files)) == (1, count), done  # 1: a line of the file was refused
     assert "p.jsonl line 13: not JSON" in done.err
     assert [row["status"] for row in manifest()] == [*["done"] * count, "refused"]
     ours = pictures()
