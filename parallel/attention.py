@@ -138,4 +138,5 @@ def _context(split: Split, exchange: Exchange, layout: Layout, own: Tensor) -> l
             sends[peer] = own[..., :mine, :] if offset < 0 else own[..., own.shape[-2] - mine :, :]
         if theirs:
             shapes[peer] = (*own.shape[:-2], theirs, own.shape[-1])
-    return [own, *split.swap(exchange, sends, shapes, own.dtype).values()]
+    everything = portion == 1 and len(counts) == 2  # as after the steps that see all
+    return [own, *split.swap(exchange, sends, shapes, own.dtype, whole=everything).values()]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,9 @@ class Pending:
     work: Any
     layer: str
     posted: float
+
+
+Sent: TypeAlias = tuple[Any, Tensor]  # the work of sending, and its bytes
 
 
 @dataclass(frozen=True)
@@ -71,31 +74,39 @@ class Bus:
         topology: Topology,
         timeout: float,
         where: Callable[[], int | None] = lambda: None,
-        pace: Pace | None = None,
     ) -> None:
-        self.topology, self.timeout, self.where, self.pace = topology, timeout, where, pace
+        self.topology, self.timeout, self.where = topology, timeout, where
         self.traffic = Traffic()
         self.alone = False  # whether the others are lost, and this rank goes on without them
-        self._group: Any = None
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._groups: list[Any] = []
+        self._sending: list[Sent] = []  # of exchanges that are waited for
+        self._leaving: list[list[Sent]] = [[], []]  # for the next step: those of the step before, those of this one
 
     @property
-    def group(self) -> Any:
-        """A process group of our own: closing it wakes whoever waits for us, and leaves the user's alone."""
-        if self._group is None:
+    def groups(self) -> list[Any]:
+        """Process groups of our own: closing them wakes whoever waits for us, and leaves the user's alone.
+
+        Two, which are two connections: what is needed now does not queue behind what has a whole step to travel.
+        """
+        if not self._groups:
             wait, backend = datetime.timedelta(seconds=self.timeout), str(dist.get_backend())
             if backend == "nccl":  # decisions and the random state are tensors on the CPU, which NCCL refuses
                 backend = "cpu:gloo,cuda:nccl"
-            self._group = self._guarded("meeting", set(), lambda: dist.new_group(timeout=wait, backend=backend))
-        return self._group
+            for _ in range(2):
+                group = self._guarded("meeting", set(), lambda: dist.new_group(timeout=wait, backend=backend))
+                self._groups.append(group)
+        return self._groups
 
     def begin(self) -> None:
         """A run begins: forget what was counted."""
         self.traffic = Traffic()
-        _ = self.group
+        _ = self.groups
 
-    def post(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> list[Pending]:
-        """Send bytes to peers and expect so many of others, without waiting."""
+    def post(
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+    ) -> list[Pending]:
+        """Send bytes to peers and expect so many of others, without waiting; `later`: they are for the next step."""
+        group, sending = self.groups[later], self._leaving[-1] if later else self._sending
         device = next(iter(sends.values())).device if sends else torch.device("cpu")
         buffers = {peer: torch.empty(size, dtype=torch.uint8, device=device) for peer, size in sizes.items()}
         ops, order = [], []
@@ -108,7 +119,7 @@ class Bus:
             if peer in sizes:
                 both.append((dist.irecv, buffers[peer]))
             for op, tensor in both:
-                ops.append(dist.P2POp(op, tensor, peer, self.group))
+                ops.append(dist.P2POp(op, tensor, peer, group))
                 order.append((op, peer, tensor))
         if not ops:
             return []
@@ -118,9 +129,7 @@ class Bus:
             if op is dist.irecv:
                 found.append(Pending(peer, tensor, work, layer, now))
             else:
-                self._sending.append((work, tensor))  # the bytes must live until they are gone
-        if self.pace is not None:
-            self.pace.posted(found)
+                sending.append((work, tensor))  # the bytes must live until they are gone
         return found
 
     def wait(self, pending: Sequence[Pending], kind: str = "") -> dict[int, Tensor]:
@@ -128,8 +137,6 @@ class Bus:
         began = time.perf_counter()
         for item in pending:
             self._guarded(item.layer, {item.peer}, partial(item.work.wait, self._limit()))
-            if self.pace is not None:
-                self.pace.wait(item)
         ended = time.perf_counter()
         self.traffic.waited += ended - began
         step = self.where()
@@ -142,14 +149,25 @@ class Bus:
     def swap(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> dict[int, Tensor]:
         """Send and receive now."""
         found = self.wait(self.post(kind, layer, sends, sizes), kind)
-        self.settle()
+        self._left(self._sending)
         return found
+
+    def turn(self) -> None:
+        """A step ends: what was sent in the step before has had time to leave."""
+        self._left(self._leaving.pop(0))
+        self._leaving.append([])
 
     def settle(self) -> None:
         """Wait until everything sent has left."""
-        sending, self._sending = self._sending, []
+        for _ in self._leaving:
+            self.turn()
+
+    def _left(self, sending: list[Sent]) -> None:
+        began = time.perf_counter()
         for work, _ in sending:
             self._guarded("sending", set(), partial(work.wait, self._limit()))
+        sending.clear()
+        self.traffic.waited += time.perf_counter() - began
 
     def gather(self, kind: str, layer: str, tensor: Tensor, axis: str, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """The tensors of all ranks of a group along one axis of the mesh, whose shapes are known."""
@@ -177,21 +195,21 @@ class Bus:
         message = tensor.contiguous().clone()
         if message.numel():
             self._guarded(
-                layer, {0}, lambda: dist.broadcast(message, 0, group=self.group, async_op=True).wait(self._limit())
+                layer, {0}, lambda: dist.broadcast(message, 0, group=self.groups[0], async_op=True).wait(self._limit())
             )
         return message
 
     def tell(self, what: Any) -> list[Any]:
         """What each rank has to say, in order of rank."""
         told: list[Any] = [None] * self.topology.size
-        self._guarded("the report", set(), lambda: dist.all_gather_object(told, what, group=self.group))
+        self._guarded("the report", set(), lambda: dist.all_gather_object(told, what, group=self.groups[0]))
         return told
 
     def abort(self) -> None:
         """Break off: whoever waits for this rank learns of it now."""
-        self._sending = []
-        group, self._group = self._group, None
-        if group is not None:
+        self._sending, self._leaving = [], [[], []]
+        groups, self._groups = self._groups, []
+        for group in groups:
             with suppress(Exception):  # it is broken already
                 dist.destroy_process_group(group)
 
@@ -211,22 +229,3 @@ class Bus:
                 f"{who} {did}: rank {self.topology.rank} waited {waited:.1f} s (parallel.timeout = {self.timeout:g}) "
                 f"for {layer} {when}"
             ) from error
-
-
-class Pace:
-    """A virtual link for tests: a message arrives `latency` after it was posted, and as much later as its bytes take,
-    one message after another."""
-
-    def __init__(self, bytes_per_second: float, latency: float = 0.0) -> None:
-        self.rate, self.latency, self._free = bytes_per_second, latency, 0.0
-        self._due: dict[int, float] = {}
-
-    def posted(self, items: Sequence[Pending]) -> None:
-        for item in items:
-            self._free = max(self._free, item.posted) + item.buffer.numel() / self.rate
-            self._due[id(item)] = self._free + self.latency
-
-    def wait(self, item: Pending) -> None:
-        left = self._due.pop(id(item)) - time.perf_counter()
-        if left > 0:
-            time.sleep(left)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Slot:
     out: dict[int, Wire] = field(default_factory=dict)
     into: dict[int, Wire] = field(default_factory=dict)
     shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    alike: Any = None
 
 
 class Bundle:
@@ -67,7 +69,7 @@ class Bundle:
         self._flight, self._layer, self._count = Flight(), "", 0
         messages = {peer: torch.cat(parts) for peer, parts in flight.sends.items()}
         flight.sends = {}
-        flight.pending = self.bus.post(self.kind, layer, messages, flight.sizes)
+        flight.pending = self.bus.post(self.kind, layer, messages, flight.sizes, later=True)
 
 
 class Exchange:
@@ -89,20 +91,21 @@ class Exchange:
 
     def swap(
         self, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        step: Step | None, fresh: bool, max_age: int,
+        step: Step | None, fresh: bool, max_age: int, alike: Any,
     ) -> dict[int, Tensor]:  # fmt: skip
         """The peers' tensors: of this very step if `fresh` or nothing else is known, else of the step before.
 
         sends: what each peer is to get. shapes: what each peer will give. max_age: steps after which a value that no
-        step has renewed (its layer was cached) is too old.
+        step has renewed (its layer was cached) is too old. alike: where it changes, what is known is of no use; the
+        same on all ranks, which one rank's shapes are not: half of a single row is that row.
         """
         slot = self._slots.setdefault(step.branch if step else 0, Slot())
-        if step is None or fresh or slot.shapes != dict(shapes):
-            return self._now(slot, sends, shapes, dtype, step)
+        if step is None or fresh or slot.alike != alike:
+            return self._now(slot, sends, shapes, dtype, step, alike)
         self._land(slot, dtype)
         age = step.index - slot.made
         if age > max_age:
-            return self._now(slot, sends, shapes, dtype, step)
+            return self._now(slot, sends, shapes, dtype, step, alike)
         self.bus.traffic.oldest = max(self.bus.traffic.oldest, age)
         values = slot.values
         if step.index + 1 < step.run.total:
@@ -111,11 +114,11 @@ class Exchange:
 
     def _now(
         self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        step: Step | None,
+        step: Step | None, alike: Any,
     ) -> dict[int, Tensor]:  # fmt: skip
         self._land(slot, dtype)
-        if slot.shapes != dict(shapes):
-            slot.out, slot.into, slot.shapes = {}, {}, dict(shapes)
+        if slot.alike != alike:
+            slot.out, slot.into, slot.shapes, slot.alike = {}, {}, dict(shapes), alike
         messages, sizes = self._packed(slot, sends, shapes, dtype)
         got = self.bus.swap(self.kind, self.layer, messages, sizes)
         slot.values = {peer: slot.into[peer].unpack(got[peer], shape, dtype) for peer, shape in shapes.items()}
@@ -132,7 +135,7 @@ class Exchange:
             slot.flight, slot.offsets = self.bundle.add(self.layer, messages, sizes)
         else:
             slot.flight, slot.offsets = Flight(sizes=sizes), dict.fromkeys(sizes, 0)
-            slot.flight.pending = self.bus.post(self.kind, self.layer, messages, sizes)
+            slot.flight.pending = self.bus.post(self.kind, self.layer, messages, sizes, later=True)
 
     def _packed(
         self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.errors import UnsupportedModel
@@ -99,23 +100,26 @@ def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) 
         def norm_forward(x: Tensor) -> Tensor:
             if not split.active:
                 return forward(x)
-            groups = x.reshape(len(x), norm.num_groups, -1)
-            groups = groups if groups.dtype == torch.float64 else groups.float()
-            variance, mean = torch.var_mean(groups, -1, correction=0)
-            # where rows differ, a rank counts as much as its rows
-            count = torch.full_like(mean, groups.shape[-1])
-            own = torch.stack([mean, variance, count])
+            wide = (x if x.dtype == torch.float64 else x.float()).contiguous()
+            (batch, channels), pixels = x.shape[:2], x[0, 0].numel()
+            # many times faster than var_mean on CPUs; of the normalized tensor it makes too there is no use
+            _, mean, root = torch.native_group_norm(
+                wide, None, None, batch, channels, pixels, norm.num_groups, 0.0
+            )  # fmt: skip
+            # where rows differ, a rank counts as much as its pixels
+            own = torch.stack([mean, root.square().reciprocal(), torch.full_like(mean, pixels)])
             got = split.swap(
                 exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype
             )
             branch = split.step.branch if split.step else 0
-            mean, variance = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
+            whole = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
             before[branch] = own
-            y = ((groups - mean[..., None]) * torch.rsqrt(variance[..., None] + norm.eps)).reshape(x.shape).to(x.dtype)
-            if norm.weight is None:
-                return y
-            per_channel = (1, -1) + (1,) * (x.ndim - 2)
-            return y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+            # with its statistics given, each channel of each image is normalized in one pass
+            mean, variance = (v.repeat_interleave(channels // norm.num_groups, 1).flatten() for v in whole)
+            scale, shift = (None if p is None else p.to(wide.dtype).repeat(batch) for p in (norm.weight, norm.bias))
+            flat = wide.reshape(1, batch * channels, pixels)
+            y = F.batch_norm(flat, mean, variance, scale, shift, eps=norm.eps)
+            return y.reshape(x.shape).to(x.dtype)
 
         return norm_forward
 

@@ -74,7 +74,9 @@ class Echo(Bus):
     def begin(self) -> None:
         self.traffic, self.exchanges = Traffic(), Counter()
 
-    def post(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> list[Pending]:
+    def post(
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+    ) -> list[Pending]:
         self.traffic.sent[kind] += sum(message.numel() for message in sends.values())
         self.traffic.messages[kind] += len(sends)
         self.exchanges[kind] += bool(sends or sizes)
@@ -86,7 +88,7 @@ class Echo(Bus):
     def wait(self, pending: Sequence[Pending], kind: str = "") -> dict[int, Tensor]:
         return {item.peer: item.buffer for item in pending}
 
-    def settle(self) -> None:
+    def turn(self) -> None:
         pass
 
 

@@ -35,6 +35,7 @@ class Split:
         self.step: Step | None = None
         self.parts: list[tuple[int, int]] = []
         self.width = 1  # columns of the latents, or tokens in a row
+        self.shape: tuple[int, ...] = ()  # of what is split: the latents, or the tokens of all ranks
         self._exchanges: list[Exchange] = []
         self._bundles: dict[str, Bundle] = {}
         self.latents: dict[str, Any] = {}  # what the denoiser was given, by name
@@ -62,9 +63,12 @@ class Split:
         return made
 
     def swap(
-        self, exchange: Exchange, sends: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], dtype: torch.dtype
-    ) -> dict[int, Tensor]:
-        return exchange.swap(sends, shapes, dtype, self.step, self.fresh, self.method.max_age)
+        self, exchange: Exchange, sends: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], dtype: torch.dtype,
+        whole: bool = True,
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """`whole`: whether all that a rank has is shown, or a part; the same on all ranks."""
+        alike = (self.shape, dtype, whole)
+        return exchange.swap(sends, shapes, dtype, self.step, self.fresh, self.method.max_age, alike)
 
     def once(self, module: nn.Module, rule: str) -> bool:
         """Whether a rule is not on a module yet; from now on it is."""
@@ -90,8 +94,10 @@ class Split:
         self.active = False
 
     def flush(self) -> None:
+        """A call ends: what is left in bundles leaves."""
         for bundle in self._bundles.values():
             bundle.flush()
+        self.bus.turn()
 
     def _start(self, run: Run) -> None:
         self._looked = False
@@ -125,7 +131,9 @@ def around(
             output = forward(*args, **kwargs)
         finally:
             split.leave()
-        split.flush()
-        return output if after is None else pytree.tree_map_only(Tensor, after, output)
+        if after is not None:
+            output = pytree.tree_map_only(Tensor, after, output)
+        split.flush()  # not before: what everyone waits for would queue behind it
+        return output
 
     return split_forward

@@ -145,7 +145,7 @@ def _block(
 
 
 def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any], stack: Stack) -> None:
-    total, ranks = image.shape[1], len(split.ranks)
+    total, ranks, split.shape = image.shape[1], len(split.ranks), tuple(image.shape)
     split.width = _row(split.latents, total)
     if total < ranks:
         raise UnsupportedModel(f"{total} tokens cannot be split over {ranks} patch ranks; draw a larger picture")

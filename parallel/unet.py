@@ -73,7 +73,8 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
     def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         split.rules(lambda: _rules(split, unet, patches))
         given = by_name(args, kwargs)
-        height, split.width = given["sample"].shape[-2:]
+        split.shape = tuple(given["sample"].shape)
+        height, split.width = split.shape[-2:]
         split.parts = rows_of(height, unit, len(split.ranks))
         given["sample"] = _cut(given["sample"], split, height)
         for key in _LEVELS:

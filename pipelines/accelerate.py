@@ -84,6 +84,8 @@ class Accelerated:
         with self._patches as patches:
             self._quantize(found, patches)
             self.crew = self._meet(found)
+            if self.crew is not None:
+                patches.call(lambda: None, self.crew.bus.abort)
             for anatomy in found:
                 self._install_on(anatomy, patches)
             if self.crew is not None:

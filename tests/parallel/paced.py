@@ -1,0 +1,95 @@
+"""A link of limited rate in virtual time: real ranks, real messages, but what waiting costs is counted, not slept.
+
+Computing takes a fixed virtual time for each leaf of the denoiser that runs. What is for the next step is carried in
+order; what is waited for has a connection of its own, which takes half of the wire while the other has something to
+carry. Nothing depends on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+import fastdiff
+
+from .checks import latents, pipeline
+
+STEPS, WARMUP = 14, 2
+LATE = range(6, 12)  # the queue is as long as it gets, and the last step, which sends nothing on, is not there yet
+METHODS: dict[str, Any] = {
+    "patch": {"method": "patch"},
+    "distrifusion": {"method": "distrifusion", "warmup_steps": WARMUP},
+    "pcpp": {"method": "pcpp", "portion": 0.5, "warmup_steps": WARMUP},
+}
+EVEN = {"sd15": {"height": 128}}  # both ranks have as much to do
+UNIT = 1e-3  # virtual seconds that a leaf computes
+
+
+class Link:
+    """The virtual clock of one rank and the wire that leads to it, put around its bus."""
+
+    def __init__(self, bus: Any, rate: float) -> None:
+        self.bus, self.rate, self.now, self.free = bus, rate, 0.0, 0.0
+        self.waited, self.carried = Counter[int](), Counter[int]()  # of what travels for the next step, by step
+        self.output = Counter[int]()  # waited for what every step has to end with
+        self.due: dict[int, float] = {}
+        self._post, self._wait = bus.post, bus.wait
+        bus.post, bus.wait = self.post, self.wait
+
+    def post(self, *args: Any, later: bool = False, **kwargs: Any) -> list[Any]:
+        found = self._post(*args, later=later, **kwargs)
+        for item in found:
+            taken = item.buffer.numel() / self.rate
+            self.carried[self.bus.where()] += item.buffer.numel()
+            if later:
+                self.free = max(self.free, self.now) + taken
+                self.due[id(item)] = self.free
+                continue
+            # the other connection has half of the wire until then, and what it carries comes so much later
+            busy = self.free > self.now
+            self.free += taken if busy else 0.0
+            self.due = {key: due + taken * (due > self.now) for key, due in self.due.items()}
+            self.due[id(item)] = self.now + taken * (1 + busy)
+        return found
+
+    def wait(self, pending: Any, kind: str = "") -> dict[int, torch.Tensor]:
+        found = self._wait(pending, kind)
+        for item in pending:
+            due = self.due.pop(id(item))
+            (self.output if kind == "output" else self.waited)[self.bus.where()] += max(0.0, due - self.now)
+            self.now = max(self.now, due)
+        return found
+
+
+def drawn(name: str, method: dict[str, Any], rate: float) -> dict[str, float]:
+    """Virtual seconds of a late step, on average: computing, what its bytes take, and waiting."""
+    pipe = pipeline(name, torch.float32)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    with fastdiff.accelerate(pipe, parallel=method | {"devices": 2}) as fast:
+        assert fast.crew is not None
+        link, computed = Link(fast.crew.bus, rate), Counter[int]()
+
+        def compute(*_: Any) -> None:
+            link.now += UNIT
+            computed[link.bus.where()] += UNIT
+
+        hooks = [m.register_forward_hook(compute) for m in denoiser.modules() if not list(m.children())]
+        latents(pipe, name, STEPS, **EVEN.get(name, {}))
+        for hook in hooks:
+            hook.remove()
+    counts = {"computed": computed, "bytes": link.carried, "waited": link.waited, "output": link.output}
+    mean = {what: sum(some[k] for k in LATE) / len(LATE) for what, some in counts.items()}
+    return mean | {"transfer": mean["bytes"] / rate}
+
+
+def at_rates(rank: int, ranks: int) -> dict[str, dict[str, float]]:
+    """Each method where the synchronous exchange takes a half, about all, and twice of the computing."""
+    found = {}
+    for name in ("sd15", "sd3"):
+        free = drawn(name, METHODS["patch"], 1e30)
+        for share in (0.5, 0.95, 2.0):
+            rate = free["bytes"] / (share * free["computed"])
+            found |= {f"{name} {method} {share}": drawn(name, METHODS[method], rate) for method in METHODS}
+    return found

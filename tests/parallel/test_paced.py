@@ -1,0 +1,46 @@
+"""What of the exchange is exposed, on a link of limited rate in virtual time; see paced.py."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from .ranks import start
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@cache
+def found() -> list[dict[str, Any]]:
+    (said,) = start("tests.parallel.paced", [(("at_rates",), 2)])
+    for one in said["at_rates"]:
+        assert isinstance(one, dict), one
+    return said["at_rates"]
+
+
+def exposed(step: dict[str, float]) -> float:
+    return step["waited"] + step["output"]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95, 2.0])
+@pytest.mark.parametrize("model", ["sd15", "sd3"])
+def test_exposed_wait_is_what_does_not_fit_into_computing(model: str, share: float) -> None:
+    for one in found():
+        patch = one[f"{model} patch {share}"]
+        assert exposed(patch) == pytest.approx(patch["transfer"], rel=1e-6), "what is synchronous hides nothing"
+        for method in ("distrifusion", "pcpp"):
+            step = one[f"{model} {method} {share}"]
+            left = max(0.0, step["transfer"] - step["computed"])
+            assert step["waited"] <= left + 1e-9, "what has a whole step to travel waits for the link alone"
+            # the output, which no step can end without, shares the wire
+            assert patch["output"] - 1e-9 <= step["output"] <= 2 * patch["output"] + 1e-9
+            assert exposed(step) == pytest.approx(max(left, step["output"]), rel=1e-2), (method, step)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd3"])
+def test_a_part_of_the_keys_and_values_takes_less_time(model: str) -> None:
+    for one in found():
+        whole, part = (one[f"{model} {method} 2.0"] for method in ("distrifusion", "pcpp"))
+        assert part["bytes"] < whole["bytes"] and exposed(part) < exposed(whole)
