@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import picture
-from .layers import QConv2d, QLayer, reference
+from .layers import QConv2d, QLayer, as_output, as_product, reference
 from .packing import Integers
 
 _OPERATORS = ("qlinear_pointwise", "qlinear_prepack", "qconv2d_pointwise", "qconv_prepack")
@@ -44,9 +44,10 @@ class OneDNN:
         tensors = layer.tensors()
         integers, scale = layer.format.eight_bits(tensors, layer.matrix_shape[1]), tensors["scale"]
         zeros = torch.zeros(len(scale), dtype=torch.int32)
-        if isinstance(layer, QConv2d):
+        if isinstance(layer, QConv2d) and not as_product(layer):
             weight = integers.view(layer.weight_shape)
-            packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *_geometry(layer), None)
+            # with a zero point: else oneDNN adds what that needs to a copy of the weight at each call
+            packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 1, *_geometry(layer), None)
         else:
             packed = torch.ops.onednn.qlinear_prepack(integers, None)
         return packed, scale, zeros
@@ -54,7 +55,7 @@ class OneDNN:
     def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
         assert isinstance(layer.format, Integers)
         dense = packed[0].to_dense()
-        integers = dense.reshape(layer.matrix_shape) if isinstance(layer, QConv2d) else dense.t().contiguous()
+        integers = dense.reshape(layer.matrix_shape) if dense.ndim == 4 else dense.t().contiguous()
         return layer.format.back(integers, tensors, layer.recipe.group)
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class OneDNN:
         levels = layer.levels(x, self.top)
         by_row = levels.scale if isinstance(levels.scale, Tensor) else None  # which the operator does not take
         tail = (weight, scale, zeros, None if by_row is not None else layer.bias)
-        if isinstance(layer, QConv2d):
+        if isinstance(layer, QConv2d) and weight.ndim == 4:
             q, geometry = picture(levels.q, x), _geometry(layer)
             y = torch.ops.onednn.qconv2d_pointwise(
                 q, levels.scale, levels.zero, *tail, *geometry, 1.0, 0, torch.float32, "none", [], ""
@@ -76,7 +77,7 @@ class OneDNN:
         )
         if by_row is not None:
             y = y.mul_(by_row) if layer.bias is None else torch.addcmul(layer.bias, y, by_row)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return as_output(y, x).to(x.dtype)
 
     def expected(self, layer: QLayer, x: Tensor) -> Tensor:
         return reference(layer, x, self.top)
