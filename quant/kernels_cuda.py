@@ -12,22 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import picture, rows_of
-from .layers import QConv2d, QLayer, reference
+from .activations import rows_of
+from .layers import QLayer, as_output, as_product, reference
 from .packing import Integers
-
-
-def as_product(layer: QLayer) -> bool:
-    """Whether the layer is one matrix product of its rows."""
-    if not isinstance(layer, QConv2d):
-        return True
-    plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
-    return bool(plain)
-
-
-def as_output(y: Tensor, x: Tensor) -> Tensor:
-    """Rows [n, outputs] in the shape that the layer gives for x."""
-    return picture(y, x) if x.ndim == 4 else y.view(*x.shape[:-1], -1)
 
 
 def lacks_cuda(layer: QLayer, capability: tuple[int, int]) -> str | None:

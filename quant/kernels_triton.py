@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .activations import rows_of
-from .kernels_cuda import Product, as_output, as_product, lacks_cuda
-from .layers import QLayer
+from .kernels_cuda import Product, lacks_cuda
+from .layers import QLayer, as_output, as_product
 from .packing import group_of, power_of_two
 
 

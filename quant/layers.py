@@ -247,6 +247,19 @@ _CONV = (
 )  # fmt: skip
 
 
+def as_product(layer: QLayer) -> bool:
+    """Whether the layer is one matrix product of its rows."""
+    if not isinstance(layer, QConv2d):
+        return True
+    plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return bool(plain)
+
+
+def as_output(y: Tensor, x: Tensor) -> Tensor:
+    """Rows [n, outputs] in the shape that the layer gives for x."""
+    return picture(y, x) if x.ndim == 4 else y.view(*x.shape[:-1], -1)
+
+
 def reference(layer: QLayer, x: Tensor, top: int = 255) -> Tensor:
     """What every kernel must compute: the float layer on what the integers stand for, in the type of the input."""
     weight = layer.matrix()
