@@ -23,7 +23,11 @@ from .split import Forward
 
 
 class CFG(ParallelMethod):
-    """The two halves of classifier-free guidance on two ranks, exact; more ranks split each half into patches."""
+    """The two halves of classifier-free guidance on two ranks, exact; more ranks split each half into patches.
+
+    Formula: e = e_u + g (e_c - e_u), where one half of the ranks computes e_c (with the prompt), the other e_u
+    (without), and each sends its own; g is `guidance_scale`.
+    """
 
     method: Literal["cfg"] = "cfg"
     cfg: Literal[2] = 2

@@ -29,6 +29,9 @@ class ParaStep(ParallelMethod):
     At the end of a cycle all ranks show what they computed and repeat the solver's steps with it, so that multistep
     solvers remember the true outputs (the authors broadcast the latents alone). In between a pipeline's callbacks see
     predicted latents. `order` = 2 predicts by the line through the last two outputs instead of reusing the last.
+
+    Formula: in a cycle of p steps from step i on, rank k computes e_(i+k) = f(x'_(i+k)), where the solver made x' of
+    x_i with e' = e_(i-1); with order 2, e' = e_a + (t - t_a) (e_a - e_b) / (t_a - t_b) for the last known steps b, a.
     """
 
     method: Literal["parastep"] = "parastep"

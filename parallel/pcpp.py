@@ -14,6 +14,9 @@ class PCPP(ParallelMethod):
 
     Unlike the authors' code, what is not seen is not sent, and the portion is cut at whole rows. `refresh` lets a rank
     see everything again every so many steps; `synchronous` takes the staleness away and leaves the bias.
+
+    Formula: y_r = f(x_r; own z_i, the nearest p h rows of each neighbour's z_(i-1)) for the rows x_r of rank r; z are
+    keys and values, h the neighbour's rows, p = `portion`, p h rounded up.
     """
 
     method: Literal["pcpp"] = "pcpp"

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class Ulysses(ParallelMethod):
-    """Sequence parallelism of transformers: in attention each rank has all tokens and a share of the heads. Exact."""
+    """Sequence parallelism of transformers: in attention each rank has all tokens and a share of the heads. Exact.
+
+    Formula: of p ranks with H heads, rank r computes attention(q_h, k_h, v_h) over all tokens for h = r H / p to
+    (r + 1) H / p - 1; one exchange before it turns tokens into heads, one after it turns them back.
+    """
 
     method: Literal["ulysses"] = "ulysses"
 

@@ -52,7 +52,11 @@ class BitPlan(Settings):
 
 class Mixed(QuantMethod):
     """4, 8 or 16 bits for each layer of the denoiser: the least error within `budget_mb`, or the least memory within
-    `target_error`. Weights only."""
+    `target_error`. Weights only.
+
+    Formula: choose the bits b_l of each layer l that make sum e_l(b_l) least while sum bytes_l(b_l) stays within the
+    budget, e_l(b) being the relative squared error of the denoiser's output with layer l alone in b bits.
+    """
 
     method: Literal["mixed"] = "mixed"
     budget_mb: float | None = Field(None, gt=0, description="of the denoiser's weights, in MB of 10^6 bytes")

@@ -14,7 +14,11 @@ from .layers import Activations
 
 
 class W8A8(QuantMethod):
-    """A quarter of float32's memory, and on a CPU the fast one: integer products."""
+    """A quarter of float32's memory, and on a CPU the fast one: integer products.
+
+    Formula: y = a s sum (u - z) q + bias, with weights w = s q as in `w8a16` and inputs x = a (u - z), u in 0 .. 255,
+    a = (high - low) / 255 and z = round(-low / a) of the timestep bucket's range, or of the input's own.
+    """
 
     method: Literal["w8a8"] = "w8a8"
 

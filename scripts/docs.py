@@ -30,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 TITLES = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the root; on the site
+PARTED = {
+    "model": "model", "name": "run", "ranks": "ranks", "steps": "steps", "psnr": "PSNR dB", "ssim": "SSIM",
+    "prompt_accuracy": "prompt accuracy", "ratio": "weights, times smaller", "denoiser_mb": "weights MB",
+    "bytes_per_step_and_image": "bytes sent a step and image",
+}  # fmt: skip
 _SETTING_HEAD = ("setting", "type", "default", "what it says")
 
 
@@ -251,7 +256,7 @@ def rows_with(kind: str, name: str) -> list[Mapping[str, Any]]:
 def measured(kind: str, name: str) -> str:
     rows = rows_with(kind, name)
     if not rows:
-        return "This method has no row in the committed benchmarks."
+        return parted(kind, name) or "This method has no row in the committed benchmarks."
     columns = {key: title for key, title in readme.COLUMNS.items() if key != "kind"}
     body = [
         (f"[{row['model']}](../../benchmarks/{row['file']})", *(readme.cell(key, row[key]) for key in columns))
@@ -259,6 +264,22 @@ def measured(kind: str, name: str) -> str:
     ]
     said = "Compared with the plain picture of the same seed; [how to read it](../../results.md)."
     return readme.table(("model", *columns.values()), body) + f"\n\n{said}"
+
+
+def parted(kind: str, name: str) -> str:
+    """Rows of the measurements that are no bench of fastdiff: on several ranks, of integers, of one method alone."""
+    found = []
+    for path in sorted(BENCHMARKS.glob(f"{kind}-*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        for row in told if isinstance(told, list) else told.get("rows", []):
+            if "psnr" in row and ((row.get(kind) or {}).get("method") == name or path.stem == f"{kind}-{name}"):
+                found.append({**row, "model": f"[{row['model']}](../../benchmarks/{path.name})"})
+    columns = {key: title for key, title in PARTED.items() if any(key in row for row in found)}
+    if found:
+        body = [tuple(readme.cell(key, row.get(key, "")) for key in columns) for row in found]
+        return readme.table(tuple(columns.values()), body) + "\n\nCompared with one device in float32, the same seeds."
+    alone = BENCHMARKS / f"{name}.json"
+    return f"Measured in [benchmarks/{alone.name}](../../benchmarks/{alone.name})." if alone.is_file() else ""
 
 
 def rivals() -> str:

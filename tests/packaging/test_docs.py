@@ -96,7 +96,7 @@ def test_pages_of_methods_have_every_setting(script, kind):
     for name, cls in script.own(kind).items():
         page = script.method_page(kind, name, cls) + script.shared_settings()
         assert [field for field in cls.model_fields if field != "method" and f"| `{field}` |" not in page] == []
-        assert page.startswith(f"# {name}\n") and "http" in page
+        assert page.startswith(f"# {name}\n") and "http" in page and '!!! abstract "Formula"' in page
 
 
 def test_numbers_of_a_method_are_those_of_the_benchmarks(script):
@@ -107,6 +107,11 @@ def test_numbers_of_a_method_are_those_of_the_benchmarks(script):
         f"| deepcache-3 | {row['steps']} | {row['computed_steps']} | {row['speedup']:.2f} | {row['psnr']:.1f}" in told
     )
     assert "no row" in script.measured("cache", "no_such_method")
+    for kind, name in (("parallel", "pcpp"), ("quant", "w8a8")):
+        rows = json.loads((ROOT / f"benchmarks/{kind}-quality.json").read_text(encoding="utf-8"))["rows"]
+        found = [row for row in rows if (row.get(kind) or {}).get("method") == name]
+        told = script.measured(kind, name)
+        assert found and all(f"| {row['name']} | " in told and f"| {row['psnr']:.1f} | " in told for row in found)
 
 
 def test_rivals_that_are_not_beaten_are_named(script):
