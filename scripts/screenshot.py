@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 from selenium import webdriver
 
+DESK = {"width": 1100, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 
 
@@ -38,10 +39,8 @@ def main() -> None:
 
 
 def take(chrome: webdriver.Chrome, address: str, file: Path, phone: bool, patience: float) -> None:
-    if phone:
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    else:
-        chrome.set_window_size(1100, 1150)
+    screen = PHONE if phone else DESK
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     chrome.get(address)
     end, begun = time.monotonic() + patience, False
     while not chrome.find_elements("css selector", "#status .captions"):
@@ -53,9 +52,9 @@ def take(chrome: webdriver.Chrome, address: str, file: Path, phone: bool, patien
         time.sleep(0.5)
     if phone:
         chrome.find_element("css selector", "#advanced button").click()
-        time.sleep(3)
-        height = chrome.execute_script("return document.documentElement.scrollHeight")
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE | {"height": height})
+    time.sleep(3)
+    height = chrome.execute_script("return document.documentElement.scrollHeight")
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen | {"height": height})
     time.sleep(3)
     chrome.save_screenshot(str(file))
     with Image.open(file) as image:

@@ -43,13 +43,15 @@ THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
 )  # fmt: skip
 CSS = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto; }
-#ask { align-items: end; }
+#ask, #which { align-items: end; }
+#ask button { padding-inline: 4px; }
+#prompt textarea { field-sizing: content; height: auto !important; max-height: 8em; }
 #status .progress { display: flex; flex-direction: column; gap: 4px; }
 #status progress { width: 100%; height: 12px; accent-color: #1d4ed8; }
 #status .captions { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 110%; }
 #preview img { width: 100%; height: 100%; object-fit: contain; }
 #explain .numbers { border-collapse: collapse; margin-top: 12px; }
-#explain .numbers th, #explain .numbers td { padding: 4px 16px 4px 0; text-align: left; }
+#explain .numbers th, #explain .numbers td { padding: 4px 12px; text-align: left; }
 #rows { overflow-x: auto; }
 #rows th, #rows td { white-space: nowrap; padding: 4px 10px; }
 """
@@ -119,7 +121,7 @@ class Page:
         status = gr.HTML("", elem_id="status", container=False)
         preview = gr.Image(label="Preview of the latents", alt_text="preview", format="png", interactive=False,
                            visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
-        slider = gr.ImageSlider(label="Without acceleration (left) and with (right)", format="png", type="filepath",
+        slider = gr.ImageSlider(label="Left: without, right: accelerated", format="png", type="filepath",
                                 interactive=False, visible=False, elem_id="result", max_height=420)  # fmt: skip
         numbers = gr.HTML("", elem_id="explain")
         with gr.Accordion("Copy", open=False, visible=False, elem_id="copy") as copy:
@@ -286,7 +288,7 @@ class Page:
 
     def _benchmark(self, page: gr.Blocks) -> None:
         gr.Markdown("Measured with `fastdiff bench`: quality against speed, the frontier joined.")
-        with gr.Row():
+        with gr.Row(elem_id="which"):
             name = gr.Dropdown(benchmarks(self.place), label="Benchmark", elem_id="benchmark", scale=5, **LIVE)
             again = gr.Button("Read again", elem_id="read-again", scale=1, min_width=80)
         picture = gr.Image(label="Quality against speed-up", show_label=False, format="png", interactive=False,

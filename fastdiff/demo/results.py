@@ -58,7 +58,7 @@ def unsteady(pair: Pair) -> bool:
         costs.append([t for t, kind in list(zip(report.step_seconds, kinds, strict=True))[1:] if kind == "computed"])
     if not all(costs):
         return False
-    plain, fast = map(statistics.median, costs)
+    plain, fast = map(statistics.fmean, costs)
     return max(plain, fast) > 1.5 * min(plain, fast)
 
 
