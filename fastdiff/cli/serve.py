@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,8 +67,10 @@ def serve(
     names = (*_LOCAL, "[::1]") if local else ("*",)
     options = Options(model, shelf(preset or [], config or [], sets or []), dtype, limits, keys, names)
 
+    out = sys.stdout
+
     def ready(address: str) -> None:
-        print(address, flush=True)
+        print(address, flush=True, file=out)
         say(f"{model} on {address}/v1 with {', '.join(options.shelf)}; Ctrl-C stops")
 
     _log_to_stderr()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import redirect_stdout
 from types import FrameType
 from typing import Any
 
@@ -71,21 +73,37 @@ def serve_on_ray(options: Options, host: str, port: int, replicas: int, ready: C
     import ray
     from ray import serve as ray_serve
 
-    ray.init(ignore_reinit_error=True)
-    limits = options.limits
-    resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    if not ray.is_initialized():
+        ray.init()
+    limits, found = options.limits, ray.cluster_resources()
+    kind = "GPU" if found.get("GPU") else "CPU"
+    if replicas > found.get(kind, 0):
+        raise FastdiffError(f"{replicas} replicas need a {kind} each, the Ray cluster has {found.get(kind, 0):g}")
+    resources: Any = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     ray_serve.start(http_options={"host": host, "port": port})
     deployment: Any = ray_serve.deployment(
         name="fastdiff", num_replicas=replicas, ray_actor_options=resources,
         max_ongoing_requests=limits.queue + _SPARE, graceful_shutdown_timeout_s=limits.grace + _MORE_GRACE,
-    )(ray_serve.ingress(partial(build, options))())  # fmt: skip
+    )(ray_serve.ingress(lambda: build(options))())  # fmt: skip
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray_serve.run(deployment.bind(), name="fastdiff", route_prefix="/")
-        ready(_address(host, port))
-        stopped.wait()
-    finally:
-        ray_serve.shutdown()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with redirect_stdout(sys.stderr):  # Ray's own threads print, and stdout has the address only
+        try:
+            ray_serve.run(deployment.bind(), name="fastdiff", route_prefix="/")
+            ready(_address(host, port))
+            stopped.wait()
+            _drain(ray_serve, limits.grace + 2 * _MORE_GRACE)
+        except RuntimeError:
+            raise FastdiffError("the replicas did not come up; Ray's messages above say why") from None
+        finally:
+            ray_serve.shutdown()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _drain(ray_serve: Any, seconds: float) -> None:
+    """Lets the replicas finish what they have; `shutdown` alone gives them 30 seconds, whatever the grace."""
+    ray_serve.delete("fastdiff", _blocking=False)
+    end = time.monotonic() + seconds
+    while "fastdiff" in ray_serve.status().applications and time.monotonic() < end:
+        time.sleep(0.2)

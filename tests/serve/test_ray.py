@@ -35,7 +35,7 @@ def replicas() -> list[int]:
     return named
 
 
-def test_replicas(model: str) -> None:
+def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = Options(model, {"lossless": shelf(["lossless"], [], [])["lossless"]}, limits=LIMITS)
@@ -51,8 +51,10 @@ def test_replicas(model: str) -> None:
             deadline = time.monotonic() + 120
             while len(set(replicas()) - {seen["replicas"][0]}) < 2 and time.monotonic() < deadline:
                 time.sleep(0.2)
+            seen["replaced"] = set(replicas()) - set(seen["replicas"])
             seen["bad"] = server.draw(n=7)
             seen["again"] = server.draw(seed=0, steps=4)
+            seen["stream"] = server.draw(seed=0, steps=4, stream=True)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -63,9 +65,11 @@ def test_replicas(model: str) -> None:
         )
     finally:
         ray.shutdown()
+    assert capsys.readouterr().out == ""  # Ray prints its messages where only the address should be
     assert [status for status, _ in seen["first"]] == [200] * 12
     images = [reply["data"][0]["b64_json"] for _, reply in seen["first"]]
     assert images[:4] == images[4:8] == images[8:]  # whichever replica drew them
-    assert len(seen["replicas"]) == 2
+    assert len(seen["replicas"]) == 2 and len(seen["replaced"]) == 1
+    assert seen["stream"][1].count("image_generation.progress\n") == 4 and images[0] in seen["stream"][1]
     assert seen["bad"][0] == 400
     assert seen["again"][1]["data"][0]["b64_json"] == images[0]
