@@ -3,7 +3,7 @@
 # parallel method hides. Needs Linux, iproute2 and util-linux, no root where user namespaces are allowed; skips with a
 # message elsewhere. Arguments go to scripts/overlap.py; `python` is the one on the PATH.
 #
-#     benchmarks/overlap.sh [--rounds 5] [--size 160] [--share 1.0] [-o FILE]
+#     benchmarks/overlap.sh [--rounds 5] [--size 320] [--share 1.0 ...] [-o FILE]
 set -eu
 
 skip() {
@@ -37,6 +37,11 @@ nsenter --target "$other" --net ip link set v1 up
 nsenter --target "$other" --net ip link set lo up
 tc qdisc replace dev v0 root tbf rate 1gbit burst 1mb limit 4mb || skip "this kernel has no token bucket filter (tbf)"
 tc qdisc del dev v0 root
+# The link's queue is first in, first out: without a small limit for each connection (4 MB in new kernels) it would hold
+# a whole step's bytes, and what is waited for would stand behind them. Network cards serve connections in turn.
+# Nor does a real link forget its speed between two steps.
+fair='cd /proc/sys/net/ipv4 && echo 131072 > tcp_limit_output_bytes && echo 0 > tcp_slow_start_after_idle'
+sh -c "$fair" && nsenter --target "$other" --net sh -c "$fair" || skip "the settings of TCP cannot be changed"
 
 export WORLD_SIZE=2 MASTER_ADDR=10.9.0.1 MASTER_PORT=29511 OMP_NUM_THREADS=1
 RANK=1 GLOO_SOCKET_IFNAME=v1 nsenter --target "$other" --net python scripts/overlap.py "$@" &

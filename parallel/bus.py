@@ -23,7 +23,7 @@ from fastdiff.errors import PeerLost
 
 from .mesh import Topology
 
-SMALL = 32  # messages of halos and statistics that travel as one
+SMALL = 8  # messages of halos and statistics that travel as one; the first waits for the last to be there
 
 
 @dataclass

@@ -16,8 +16,8 @@ import fastdiff
 
 from .checks import latents, pipeline
 
-STEPS, WARMUP = 14, 2
-LATE = range(6, 12)  # the queue is as long as it gets, and the last step, which sends nothing on, is not there yet
+STEPS, WARMUP = 18, 2
+LATE = range(11, 16)  # the queue is as long as it gets, and the last step, which sends nothing on, is not there yet
 METHODS: dict[str, Any] = {
     "patch": {"method": "patch"},
     "distrifusion": {"method": "distrifusion", "warmup_steps": WARMUP},
