@@ -253,7 +253,8 @@ def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
         elif item["type"] == "value_error":
             sentences.append(str(item["ctx"]["error"]))
         else:
-            sentences.append(f"{where} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            shown = "" if item["type"] == "missing" else f" = {item['input']!r:.80}"
+            sentences.append(f"{where}{shown}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return "; ".join(sentences)
 
 

@@ -61,7 +61,7 @@ class Setting:
             return None
         if self.entry in ("number", "range") and isinstance(raw, float) and self.whole and raw.is_integer():
             return int(raw)
-        if self.entry != "text":
+        if self.entry != "text" or not isinstance(raw, str):
             return raw
         try:
             return json.loads(raw)

@@ -242,6 +242,13 @@ def test_a_bad_setting_is_named(visitor):
     for raw in (0, -1, 2.5, "x", None, float("nan")):
         with pytest.raises(gr.Error, match="interval"):
             visitor.run([("cache", interval, raw)], steps=2)
+    words = Setting("interval", "text", None, "")
+    for raw in ("x" * 100_000, [1], {"a": 1}, "[" * 5000):
+        with pytest.raises(gr.Error, match="interval") as caught:
+            visitor.run([("cache", words, raw)], steps=2)
+        assert len(caught.value.message) < 300
+    with pytest.raises(gr.Error, match=r"cache\.compute_steps: field required"):
+        visitor.run(cache="static", steps=2)
 
 
 def test_control_characters_are_drawn(visitor):
