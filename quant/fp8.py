@@ -9,7 +9,7 @@ from .layers import Activations
 
 
 class FP8(QuantMethod):
-    """For GPUs of compute capability 9.0 and up. Elsewhere the same numbers come from the reference, slowly.
+    """8-bit floats, for GPUs of compute capability 9.0 and up; elsewhere the same numbers, from slow reference code.
 
     Formula: y = a s sum E4M3(x / a) E4M3(w / s), with a = max |x| / 448 of a row, s = max |w| / 448 of an output.
     """

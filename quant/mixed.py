@@ -51,8 +51,9 @@ class BitPlan(Settings):
 
 
 class Mixed(QuantMethod):
-    """4, 8 or 16 bits for each layer of the denoiser: the least error within `budget_mb`, or the least memory within
-    `target_error`. Weights only.
+    """4-, 8- or 16-bit weights, layer by layer: the least error within `budget_mb`, or the least memory.
+
+    The least memory within `target_error`. Only the denoiser's layers are chosen from.
 
     Formula: choose the bits b_l of each layer l that make sum e_l(b_l) least while sum bytes_l(b_l) stays within the
     budget, e_l(b) being the relative squared error of the denoiser's output with layer l alone in b bits.

@@ -10,7 +10,7 @@ from .base import QuantMethod
 
 
 class W4A16(QuantMethod):
-    """An eighth of float32's memory, and no time saved on a CPU.
+    """4-bit weights in groups, two to a byte: an eighth of float32's memory, and no time saved on a CPU.
 
     Formula: w = s q with q in -8 .. 7 and s = -w_m / 8 for the largest weight w_m of each group of `group_size`; with
     `grid = "normal"`, w = D H (s l(q)), l(q) one of 16 levels, s the root mean square of the group turned by H D.

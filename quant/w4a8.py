@@ -12,7 +12,7 @@ from .layers import Activations
 
 
 class W4A8(QuantMethod):
-    """4 bits in the file; 8 bits in memory where an 8-bit kernel runs it, with that kernel's speed.
+    """4-bit weights in the file, 8 bits in memory where an 8-bit kernel runs it, with that kernel's speed.
 
     Formula: w = s c (q - z) with q in 0 .. 15, step c and zero z of 4 bits for each group, s for each output, so that
     c (q - z) is an 8-bit integer; inputs as in `w8a8`.

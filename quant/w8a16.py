@@ -8,7 +8,7 @@ from .base import QuantMethod
 
 
 class W8A16(QuantMethod):
-    """Saves memory at almost no error, and no time: a weight is made float at each call.
+    """8-bit weights: memory is saved at almost no error, and no time: a weight is made float at each call.
 
     Formula: w = s q with q = round(w / s) in -127 .. 127 and s = max |w| / 127 of an output's weights.
     """

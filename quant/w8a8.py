@@ -14,7 +14,7 @@ from .layers import Activations
 
 
 class W8A8(QuantMethod):
-    """A quarter of float32's memory, and on a CPU the fast one: integer products.
+    """8-bit weights and inputs, multiplied as integers: a quarter of float32's memory, and the fast one on a CPU.
 
     Formula: y = a s sum (u - z) q + bias, with weights w = s q as in `w8a16` and inputs x = a (u - z), u in 0 .. 255,
     a = (high - low) / 255 and z = round(-low / a) of the timestep bucket's range, or of the input's own.

@@ -109,7 +109,7 @@ def source(cls: type) -> str:
     found = _URL.search(importlib.import_module(cls.__module__).__doc__ or "")
     if not found:
         return "this project"
-    url = found[0].rstrip(".")
+    url = found[0].rstrip(".;,")
     if "arxiv.org/abs/" in url:
         return f"[arXiv {url.rsplit('/', 1)[-1]}]({url})"
     return f"[{url.rstrip('/').rsplit('/', 1)[-1]}]({url})"
