@@ -1,6 +1,7 @@
 """Predicted speed-ups of the parallel methods on GPUs that were not measured, next to what the papers measured.
 
-python scripts/predict_parallel.py --json benchmarks/parallel-predictions.json
+    python scripts/predict_parallel.py --json benchmarks/parallel-predictions.json
+    python scripts/predict_parallel.py --json benchmarks/parallel-predictions.json --table    # prints it as Markdown
 
 Bytes and operations are counted on models without weights. A step on one device is the papers' own; for sizes that no
 paper gives it grows with the operations. Everything else is a prediction.
@@ -77,7 +78,11 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[int], list[Call
 def main(
     json: Annotated[Path, typer.Option(help="write the result here")],
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+    table: Annotated[bool, typer.Option("--table", help="print a result as Markdown and predict nothing")] = False,
 ) -> None:
+    if table:
+        print(markdown(jsonlib.loads(json.read_text(encoding="utf-8"))["rows"]))
+        return
     output.check([json], overwrite)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.bfloat16)
@@ -129,6 +134,21 @@ def predicted(name: str, papers: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         rows.append(_rounded(row) | _measured(papers, found.method, row, link))
                 print(name, pixels, devices, file=sys.stderr, flush=True)
     return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Speed-ups by size, devices and link; the paper's figure in brackets."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| model | pixels | devices | link | " + " | ".join(f"`{m}`" for m in methods) + " |"]
+    lines.append("|---|---:|---:|---|" + "---:|" * len(methods))
+    cases: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows:
+        paper = f" ({row['published_speedup']})" if "published_speedup" in row else ""
+        cell = f"{row['predicted_speedup']:.2f}{paper}" if row.get("predicted_speedup") else "-"
+        cases.setdefault(tuple(row[k] for k in ("model", "pixels", "devices", "link")), {})[row["method"]] = cell
+    for case, cells in cases.items():
+        lines.append("| " + " | ".join([*map(str, case), *(cells.get(m, "-") for m in methods)]) + " |")
+    return "\n".join(lines)
 
 
 def _measured(papers: list[dict[str, Any]], method: str, row: dict[str, Any], link: str) -> dict[str, Any]:
