@@ -42,10 +42,7 @@ class Crew:
         device: torch.device,
         alike: Mapping[str, str],
     ) -> None:
-        world = dist.get_world_size() if dist.is_initialized() else None
-        if method.devices is None and world is None:
-            raise BadConfig("parallel needs several processes: set parallel.devices, or start them with torchrun")
-        rank = join(method.devices or world or 1, device, method.timeout)
+        rank = join(method.devices, device, method.timeout)
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
         _compare({"devices of kind": device.type, **alike}, self.bus)

@@ -45,8 +45,9 @@ class Topology:
         return rank // (self.step * self.patch), rank // self.patch % self.step, rank % self.patch
 
 
-def join(devices: int, device: torch.device, timeout: float) -> int:
+def join(devices: int | None, device: torch.device, timeout: float) -> int:
     """Be one of `devices` processes, through the group that is there or the one that torchrun describes; the rank.
+    None takes as many as there are.
 
     Raises BadConfig where this process is alone or the numbers differ, BackendUnavailable without a backend for the
     device.
@@ -55,6 +56,8 @@ def join(devices: int, device: torch.device, timeout: float) -> int:
         f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate "
         f"--devices {devices}` or `torchrun --nproc-per-node {devices}`"
     )
+    if devices is None:
+        alone = "parallel needs several processes: set parallel.devices, or start them with torchrun"
     if not dist.is_available():
         raise BackendUnavailable("this torch was built without torch.distributed, which parallel needs")
     if not dist.is_initialized():
@@ -66,7 +69,7 @@ def join(devices: int, device: torch.device, timeout: float) -> int:
         except RuntimeError as error:
             raise BackendUnavailable(f"the ranks could not meet: {str(error).splitlines()[0]}") from error
     world = dist.get_world_size()
-    if world != devices:
+    if world != (devices or world):
         raise BadConfig(
             alone if world == 1 else f"parallel.devices = {devices}, but {world} processes run; make the numbers equal"
         )
