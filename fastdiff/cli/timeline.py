@@ -65,11 +65,12 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     for number, kind in enumerate(KINDS):
         for rank in ranks:
             spans = [(r["ts"] / 1e3, r["dur"] / 1e3) for r in rows if r["pid"] == rank and r["cat"] == kind]
-            axes.broken_barh(
-                spans, (rank - 0.4 + 0.27 * number, 0.25), color=colours[kind], label=kind if not rank else None
-            )
+            axes.broken_barh(  # without edges, which would be wider than most waits
+                spans, (rank - 0.4 + 0.27 * number, 0.25), color=colours[kind], linewidth=0,
+                label=kind if not rank else None,
+            )  # fmt: skip
     axes.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
     axes.set_xlabel("milliseconds")
     axes.invert_yaxis()
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper right", ncols=len(KINDS))
     return figure
