@@ -69,7 +69,7 @@ def join(devices: int | None, device: torch.device, timeout: float) -> int:
         except RuntimeError as error:
             raise BackendUnavailable(f"the ranks could not meet: {str(error).splitlines()[0]}") from error
     world = dist.get_world_size()
-    if world != (devices or world):
+    if world != (devices or max(world, 2)):
         raise BadConfig(
             alone if world == 1 else f"parallel.devices = {devices}, but {world} processes run; make the numbers equal"
         )

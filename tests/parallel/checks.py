@@ -383,6 +383,18 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     return said
 
 
+def alone(rank: int, ranks: int) -> str:
+    """A launcher that started a single process and says nothing."""
+    pipe = pipeline("sd3")
+    before = snapshot(pipe)
+    try:
+        fastdiff.accelerate(pipe, parallel="patch")
+    except FastdiffError as error:
+        assert differences(before, snapshot(pipe)) == []
+        return str(error)
+    raise AssertionError("one process is no parallel run")
+
+
 def meshes(rank: int, ranks: int) -> dict:
     """Two axes at a time."""
     pairs = {

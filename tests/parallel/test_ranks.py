@@ -19,6 +19,7 @@ NAMES = {
     ),
     3: ("every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted", "refused"),
     4: ("meshes", "replayed"),
+    1: ("alone",),
 }  # fmt: skip
 CASES = [(ranks, name) for ranks, names in NAMES.items() for name in names]
 
@@ -111,6 +112,10 @@ def test_an_exception_ends_all_ranks() -> None:
     assert all(text.startswith("KeyError") for text in last)
     assert all(text.startswith("PeerLost: rank 1 broke off or died: rank 0 waited") for text in first), first
     assert all("at step" in text for text in first)
+
+
+def test_a_single_process_is_refused() -> None:
+    assert told(1, "alone") == ["parallel needs several processes: set parallel.devices, or start them with torchrun"]
 
 
 REASONS = {
