@@ -136,6 +136,8 @@ def _sampling(where: str, values: dict[str, Any]) -> Sampling:
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any] | BadConfig]]:
     """Prompts of a file, or what is wrong with the line, each with the words that place it in an error message."""
+    if path.is_char_device():  # /dev/zero has no end
+        raise BadConfig(f"--prompt-file {path} is a device; give a file, a pipe or - for standard input")
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

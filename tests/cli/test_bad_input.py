@@ -47,6 +47,10 @@ USAGE = {
     "unknown model": (["generate", "x", "-m", "shapes-unit"], "unknown model 'shapes-unit'"),
     "unknown dtype": (["generate", "x", "--dtype", "float61"], "did you mean 'float16'?"),
     "no png": (["generate", "x", "-o", "x.jpg"], "-o x.jpg: end the name in .png"),
+    "endless prompt file": (
+        ["generate", "--prompt-file", "/dev/zero"],
+        "--prompt-file /dev/zero is a device; give a file",
+    ),
     "no prompt file": (["generate", "--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
     "nothing to inspect": (["inspect", "nothing"], "unknown model 'nothing'"),
 }
