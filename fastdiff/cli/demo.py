@@ -26,7 +26,7 @@ def demo(
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for a name and a password.")] = None,
 ) -> None:
     """Draw in the browser, the same picture with and without fastdiff."""
-    from fastdiff.errors import BackendUnavailable, BadConfig
+    from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError
 
     from .console import say, warn
 
@@ -44,10 +44,14 @@ def demo(
 
     page = Page(models or [], bench, shared=share).blocks()
     page.queue(max_size=16)
-    _, local, public = page.launch(
-        server_name=HOST, server_port=port, share=share, auth=(user, password) if auth else None, inbrowser=browser,
-        quiet=True, prevent_thread_lock=True, footer_links=[], ssr_mode=False, theme=THEME, css=CSS, run_history=False,
-    )  # fmt: skip
+    try:
+        _, local, public = page.launch(
+            server_name=HOST, server_port=port, share=share, auth=(user, password) if auth else None, inbrowser=browser,
+            quiet=True, prevent_thread_lock=True, footer_links=[], ssr_mode=False, theme=THEME, css=CSS,
+            run_history=False,
+        )  # fmt: skip
+    except OSError:
+        raise FastdiffError(f"cannot listen on {HOST}:{port or '7860 and up'}: taken; choose another --port") from None
     typer.echo(local)
     if public:
         typer.echo(public)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -56,6 +57,14 @@ def test_it_listens_on_this_machine_and_shares_only_when_told(arguments, share, 
     said = capsys.readouterr()
     assert said.out.split() == ["http://127.0.0.1:1/", *(["https://public"] if share else [])]
     assert ("--share without --auth" in said.err) == (share and not auth)
+
+
+def test_a_port_that_is_taken(capsys):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'fastdiff[demo]'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["demo", "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}: taken" in capsys.readouterr().err
 
 
 def test_help_needs_no_gradio():
