@@ -117,15 +117,18 @@ def command() -> str:
 @app.command()
 def speed(
     rounds: Annotated[int, typer.Option(min=3)] = 7,
+    only: Annotated[list[str] | None, typer.Option(help="Names of models.")] = None,
+    compiled: Annotated[bool, typer.Option(help="With peers that torch.compile compiles: many minutes.")] = True,
     file: Annotated[Path, typer.Option()] = FOLDER / "quant-speed.json",
 ) -> None:
     """CPU time of a call of the denoiser against float32."""
     torch.set_num_threads(1)
     cases = {"unet of 114M random weights": _large, "shapes-unet": _embedded, "shapes-dit": _embedded}
     found, pipe = [], fastdiff.load("shapes-unet")
-    for name, make in cases.items():
-        model, call, parameters = make(name)
-        row = {"model": name, "parameters": parameters, **_timed(model, call, rounds)}
+    for name in only or cases:
+        model, call, parameters = cases[name](name)
+        contenders = {"float32": model, **_ours(model, call), **_others(model, call, compiled)}
+        row = {"model": name, "parameters": parameters, **_timed(contenders, call, rounds)}
         found.append(row)
         print(json.dumps(row), flush=True)
         told = {"command": command(), "environment": environment(pipe), "threads": 1, "rounds": rounds, "models": found}
@@ -157,13 +160,12 @@ def _embedded(name: str) -> tuple[nn.Module, Callable[[Any], Any], int]:
     return denoiser, lambda model: model(*args, **kwargs)[0], sum(p.numel() for p in denoiser.parameters())
 
 
-def _timed(model: nn.Module, call: Callable[[Any], Any], rounds: int) -> dict[str, Any]:
-    contenders = {"float32": model, **_ours(model, call), **_others(model)}
+def _timed(contenders: dict[str, Any], call: Callable[[Any], Any], rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     errors, refused = {}, {}
     with torch.no_grad():
-        truth = call(model)
-        for number in range(rounds + 1):
+        truth = call(contenders["float32"])
+        for number in range(-2, rounds):
             for name, contender in list(contenders.items()):
                 begun = time.process_time()
                 try:
@@ -174,11 +176,12 @@ def _timed(model: nn.Module, call: Callable[[Any], Any], rounds: int) -> dict[st
                     continue
                 taken = time.process_time() - begun
                 errors[name] = round(float((found - truth).norm() / truth.norm()), 4)
-                if number:  # the first call warms up
+                if number >= 0:  # the first calls compile and warm up
                     seconds[name].append(taken)
-                elif taken > 60:
+                elif number == -1 and taken > 60:
                     refused[name] = f"a single call took {taken:.0f} s"
                     del contenders[name]
+                print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
     base = seconds["float32"]
     rows = {}
     for name in contenders:
@@ -211,26 +214,53 @@ def _ranges(model: nn.Module, method: QuantMethod, call: Callable[[Any], Any]) -
     return observer.ranges(method.model_copy(update={"timestep_buckets": 1, "observer": "minmax"}), {})
 
 
-def _others(model: nn.Module) -> dict[str, nn.Module]:
-    makers: dict[str, tuple[str, Callable[[Any, nn.Module], None]]] = {
-        "torchao int8 weights": ("torchao.quantization", lambda ao, m: ao.quantize_(m, ao.Int8WeightOnlyConfig())),
-        "quanto int8 weights": ("optimum.quanto", lambda q, m: (q.quantize(m, weights=q.qint8), q.freeze(m))),
-        "SDNQ int8 weights": (
-            "sdnq",
-            lambda s, m: s.sdnq_post_load_quant(m, weights_dtype="int8", quant_conv=True, add_skip_keys=False),
-        ),
+def _others(model: nn.Module, call: Callable[[Any], Any], compiled: bool) -> dict[str, Any]:
+    """Peers, each with weights only and with what its fastest on a CPU should be; "compiled" by torch.compile."""
+
+    def torchao(config: str) -> Callable[[nn.Module], None]:
+        ao: Any = importlib.import_module("torchao.quantization")
+        return lambda m: ao.quantize_(m, getattr(ao, config)())
+
+    def quanto(**dtypes: str) -> Callable[[nn.Module], None]:
+        q: Any = importlib.import_module("optimum.quanto")
+
+        def change(m: nn.Module) -> None:
+            q.quantize(m, **{name: getattr(q, dtype) for name, dtype in dtypes.items()})
+            with q.Calibration(), torch.no_grad():
+                call(m)
+            q.freeze(m)
+
+        return change
+
+    def sdnq(**options: bool) -> Callable[[nn.Module], None]:
+        library: Any = importlib.import_module("sdnq")
+        return lambda m: library.sdnq_post_load_quant(
+            m, weights_dtype="int8", quant_conv=True, add_skip_keys=False, **options
+        )
+
+    products = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True}
+    makers: dict[str, Callable[[], Callable[[nn.Module], None]]] = {
+        "float32 compiled": lambda: lambda m: None,
+        "torchao int8 weights": lambda: torchao("Int8WeightOnlyConfig"),
+        "torchao int8 dynamic": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+        "torchao int8 dynamic compiled": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+        "quanto int8 weights": lambda: quanto(weights="qint8"),
+        "quanto int8 weights and activations": lambda: quanto(weights="qint8", activations="qint8"),
+        "SDNQ int8 weights": lambda: sdnq(),
+        "SDNQ int8 products": lambda: sdnq(**products),
+        "SDNQ int8 products compiled": lambda: sdnq(**products),
     }
-    found = {}
-    for name, (package, change) in makers.items():
+    found: dict[str, Any] = {}
+    for name, maker in makers.items():
+        if name.endswith("compiled") and not compiled:
+            continue
         try:
-            library = importlib.import_module(package)
             changed = copy.deepcopy(model)
-            change(library, changed)
-            found[name] = changed
+            maker()(changed)
+            found[name] = torch.compile(changed) if name.endswith("compiled") else changed
         except Exception as error:  # not installed, or it refuses this model
-            print(
-                f"{name}: {type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}", flush=True
-            )
+            said = str(error).splitlines()[0][:120] if str(error) else ""
+            print(f"{name}: {type(error).__name__} {said}", flush=True)
     return found
 
 
