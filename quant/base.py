@@ -40,7 +40,9 @@ class QuantMethod(Method):
     )
     split: bool = Field(False, description="apart ranges for both halves of what a skip connection joins")
     timestep_buckets: int = Field(8, ge=1, le=1000, description="static ranges of the input, by noise level")
-    observer: Literal["minmax", "mse"] = Field("mse", description="how static ranges are found")
+    observer: Literal["minmax", "mse"] = Field(
+        "minmax", description="static ranges: all that was seen, or shrunk to the least error on a sample"
+    )
     ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
     prune: PruneOption = Field(None, description="what is removed before: a prune plan, or the path of its file")
     kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")

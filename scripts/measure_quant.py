@@ -45,7 +45,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 CALIBRATED: dict[str, dict[str, Any]] = {
     "w8a8 static": {"method": "w8a8"},
     "w8a8 static, 1 bucket": {"method": "w8a8", "timestep_buckets": 1},
-    "w8a8 static, minmax": {"method": "w8a8", "observer": "minmax"},
+    "w8a8 static, mse": {"method": "w8a8", "observer": "mse"},
     "w8a8 static, smooth 0.5": {"method": "w8a8", "smooth": 0.5},
     "w8a8 static, split": {"method": "w8a8", "split": True},
     "w4a8 static": {"method": "w4a8"},

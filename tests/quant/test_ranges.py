@@ -61,7 +61,7 @@ def test_calibrating_leaves_the_pipeline_as_it_was():
 
 def test_ranges_are_those_of_the_inputs():
     pipe = tiny.make(SMALL)
-    found = calibrated(pipe, observer="minmax").of("unet")["mid_block.resnets.0.conv1"]
+    found = calibrated(pipe).of("unet")["mid_block.resnets.0.conv1"]
     seen = []
     hook = pipe.unet.mid_block.resnets[0].conv1.register_forward_pre_hook(lambda m, i: seen.append(i[0].clone()))
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
