@@ -53,11 +53,11 @@ def join(devices: int | None, device: torch.device, timeout: float) -> int:
     device.
     """
     alone = (
-        f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate "
+        "parallel needs several processes: set parallel.devices, or start them with torchrun"
+        if devices is None
+        else f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate "
         f"--devices {devices}` or `torchrun --nproc-per-node {devices}`"
     )
-    if devices is None:
-        alone = "parallel needs several processes: set parallel.devices, or start them with torchrun"
     if not dist.is_available():
         raise BackendUnavailable("this torch was built without torch.distributed, which parallel needs")
     if not dist.is_initialized():

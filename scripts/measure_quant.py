@@ -211,7 +211,7 @@ def _ranges(model: nn.Module, method: QuantMethod, call: Callable[[Any], Any]) -
     observer = Observer([layer for layer, _ in chosen(method, model)], 1)
     with observer.watching(), torch.no_grad():
         call(model)
-    return observer.ranges(method.model_copy(update={"timestep_buckets": 1, "observer": "minmax"}), {})
+    return observer.ranges(method.model_copy(update={"timestep_buckets": 1}), {})
 
 
 def _others(model: nn.Module, call: Callable[[Any], Any], compiled: bool) -> dict[str, Any]:
