@@ -28,10 +28,11 @@ from .results import NO_BENCHMARK, benchmarks, captions, explanation, pareto, pr
 
 OFF = "off"
 LIVE: dict[str, Any] = {"interactive": True}  # Gradio guesses from the static events, and Run's is none of them
-VISITORS = 8  # who are told that they wait for another picture; more wait in the queue
+VISITORS = 24  # who draw or are told that they wait; more are refused, as Cancel reaches nobody in Gradio's own queue
 PROMPT = "a large red circle above a small blue square"
+IDLE = gr.update(interactive=False)
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
-OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed")
+OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "cancel")
 SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height")
 KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
 THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
@@ -70,6 +71,14 @@ def told() -> Iterator[None]:
         traceback.print_exc()
         text = f"{type(error).__name__}: {_printable(error)[:300]}. The terminal has the details."
         raise gr.Error(escape(text), title="Something went wrong", print_exception=False) from None
+
+
+def followed(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raises gr.Error while the page is still on its way to a new preset, method or model: its methods, or the fields
+    that Run sends, are yet those of `fields`."""
+    if any(given[name] != value for name, value in fields.items()):
+        raise gr.Error("The fields of the new settings are not there yet; press Run again.", title="Too soon",
+                       print_exception=False)  # fmt: skip
 
 
 def _printable(error: object) -> str:
@@ -113,7 +122,7 @@ class Page:
                 PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt", **LIVE
             )
             run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run", interactive=False)
-            cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel")
+            cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel", interactive=False)
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
             self.inputs.update(self._asked(), prompt=prompt)
             self.inputs.update(self._levers())
@@ -131,7 +140,7 @@ class Page:
             command = gr.Code(label="Copy as command", language="shell", interactive=False, wrap_lines=True,
                               lines=2, max_lines=8, elem_id="as-command")  # fmt: skip
         self.out.update(status=status, preview=preview, slider=slider, numbers=numbers, copy=copy, python=python,
-                        command=command, seed=self.inputs["seed"])  # fmt: skip
+                        command=command, seed=self.inputs["seed"], cancel=cancel)  # fmt: skip
 
     def _asked(self) -> dict[str, Any]:
         steps_now, guidance_now = _defaults(self.models[0])
@@ -169,13 +178,15 @@ class Page:
                 found[kind] = gr.Dropdown([OFF, *registry(kind)], value=ground.method(kind) or OFF, min_width=160,
                                           label=KINDS[kind], elem_id=kind, **LIVE, info="method")  # fmt: skip
 
+        shown = gr.Textbox(ground.preset, visible="hidden", **LIVE)  # the preset that the methods are those of
+
         def methods(name: str, model: str) -> list[str]:
             with told():
-                return [Ground(name, model).method(kind) or OFF for kind in METHOD_KINDS]
+                return [*(Ground(name, model).method(kind) or OFF for kind in METHOD_KINDS), name]
 
-        preset.change(methods, [preset, self.inputs["model"]], [found[kind] for kind in METHOD_KINDS],
+        preset.change(methods, [preset, self.inputs["model"]], [*(found[kind] for kind in METHOD_KINDS), shown],
                       show_progress="hidden", api_visibility="private")  # fmt: skip
-        return found
+        return found | {"shown": shown}
 
     def _fields(self, run: Any, cancel: Any) -> None:
         """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here.
@@ -183,7 +194,7 @@ class Page:
         Cancel only asks the run to stop: `cancels=` would cut its stream, and its last update could come after that.
         """
         cancel.click(self.cancel, None, None, show_progress="hidden", api_visibility="private", queue=False)
-        names = ("model", "preset", *METHOD_KINDS)
+        names = ("model", "shown", *METHOD_KINDS)
 
         @gr.render(inputs=[self.inputs[name] for name in names], show_progress="hidden", queue=False)
         def fields(model: str, preset: str, *methods: str) -> None:
@@ -197,15 +208,12 @@ class Page:
 
             def draw(data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
                 given = {name: data[part] for name, part in self.inputs.items()}
-                if [given[name] for name in names] != [model, preset, *methods]:
-                    raise gr.Error(
-                        "The fields of the new settings are not there yet; press Run again.", title="Too soon"
-                    )
+                followed(given, dict(zip(names, (model, preset, *methods), strict=True)) | {"preset": preset})
                 yield from self.draw(given, [(*entry, data[part]) for part, entry in entries.items()], request)
 
             shared = {"show_progress": "hidden", "api_visibility": "private"}
-            gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=VISITORS,
-                  concurrency_id="easel", trigger_mode="once", **shared)  # fmt: skip
+            gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=None,
+                  trigger_mode="once", **shared)  # fmt: skip
             gr.on(None, lambda: gr.update(interactive=True), None, run, queue=False, **shared)  # now it can be heard
 
     def _section(self, ground: Ground, section: str, name: str) -> dict[Any, tuple[str, Setting]]:
@@ -229,11 +237,16 @@ class Page:
     ) -> Iterator[dict[Any, Any]]:
         """Everything the page shows while a pair of pictures is drawn, and then."""
         visitor = request.session_hash or ""
+        self.cancel(request)  # a run that the page has lost sight of
         stop = self.stops[visitor] = Event()
         try:
+            if len(self.stops) > VISITORS:
+                raise gr.Error("Too many people draw here at the moment; try again later.", title="Busy",
+                               print_exception=False)  # fmt: skip
             with told():
                 order, seed = self.order(given, entered)
-                yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False))
+                yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False),
+                                 cancel=gr.update(interactive=True))  # fmt: skip
                 with closing(self.easel.draw(order, stop)) as running:
                     for said in running:
                         if isinstance(said, Pair):
@@ -244,9 +257,9 @@ class Page:
                             picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
                             yield self.shows(status=progress(said), **picture)
         except Cancelled:
-            yield self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False))
+            yield self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False), cancel=IDLE)
         except gr.Error:
-            yield self.shows(status="", preview=gr.update(visible=False))
+            yield self.shows(status="", preview=gr.update(visible=False), cancel=IDLE)
             raise
         finally:
             if self.stops.get(visitor) is stop:  # not that of the run which followed
@@ -276,7 +289,7 @@ class Page:
             yield self.shows(
                 status=captions(pair), preview=gr.update(value=None, visible=False),
                 slider=gr.update(value=files, visible=True), numbers=explanation(pair), copy=gr.update(visible=True),
-                python=order.python(made), command=order.command(made),
+                python=order.python(made), command=order.command(made), cancel=IDLE,
             )  # fmt: skip
 
     def cancel(self, request: gr.Request) -> None:

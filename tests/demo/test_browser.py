@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -46,7 +47,7 @@ def page(tmp_path_factory) -> Iterator[Any]:
     shutil.copy(Path(__file__).resolve().parents[2] / "benchmarks" / "shapes-unet.json", folder)
     made = Page([], folder)
     blocks = made.blocks()
-    blocks.queue(max_size=4)
+    blocks.queue(max_size=16)
     _, made.address, _ = blocks.launch(
         server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, theme=THEME, css=CSS, ssr_mode=False
     )
@@ -66,6 +67,12 @@ def chrome(page) -> Iterator[Any]:
     driver.set_window_size(1200, 1000)
     yield driver
     driver.quit()
+
+
+def heard(chrome: Any) -> list[dict[str, Any]]:
+    """What the browser has asked of servers since this was called last."""
+    messages = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
+    return [message for message in messages if message["method"] == "Network.requestWillBeSent"]
 
 
 class Screen:
@@ -181,6 +188,51 @@ def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen, monkeypatc
     assert "4 steps" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_run_before_the_fields_follow_the_preset_draws_nothing_else(screen, monkeypatch, late):
+    """`late` seconds after the choice; the answers of the server take a second. Either the picture is that of the new
+    preset, or a message says that it is too soon for it."""
+    from fastdiff.demo.order import Ground
+
+    method, drawn = Ground.method, []
+    monkeypatch.setattr(Ground, "method", lambda *given: (time.sleep(0.4), method(*given))[1])
+    monkeypatch.setattr(screen.page.easel, "draw", lambda order, stop: iter([drawn.append(order.choice)][:0]))
+    screen.advanced()
+    screen.choose("preset", "lossless")
+    time.sleep(late)
+    screen.one("#run").click()
+    until(lambda: "press Run again" in screen.text("[data-testid=toast-body]"), "the message")
+    assert drawn == []
+    until(lambda: screen.one("#cache input").get_attribute("value") == "off", "no method")
+    until(lambda: screen.one("#run").click() or drawn, "the picture")
+    assert drawn[0] == {"preset": "lossless"}
+
+
+def test_cancel_reaches_who_waits_behind_many(screen, chrome):
+    """Nine others wait already; they send what this browser sent, which itself keeps six connections at most."""
+    import httpx
+
+    with screen.page.easel._lock:
+        screen.one("#run").click()
+        until(lambda: "Waiting for another picture" in screen.text("#status"), "the news that others wait")
+        asked = [message["params"]["request"] for message in heard(chrome)]
+        sent = [(request["url"], json.loads(request["postData"])) for request in asked if "postData" in request]
+        mine = next(iter(screen.page.stops))
+        for number in range(9):
+            for url, body in sent:
+                if body.get("session_hash") == mine and "fn_index" in body:
+                    assert httpx.post(url, json=body | {"session_hash": f"other{number}"}).status_code == 200
+        until(lambda: len(screen.page.stops) == 10, "all others to wait too")
+        screen.one("#cancel").click()
+        until(lambda: "Cancelled" in screen.text("#status"), "the end of this one")
+        assert {*screen.page.stops} == {f"other{number}" for number in range(9)}
+        screen.one("#run").click()
+        until(lambda: "Waiting for another picture" in screen.text("#status"), "the news that others wait")
+        for stop in list(screen.page.stops.values())[:9]:
+            stop.set()
+    screen.drawn()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -240,12 +292,6 @@ def test_on_a_phone_nothing_is_cut_off(screen, tmp_path):
 
 def test_nothing_is_fetched_from_elsewhere(screen):
     """Fonts, scripts and pictures come from this machine: the page works offline and tells nobody."""
-    import json
-
-    asked = set()
-    for entry in screen.chrome.get_log("performance"):
-        message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
-            asked.add(message["params"]["request"]["url"])
+    asked = {message["params"]["request"]["url"] for message in heard(screen.chrome)}
     outside = {url for url in asked if url.startswith(("http", "ws")) and "127.0.0.1" not in url.split("/")[2]}
     assert asked and outside == set()

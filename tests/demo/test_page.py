@@ -180,6 +180,32 @@ def test_cancel_stops_the_visitors_own_run_only(visitor):
     visitor.page.stops.clear()
 
 
+def test_run_again_without_cancel_stops_the_run_that_is_lost_sight_of(visitor):
+    earlier = visitor.page.stops["visitor"] = threading.Event()
+    visitor.run(steps=2)
+    assert earlier.is_set() and not visitor.page.stops
+
+
+def test_one_too_many_is_told_so_and_waits_in_no_queue(visitor):
+    """Cancel reaches all who wait, as none of them waits in Gradio's queue."""
+    visitor.page.stops.update({f"visitor {n}": threading.Event() for n in range(pages.VISITORS)})
+    try:
+        with pytest.raises(gr.Error, match="Too many people"):
+            visitor.run(steps=2)
+        assert len(visitor.page.stops) == pages.VISITORS
+    finally:
+        visitor.page.stops.clear()
+
+
+@pytest.mark.parametrize("late", ["preset", "cache", "quant", "model"])
+def test_run_is_refused_while_the_fields_are_those_of_other_settings(late):
+    """A preset is chosen at once, its methods come with `shown`, and their fields after that."""
+    drawn_for = {"model": "shapes-unet", "shown": "fast", "preset": "fast", "cache": "ab_cache", "quant": "off"}
+    pages.followed(drawn_for | {"prompt": "whatever"}, drawn_for)
+    with pytest.raises(gr.Error, match="press Run again"):
+        pages.followed(drawn_for | {late: "other"}, drawn_for)
+
+
 BAD = [
     ({"prompt": ""}, "prompt is empty"),
     ({"prompt": " \n\t "}, "prompt is empty"),
