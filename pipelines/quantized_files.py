@@ -107,7 +107,7 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
         plan.take_out(module, lambda parent, name, put: parent._modules.__setitem__(name, put))
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= {name: t.clone() for name, t in load_file(file).items()}  # one view would keep the whole file mapped
     origin = None if described["origin"] is None else Origin(**described["origin"])
     present = Present()
     for name, recipe in described["layers"].items():

@@ -8,7 +8,6 @@ Image k has caption k of the held-out split and seed + k; scheduler, steps and g
 from __future__ import annotations
 
 import json as jsonlib
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import fastdiff
 from fastdiff.bench import Settings, metrics, output
 from fastdiff.bench.measure import draw, to_bytes
 from fastdiff.bench.render import Tile, contact_sheet
-from fastdiff.bench.row import environment, model_name
+from fastdiff.bench.row import command, environment, model_name
 from fastdiff.errors import FastdiffError
 from fastdiff.pipelines.shapes import checker
 from fastdiff.pipelines.shapes.scenes import Scene, scenes
@@ -69,7 +68,7 @@ def main(
         "seconds_per_image": round(seconds, 3),
         "batch": batch,
         "environment": environment(pipe),
-        "command": shlex.join(["python", "scripts/evaluate_shapes.py", *sys.argv[1:]]),
+        "command": command(),
     }
     text = jsonlib.dumps(result, indent=2, allow_nan=False)
     if json is not None:

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import json as jsonlib
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 import typer
 
 from fastdiff.bench import output
+from fastdiff.bench.row import command
 from fastdiff.machine import cpu_name, package_version
 
 PROMPTS = ("a large red circle above a small blue square", "a green triangle", "two small yellow circles", "x " * 200)
@@ -43,9 +43,8 @@ def main(
     output.check([json], overwrite)
     with serving(model) as (url, process):
         result = measure(url, process, requests, clients)
-    command = shlex.join(["python", "scripts/load_serve.py", *sys.argv[1:]])
     packages = {name: package_version(name) for name in ("fastdiff", "torch", "diffusers", "fastapi", "uvicorn")}
-    result = {"model": model, **result, "cpu": cpu_name(), "packages": packages, "command": command}
+    result = {"model": model, **result, "cpu": cpu_name(), "packages": packages, "command": command()}
     text = jsonlib.dumps(result, indent=2)
     if json is not None:
         output.write(json, lambda part: part.write_text(text + "\n", encoding="utf-8"))
@@ -56,8 +55,8 @@ def main(
 def serving(model: str) -> Iterator[tuple[str, int]]:
     """A server of its own process: its address and its number."""
     options = [word for name in PRESETS for word in ("--preset", name)]
-    command = [sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    words = [sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16", *options]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield (process.stdout.readline().strip() if process.stdout else ""), process.pid
         finally:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import nn
 import fastdiff
 from fastdiff.bench import metrics, output
 from fastdiff.bench.measure import draw, to_bytes
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.config import Config
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
@@ -234,7 +233,7 @@ def main(
     work = Study(model, steps, captions, batch, fit)
     for name, config, extra in STUDIES[study](work, interval):
         row = work.row(name, config, extra)
-        row["command"] = " ".join(["python", "scripts/measure_cachequant.py", *sys.argv[1:]])
+        row["command"] = command()
         row["environment"] = environment(work.pipe)
         known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
         rows = [r for r in known if (r["model"], r["name"]) != (model, name)] + [row]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ import torch
 import typer
 
 import fastdiff
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.caching.calibration import Stopwatch
 from fastdiff.caching.unet import unet_inner
 from fastdiff.pipelines.families import anatomies
@@ -38,7 +37,7 @@ def main(
     pipe = fastdiff.load("shapes-unet")
     pipe.set_progress_bar_config(disable=True)
     claims = [*(cost_of_a_cached_step(pipe, branch, rounds) for branch in (0, 2, 4)), batched_decoding(pipe, rounds)]
-    found = {"command": " ".join(["python", *sys.argv]), "environment": environment(pipe), "claims": claims}
+    found = {"command": command(), "environment": environment(pipe), "claims": claims}
     OUTPUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for claim in claims:
         print(json.dumps(claim))

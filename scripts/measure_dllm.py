@@ -6,7 +6,6 @@ python scripts/measure_dllm.py --json benchmarks/fast_dllm.json
 from __future__ import annotations
 
 import json as jsonlib
-import shlex
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastdiff
 from fastdiff.bench import output
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.machine import package_version
 from tests.language import MASK, BlockLM, pipeline, prompt
 
@@ -46,9 +45,8 @@ def main(
 ) -> None:
     output.check([json], overwrite)
     torch.set_num_threads(1)
-    command = shlex.join(["python", "scripts/measure_dllm.py", *sys.argv[1:]])
     results = [
-        {"case": name, **_measured(block, prompt(prompt_length), CALL | call, rounds), "command": command}
+        {"case": name, **_measured(block, prompt(prompt_length), CALL | call, rounds), "command": command()}
         for name, (block, call) in CASES.items()
     ]
     text = jsonlib.dumps(results, indent=2)

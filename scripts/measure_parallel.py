@@ -10,7 +10,6 @@ cores of one machine.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from fastdiff.bench import output
 from fastdiff.bench.measure import to_bytes
 from fastdiff.bench.metrics import PSNR_CAP, psnr, ssim
 from fastdiff.bench.plan import Prompts, prompts_for
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.cli.ranks import launch
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost
 from fastdiff.pipelines.shapes import checker
@@ -216,7 +215,7 @@ def traffic(reports: list[dict[str, Any]], images: int) -> Row:
 
 def setting(pipe: Any, count: int, batch: int) -> dict[str, Any]:
     return {
-        "command": " ".join(["python", *sys.argv]), "remark": REMARK, "steps": STEPS, "guidance_scale": GUIDANCE,
+        "command": command(), "remark": REMARK, "steps": STEPS, "guidance_scale": GUIDANCE,
         "captions": count, "batch": batch, "seeds": f"{SEED} + number of the caption", "environment": environment(pipe),
     }  # fmt: skip
 

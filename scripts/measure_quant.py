@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff.bench import output
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.config import Config
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.quantize import calibrate_ranges
@@ -106,12 +105,8 @@ def _calibrated(study: Study, name: str, settings: dict[str, Any]) -> str:
 def _add(file: Path, row: dict[str, Any], pipe: Any) -> None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
     rows = [old for old in known["rows"] if (old["model"], old["name"]) != (row["model"], row["name"])]
-    found = {"command": command(), "environment": environment(pipe), "rows": [*rows, row]}
+    found = known | {"command": command(), "environment": environment(pipe), "rows": [*rows, row]}
     output.write(file, lambda part: part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"))
-
-
-def command() -> str:
-    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 @app.command()

@@ -15,6 +15,7 @@ import torch
 
 import fastdiff
 from fastdiff.bench import output
+from fastdiff.bench.row import command
 from fastdiff.config import presets
 from fastdiff.pipelines.loading import CALL_DEFAULTS
 from fastdiff.strip import cells
@@ -27,7 +28,7 @@ SHORT = {"computed": "c", "partly": "b", "predicted": "p", "cached": "r"}  # r: 
 def main() -> int:
     torch.set_num_threads(1)
     found = {
-        "command": "python scripts/measure_steps.py",
+        "command": command(),
         "prompt": PROMPT,
         "seed": SEED,
         "letters": {letter: kind for kind, letter in SHORT.items()},

@@ -6,9 +6,7 @@ python scripts/overhead.py --json benchmarks/overhead.json
 from __future__ import annotations
 
 import json as jsonlib
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +17,7 @@ import typer
 
 import fastdiff
 from fastdiff.bench import output
-from fastdiff.bench.row import environment
+from fastdiff.bench.row import command, environment
 from fastdiff.pipelines.loading import embedded
 
 
@@ -32,8 +30,7 @@ def main(
     output.check([json], overwrite)
     torch.set_num_threads(1)
     results = [_measured(name, rounds, steps) for name in embedded()]
-    command = shlex.join(["python", "scripts/overhead.py", *sys.argv[1:]])
-    text = jsonlib.dumps([{**result, "command": command} for result in results], indent=2)
+    text = jsonlib.dumps([{**result, "command": command()} for result in results], indent=2)
     if json is not None:
         output.write(json, lambda part: part.write_text(text + "\n", encoding="utf-8"))
     print(text)

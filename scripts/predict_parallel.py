@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.bench import output
+from fastdiff.bench.row import command
 from fastdiff.parallel.planner import A100, Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call
 from fastdiff.pipelines.families import FAMILIES, recognise
@@ -92,7 +92,7 @@ def main(
         "what": "PREDICTIONS for machines that were not measured; only published_seconds and published_speedup were "
         "measured, by the papers. Denoising alone; a rank's computation is its share of the operations and an overhead "
         "fitted to DistriFusion's table on A100 (assumed for Flux on H100 too).",
-        "command": shlex.join(["python", "scripts/predict_parallel.py", *sys.argv[1:]]),
+        "command": command(),
         "overhead_seconds_a_step": {"fixed": A100.fixed, "per_megapixel": round(A100.per_pixel * 2**20, 6)},
         "rows": rows,
     }  # fmt: skip

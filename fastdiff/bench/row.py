@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +68,13 @@ def model_name(pipe: Any) -> str:
     """Embedded name, hub id, or the last part of a local path: the rest of it is nobody's business."""
     source = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     return embedded_name(pipe) or (Path(source).name if Path(source).exists() else source)
+
+
+def command() -> str:
+    """What a script was called with, so that it can be called again: files of this directory without its path."""
+    here = Path.cwd()
+    words = [word[len(str(here)) + 1 :] if Path(word).is_relative_to(here) else word for word in sys.argv]
+    return shlex.join(["python", *words])
 
 
 def environment(pipe: Any) -> dict[str, Any]:
