@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.clock import Step
 
 from .bus import SMALL, Bus, Pending
-from .codec import Codec, Wire, raw
+from .codec import Codec, Wire
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Exchange:
         self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
         step: Step,
     ) -> None:  # fmt: skip
-        messages, sizes = self._packed(slot, sends, shapes, dtype)
+        messages, sizes = self._packed(slot, sends, shapes, dtype, later=True)
         slot.sent = step.index
         if self.bundle is not None:
             slot.flight, slot.offsets = self.bundle.add(self.layer, messages, sizes)
@@ -138,8 +138,9 @@ class Exchange:
             slot.flight.pending = self.bus.post(self.kind, self.layer, messages, sizes, later=True)
 
     def _packed(
-        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype
-    ) -> tuple[dict[int, Tensor], dict[int, int]]:
+        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
+        later: bool = False,
+    ) -> tuple[dict[int, Tensor], dict[int, int]]:  # fmt: skip
         messages: dict[int, Tensor] = {}
         packed: dict[int, Tensor] = {}  # what several peers get alike is coded once
         for peer, value in sends.items():
@@ -147,7 +148,9 @@ class Exchange:
             if id(value) in packed and self.codec != "residual":
                 messages[peer] = packed[id(value)]
             else:
-                messages[peer] = packed[id(value)] = raw(value).clone() if self.codec == "raw" else wire.pack(value)
+                message = wire.pack(value)
+                # what leaves while the layers go on must not change under way
+                messages[peer] = packed[id(value)] = message.clone() if later and self.codec == "raw" else message
         wires = {peer: slot.into.setdefault(peer, Wire(self.codec)) for peer in shapes}
         return messages, {peer: wires[peer].size(shape, dtype) for peer, shape in shapes.items()}
 

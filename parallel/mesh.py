@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from fastdiff.errors import BackendUnavailable, BadConfig
-
-AXES = ("cfg", "step", "patch")
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,16 @@ class Topology:
 
     def place(self, axis: str) -> int:
         """Where this rank is on one axis."""
-        return self._places(self.rank)[AXES.index(axis)]
+        return self.rank // self._stride(axis) % getattr(self, axis)
 
     def group(self, axis: str) -> list[int]:
         """The ranks that differ from this one on one axis only, in order, this one among them."""
-        own, number = self._places(self.rank), AXES.index(axis)
-        same = [rank for rank in range(self.size) if self._beside(self._places(rank), own, number)]
-        return sorted(same, key=lambda rank: self._places(rank)[number])
+        stride = self._stride(axis)
+        first = self.rank - self.place(axis) * stride
+        return [first + k * stride for k in range(getattr(self, axis))]
 
-    @staticmethod
-    def _beside(one: Sequence[int], other: Sequence[int], free: int) -> bool:
-        return all(a == b for axis, (a, b) in enumerate(zip(one, other, strict=True)) if axis != free)
-
-    def _places(self, rank: int) -> tuple[int, int, int]:
-        return rank // (self.step * self.patch), rank // self.patch % self.step, rank % self.patch
+    def _stride(self, axis: str) -> int:
+        return {"cfg": self.step * self.patch, "step": self.patch, "patch": 1}[axis]
 
 
 def join(devices: int | None, device: torch.device, timeout: float) -> int:

@@ -20,6 +20,7 @@ from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus
+from .recompute import Call, recompute
 from .split import Forward
 
 
@@ -57,8 +58,8 @@ class Cycle:
 
     def _start(self, run: Run | None) -> None:
         self.known: list[tuple[float, Tensor]] = []  # time and output (guidance applied) of the newest true steps
-        self._calls: list[tuple[tuple, dict]] = []  # the solver's arguments since the cycle began
-        self._own: dict[int, tuple[Any, Tensor]] = {}
+        self._passed: list[tuple[tuple, dict, Tensor, list[Call]]] = []  # each step of the cycle: what the solver got
+        self._calls: list[Call] = []  # of the denoiser in this step
         self._before: dict[str, Any] = {}
 
     def attach(self, anatomy: Anatomy, patches: PatchSet) -> None:
@@ -72,11 +73,14 @@ class Cycle:
             step = self.clock.now
             if step is None or self.bus.alone or self._turn(step.index) or step.branch not in last:
                 output = forward(*args, **kwargs)
-                if step is not None:
-                    last[step.branch] = output
-                return output
-            self.recorder.elsewhere()
-            return pytree.tree_map_only(Tensor, torch.clone, last[step.branch])  # what the solver is given is replaced
+                if step is None:
+                    return output
+                last[step.branch] = output
+            else:
+                self.recorder.elsewhere()
+                output = pytree.tree_map_only(Tensor, torch.clone, last[step.branch])  # the solver's own is replaced
+            self._calls.append((forward, args, kwargs, output))
+            return output
 
         return computed
 
@@ -87,13 +91,14 @@ class Cycle:
         run, index = self.clock.run, self.clock.index
         assert run is not None
         output, args, kwargs = _output(args, kwargs)
+        calls, self._calls = self._calls, []
         if index < self.warmup or self.bus.alone:
             self._learn(run, index, output)
             return method(output, *args, **kwargs)
         place = (index - self.warmup) % self.length
         if place == 0:
-            self._calls, self._before = [], self._state(method)
-        self._calls.append((args, kwargs))
+            self._passed, self._before = [], self._state(method)
+        self._passed.append((args, kwargs, output, calls))
         if place == self.place:
             self._mine = output
         ends = place == self.length - 1 or index == run.total - 1
@@ -102,21 +107,31 @@ class Cycle:
         return self._replay(method, run, index - place, output)
 
     def _replay(self, method: Callable[..., Any], run: Run, begin: int, like: Tensor) -> Any:
-        """The cycle's steps again, with the outputs of all ranks."""
-        count = len(self._calls)
+        """The cycle's steps again, with the outputs of all ranks; without them, with what this rank alone computes."""
+        count = len(self._passed)
         own = self._mine if self.place < count else torch.zeros_like(like)
+        told: list[Tensor] | None = None
         try:
             told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
         except PeerLost as error:
             self.lost(error)
-            told = [own if k == self.place else self._predicted(run, begin + k) for k in range(count)]
         vars(method.__self__).update(self._before)  # type: ignore[attr-defined]
         result: Any = None
-        for k, (args, kwargs) in enumerate(self._calls):
+        for k, (args, kwargs, output, calls) in enumerate(self._passed):
+            given = latents = _sample(method, args, kwargs)
             if result is not None:
-                args, kwargs = _sampled(method, args, kwargs, result)
-            result = method(told[k], *args, **kwargs)
-            self._learn(run, begin + k, told[k])
+                latents = result[0] if isinstance(result, tuple) else result.prev_sample
+                args, kwargs = _with_sample(method, args, kwargs, latents)
+            if told is not None:
+                output = told[k]
+            elif k or self.place:  # the first step's latents were no guess
+                again = recompute(calls, given, output, latents)
+                if again is None:
+                    self.recorder.note(f"step {begin + k}, which was lost with a rank, stayed a guess")
+                    again = own if k == self.place else self._predicted(run, begin + k)
+                output = again
+            result = method(output, *args, **kwargs)
+            self._learn(run, begin + k, output)
         return result
 
     def _state(self, method: Callable[..., Any]) -> dict[str, Any]:
@@ -142,12 +157,19 @@ def _output(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs["model_output"], args, {name: value for name, value in kwargs.items() if name != "model_output"}
 
 
-def _sampled(method: Callable[..., Any], args: tuple, kwargs: dict, result: Any) -> tuple[tuple, dict]:
-    """The arguments of a solver's step (without the output) with the latents that the step before gave."""
+def _sample_place(method: Callable[..., Any]) -> int:
+    """Where the latents are among a solver's arguments, without the output."""
     import inspect
 
-    latents = result[0] if isinstance(result, tuple) else result.prev_sample
+    return list(inspect.signature(method).parameters).index("sample") - 1
+
+
+def _sample(method: Callable[..., Any], args: tuple, kwargs: dict) -> Tensor:
+    return kwargs["sample"] if "sample" in kwargs else args[_sample_place(method)]
+
+
+def _with_sample(method: Callable[..., Any], args: tuple, kwargs: dict, latents: Tensor) -> tuple[tuple, dict]:
     if "sample" in kwargs:
         return args, {**kwargs, "sample": latents}
-    place = list(inspect.signature(method).parameters).index("sample") - 1
+    place = _sample_place(method)
     return (*args[:place], latents, *args[place + 1 :]), kwargs

@@ -15,14 +15,14 @@ from fastdiff.errors import PeerLost
 from .checks import latents, moved, pipeline
 
 
-def _lost(rank: int, last: int, name: str, how: signal.Signals, steps: int = 6, **parallel: Any) -> list[Any]:
-    """The last rank goes in the middle: what the others get, and how long they waited for it."""
+def _lost(rank: int, last: int, name: str, how: signal.Signals, at: int = 2, **parallel: Any) -> list[Any]:
+    """The last rank goes after step `at`: what the others get, and how long they waited for it."""
     pipe = pipeline(name)
-    alone = latents(pipe, name, steps)
+    alone = latents(pipe, name, 6)
     began = [0.0]
 
     def goes(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-        if step == 2:
+        if step == at:
             began[0] = time.monotonic()
             if rank == last:
                 os.kill(os.getpid(), how)
@@ -30,11 +30,11 @@ def _lost(rank: int, last: int, name: str, how: signal.Signals, steps: int = 6, 
 
     handle = fastdiff.accelerate(pipe, parallel=parallel)
     try:
-        found = latents(pipe, name, steps, callback_on_step_end=goes)
+        found = latents(pipe, name, 6, callback_on_step_end=goes)
     except PeerLost as error:
         waited = time.monotonic() - began[0]
         handle.restore()
-        assert torch.equal(latents(pipe, name, steps), alone), "the pipeline is clean"
+        assert torch.equal(latents(pipe, name, 6), alone), "the pipeline is clean"
         return ["PeerLost", str(error), waited]
     return ["finished", handle.report.notes, moved(found, alone)]
 
@@ -68,4 +68,4 @@ def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 10, method="parastep", warmup_steps=1, on_peer_loss="local")
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
