@@ -66,7 +66,7 @@ class Reference:
 
 
 KERNELS: Sequence[Kernel] = (
-    ScaledMM(), IntMM(), TritonW4(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127), TorchAO(), Reference(),
+    ScaledMM(), TritonW4(), IntMM(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127), TorchAO(), Reference(),
 )  # fmt: skip
 AUTOMATIC = tuple(kernel.name for kernel in KERNELS if kernel.name != "torchao")
 

@@ -1,4 +1,4 @@
-"""8 bit on NVIDIA GPUs through PyTorch's own matrix products. Written against their documentation and never run.
+"""8 bit on NVIDIA GPUs through PyTorch's own matrix products. Run by the tests on CPUs, never on a GPU.
 
 `_scaled_mm`: E4M3 times E4M3 with a scale for each row and column (compute capability 8.9, row scales 9.0), bfloat16
 result. `_int_mm`: int8 times int8 to int32, more than 16 rows, sizes in multiples of 8; the scales that follow are one
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import rows_of
+from .activations import Levels, rows_of
 from .layers import QLayer, as_output, as_product, reference
 from .packing import Integers
 
@@ -87,11 +87,20 @@ class IntMM(Product):
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
         weight, scale, sums = packed
         levels = layer.levels(x, 255)
-        signed = (levels.q ^ 128).view(torch.int8)  # q - 128
-        missing = max(0, 17 - len(signed))
-        padded = torch.nn.functional.pad(signed, (0, 0, 0, missing)) if missing else signed
-        whole = torch._int_mm(padded, weight)[: len(signed)]
-        y = (whole + (128 - levels.zero) * sums) * (scale * levels.scale)
+        rows = signed(levels)
+        missing = max(0, 17 - len(rows))
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        y = scaled(torch._int_mm(padded, weight)[: len(rows)], levels, scale, sums)
         if layer.bias is not None:
             y = y + layer.bias
         return as_output(y.to(x.dtype), x)
+
+
+def signed(levels: Levels) -> Tensor:
+    """Levels less 128, as int8."""
+    return (levels.q ^ 128).view(torch.int8)
+
+
+def scaled(product: Tensor, levels: Levels, scale: Tensor, sums: Tensor) -> Tensor:
+    """The float result of an int32 product [n, outputs] of signed levels; sums: of each output's integers."""
+    return (product + (128 - levels.zero) * sums) * (scale * levels.scale)

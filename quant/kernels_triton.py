@@ -1,8 +1,8 @@
-"""4-bit weights on NVIDIA GPUs: a Triton product that unpacks them on the way. Written with care and never run.
+"""4-bit weights on NVIDIA GPUs: Triton products that unpack them on the way, so that memory holds 4 bits.
 
 Each program makes a tile [BM, BN] of y = x w^T and goes along the inputs a group at a time, so that a tile of weights
-has one scale for each output. W4A16 dequantizes the tile to the type of x and sums in float32; W4A8 does not come
-here: its weights are unpacked to 8 bits once, for `int_mm`.
+has one scale for each output. W4A16 dequantizes the tile to the type of x and sums in float32; W4A8 unpacks it to
+8-bit integers and sums in int32. Compiled for GPUs and run in Triton's interpreter by the tests; never run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,36 +13,48 @@ import torch
 from torch import Tensor
 
 from .activations import rows_of
-from .kernels_cuda import Product, lacks_cuda
+from .kernels_cuda import Product, lacks_cuda, scaled, signed
 from .layers import QLayer, as_output, as_product
-from .packing import group_of, power_of_two
+from .packing import Integers, group_of, power_of_two
+
+_TILE = 64
 
 
 class TritonW4(Product):
-    """W4A16 of linear layers, and convolutions of one pixel."""
+    """W4A16 and W4A8 of linear layers, and of convolutions of one pixel."""
 
     name = "triton"
 
     def refuses(self, layer: QLayer) -> str | None:
-        if layer.recipe.format != "int4" or layer.recipe.activations != "none":
-            return "computes grouped 4-bit weights with float activations only"
+        smallest = {("int4", "none"): 16, ("dual4", "int8"): 32}.get((layer.recipe.format, layer.recipe.activations))
+        if smallest is None:
+            return "computes grouped 4-bit weights only"
         size = group_of(layer.matrix_shape[1], layer.recipe.group)[0]
-        if size < 16 or size > 128 or size != power_of_two(size):
-            return f"needs groups of 16, 32, 64 or 128, not {size}"
+        if size < smallest or size > 128 or size != power_of_two(size):
+            return f"needs groups of {'16, ' * (smallest == 16)}32, 64 or 128, not {size}"
         return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
 
-    def pack(self, layer: QLayer) -> Any:
-        from .triton_program import product
-
-        return product
+    def pack(self, layer: QLayer) -> Tensor | None:
+        """The weight stays as it is; for a zero point, its sums over the inputs."""
+        tensors, form = layer.tensors(), layer.format
+        return form.eight_bits(tensors, layer.matrix_shape[1]).sum(-1).float() if isinstance(form, Integers) else None
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
-        rows, tensors = rows_of(layer.smoothed(x)).contiguous(), layer.tensors()
-        (outputs, inputs), groups = layer.matrix_shape, tensors["scale"].shape[1]
-        y = torch.empty(len(rows), outputs, dtype=torch.float32, device=x.device)
-        size = group_of(inputs, layer.recipe.group)[0]
-        grid = (-(-len(rows) // 64), -(-outputs // 64))
-        packed[grid](rows, tensors["q"], tensors["scale"], y, len(rows), outputs, inputs, groups, 64, 64, size)
+        from . import triton_program as program
+
+        (outputs, inputs), tensors = layer.matrix_shape, layer.tensors()
+        size, groups = group_of(inputs, layer.recipe.group)
+        levels = None if packed is None else layer.levels(x, 255)
+        rows = rows_of(layer.smoothed(x)).contiguous() if levels is None else signed(levels)
+        kind = torch.float32 if levels is None else torch.int32
+        y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
+        grid = (-(-len(rows) // _TILE), -(-outputs // _TILE))
+        product, fine = (program.floats, "scale") if levels is None else (program.integers, "group")
+        product[grid](
+            rows, tensors["q"], tensors[fine], y, len(rows), outputs, inputs, groups, _TILE, _TILE, size
+        )  # fmt: skip
+        if levels is not None:
+            y = scaled(y, levels, tensors["scale"], packed)
         if layer.bias is not None:
             y += layer.bias
         return as_output(y.to(x.dtype), x)
