@@ -30,6 +30,7 @@ OFF = "off"
 LIVE: dict[str, Any] = {"interactive": True}  # Gradio guesses from the static events, and Run's is none of them
 VISITORS = 24  # who draw or are told that they wait; more are refused, as Cancel reaches nobody in Gradio's own queue
 PROMPT = "a large red circle above a small blue square"
+HEARD = "() => ({__type__: 'update', interactive: true})"
 IDLE = gr.update(interactive=False)
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
 OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "cancel")
@@ -111,12 +112,12 @@ class Page:
         with gr.Blocks(title="fastdiff", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.Markdown("# fastdiff\nThe same picture from the same seed, without and with acceleration.")
             with gr.Tab("Draw"):
-                self._drawing()
+                self._drawing(page)
             with gr.Tab("Benchmark"):
                 self._benchmark(page)
         return page
 
-    def _drawing(self) -> None:
+    def _drawing(self, page: gr.Blocks) -> None:
         with gr.Row(elem_id="ask"):
             prompt = gr.Textbox(
                 PROMPT, label="Prompt", lines=1, max_lines=4, scale=5, min_width=150, elem_id="prompt", **LIVE
@@ -126,7 +127,7 @@ class Page:
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
             self.inputs.update(self._asked(), prompt=prompt)
             self.inputs.update(self._levers())
-            self._fields(run, cancel)
+            self._fields(page, run, cancel)
         status = gr.HTML("", elem_id="status", container=False)
         preview = gr.Image(label="Preview of the latents", alt_text="preview", format="png", interactive=False,
                            visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
@@ -188,15 +189,17 @@ class Page:
                       show_progress="hidden", api_visibility="private")  # fmt: skip
         return found | {"shown": shown}
 
-    def _fields(self, run: Any, cancel: Any) -> None:
+    def _fields(self, page: gr.Blocks, run: Any, cancel: Any) -> None:
         """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here.
 
         Cancel only asks the run to stop: `cancels=` would cut its stream, and its last update could come after that.
         """
         cancel.click(self.cancel, None, None, show_progress="hidden", api_visibility="private", queue=False)
         names = ("model", "shown", *METHOD_KINDS)
+        by_hand = [self.inputs[kind].input for kind in METHOD_KINDS]  # those that a preset sets come with `shown`
+        changes = [page.load, self.inputs["model"].change, self.inputs["shown"].change, *by_hand]
 
-        @gr.render(inputs=[self.inputs[name] for name in names], show_progress="hidden", queue=False)
+        @gr.render([self.inputs[name] for name in names], triggers=changes, show_progress="hidden", queue=False)
         def fields(model: str, preset: str, *methods: str) -> None:
             entries: dict[Any, tuple[str, Setting]] = {}
             with told():
@@ -214,7 +217,7 @@ class Page:
             shared = {"show_progress": "hidden", "api_visibility": "private"}
             gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=None,
                   trigger_mode="once", **shared)  # fmt: skip
-            gr.on(None, lambda: gr.update(interactive=True), None, run, queue=False, **shared)  # now it can be heard
+            gr.on(None, None, None, run, js=HEARD, **shared)  # now it can be
 
     def _section(self, ground: Ground, section: str, name: str) -> dict[Any, tuple[str, Setting]]:
         """The fields of one lever, with where each belongs."""

@@ -188,15 +188,15 @@ def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen, monkeypatc
     assert "4 steps" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
-@pytest.mark.parametrize("late", [0.0, 0.5])
+@pytest.mark.parametrize("late", [0.0, 1.5])
 def test_run_before_the_fields_follow_the_preset_draws_nothing_else(screen, monkeypatch, late):
-    """`late` seconds after the choice; the answers of the server take a second. Either the picture is that of the new
+    """`late` seconds after the choice, whose methods take longer to come. Either the picture is that of the new
     preset, or a message says that it is too soon for it."""
     from fastdiff.demo.order import Ground
 
     method, drawn = Ground.method, []
-    monkeypatch.setattr(Ground, "method", lambda *given: (time.sleep(0.4), method(*given))[1])
-    monkeypatch.setattr(screen.page.easel, "draw", lambda order, stop: iter([drawn.append(order.choice)][:0]))
+    monkeypatch.setattr(Ground, "method", lambda *given: (time.sleep(0.8), method(*given))[1])
+    monkeypatch.setattr(screen.page.easel, "draw", lambda order, stop: (None for _ in drawn.append(order.choice) or ()))
     screen.advanced()
     screen.choose("preset", "lossless")
     time.sleep(late)
