@@ -80,7 +80,9 @@ class Crew:
             if self.bus.alone:
                 return plain(*args, **kwargs)
             try:
-                return forward(*args, **kwargs)
+                picture = forward(*args, **kwargs)
+                self._report()  # with what decoding sent
+                return picture
             except PeerLost as error:
                 self._lost(error)
                 return plain(*args, **kwargs)
@@ -163,9 +165,9 @@ class Crew:
             self.bus.abort()
             return
         self.bus.settle()
-        self._report(run)
+        self._report()
 
-    def _report(self, run: Run) -> None:
+    def _report(self) -> None:
         report, traffic = self.recorder.report, self.bus.traffic
         solved = self.clock.solved
         latents = solved[0] if isinstance(solved, tuple) else getattr(solved, "prev_sample", None)

@@ -46,8 +46,8 @@ def join(devices: int | None, device: torch.device, timeout: float) -> int:
     device.
     """
     alone = (
-        "parallel needs several processes: set parallel.devices, or start them with torchrun"
-        if devices is None
+        "parallel needs several processes: set parallel.devices to 2 or more, or start them with torchrun"
+        if devices in (None, 1)
         else f"parallel.devices = {devices}, but this is a single process; start {devices} with `fastdiff generate "
         f"--devices {devices}` or `torchrun --nproc-per-node {devices}`"
     )

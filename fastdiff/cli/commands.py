@@ -101,6 +101,10 @@ def generate(
     from . import settings  # from here on torch is needed
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
+    if timeline is not None:
+        from .timeline import check_timeline
+
+        check_timeline(timeline, layers, overwrite=overwrite)
 
     from . import studio
 

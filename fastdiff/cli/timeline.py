@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,24 @@ from fastdiff.bench import output
 from fastdiff.errors import BadConfig
 
 if TYPE_CHECKING:
+    from fastdiff.config import Layer
     from fastdiff.pipelines.accelerate import Accelerated
 
 KINDS = ("compute", "transfer", "wait")
 
 
-def write_timeline(fast: Accelerated, path: Path, *, overwrite: bool = False) -> None:
-    """Rows of all ranks in the last run, written by rank 0. Raises BadConfig for a run without ranks."""
-    if fast.crew is None:
+def check_timeline(path: Path, layers: Sequence[Layer], *, overwrite: bool) -> None:
+    """Raises BadConfig, before anything is drawn, for a timeline that cannot be written."""
+    if path.suffix not in (".json", ".png"):
+        raise BadConfig(f"--timeline {path}: end the name in .json or .png")
+    if not any(values.get("parallel") for _, values in layers):
         raise BadConfig("--timeline shows what ranks do; it needs a parallel method")
+    output.check([path], overwrite)
+
+
+def write_timeline(fast: Accelerated, path: Path, *, overwrite: bool = False) -> None:
+    """Rows of all ranks in the last run, written by rank 0."""
+    assert fast.crew is not None
     told = fast.crew.bus.tell(events(fast))
     if fast.rank:
         return

@@ -78,7 +78,7 @@ def test_one_process_is_refused_with_the_numbers(model: str, tmp_path: Path) -> 
         in done.stderr
     )
     done = call(tmp_path, "generate", "a cat", "-m", model, *PATCH)
-    assert done.returncode == 2 and "set parallel.devices, or start them with torchrun" in done.stderr
+    assert done.returncode == 2 and "set parallel.devices to 2 or more, or start them with torchrun" in done.stderr
 
 
 def test_a_mistake_is_told_once(model: str, tmp_path: Path) -> None:
@@ -111,6 +111,33 @@ def test_bad_settings_start_nothing(
     sets = [part for word in words for part in ("--set", word)]
     done = cli("generate", "a cat", "-m", model, *sets, "--devices", "3")
     assert done.code == 2 and reason in done.err
+
+
+def test_one_device_is_no_parallel_run(
+    cli,  # noqa: F811
+    model: str,
+) -> None:
+    done = cli("generate", "a cat", "-m", model, *PATCH, "--devices", "1")
+    assert done.code == 2 and "set parallel.devices to 2 or more" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((*PATCH, "--timeline", "t.txt"), "--timeline t.txt: end the name in .json or .png"),
+        ((*PATCH, "--timeline", "none/t.json"), "directory 'none' does not exist"),
+        (("--timeline", "t.json"), "--timeline shows what ranks do; it needs a parallel method"),
+    ],
+    ids=str,
+)
+def test_a_timeline_that_cannot_be_is_refused_before_anything_is_drawn(
+    cli,  # noqa: F811
+    model: str,
+    words: tuple[str, ...],
+    reason: str,
+) -> None:
+    done = cli("generate", "a cat", "-m", model, *words)
+    assert done.code == 2 and reason in done.err and list(Path.cwd().iterdir()) == []
 
 
 def test_devices_need_a_method(

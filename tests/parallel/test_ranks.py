@@ -115,7 +115,8 @@ def test_an_exception_ends_all_ranks() -> None:
 
 
 def test_a_single_process_is_refused() -> None:
-    assert told(1, "alone") == ["parallel needs several processes: set parallel.devices, or start them with torchrun"]
+    (said,) = told(1, "alone")
+    assert said == "parallel needs several processes: set parallel.devices to 2 or more, or start them with torchrun"
 
 
 REASONS = {
