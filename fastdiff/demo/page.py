@@ -199,7 +199,8 @@ class Page:
         by_hand = [self.inputs[kind].input for kind in METHOD_KINDS]  # those that a preset sets come with `shown`
         changes = [page.load, self.inputs["model"].change, self.inputs["shown"].change, *by_hand]
 
-        @gr.render([self.inputs[name] for name in names], triggers=changes, show_progress="hidden", queue=False)
+        # one at a time: two at once take each other's parts away
+        @gr.render([self.inputs[name] for name in names], changes, concurrency_limit=1, show_progress="hidden")
         def fields(model: str, preset: str, *methods: str) -> None:
             entries: dict[Any, tuple[str, Setting]] = {}
             with told():
