@@ -42,6 +42,7 @@ class Session:
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
         self.agree: Callable[[Tensor], Tensor] | None = None  # makes a reading the same on all ranks
+        self.own: Callable[[Run], list[int]] | None = None  # the steps of a run that this rank computes, if not all
         self._branches: dict[int, list[Memory]] = {}
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
@@ -71,8 +72,10 @@ class Session:
 
     def _start(self, run: Run) -> None:
         self._branches, self._shapes = {}, {}
-        self.masks = [self.method.guarded_mask(run, region) for region in self.regions]
-        self._needed = [None if mask is None else needed(mask, self.method.order) for mask in self.masks]
+        own = self.own(run) if self.own is not None else list(range(run.total))
+        masks = [self.method.guarded_mask(run.only(own), region) for region in self.regions]
+        self.masks = [_placed(mask, own, run.total) for mask in masks]
+        self._needed = [_placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
         self._weigh = self.method.weigher(run)
         self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
         for note in self.method.notes(run, self.anatomy):
@@ -317,6 +320,14 @@ class Session:
     def hidden(self, index: int) -> bool:
         """Whether every region is skipped at a step, which is known before it for static methods only."""
         return bool(self.masks) and not any(mask is None or mask[index] for mask in self.masks)
+
+
+def _placed(mask: list[bool] | None, own: Sequence[int], total: int) -> list[bool] | None:
+    """A mask of this rank's own steps, as one of all; the others are computed, or not its business."""
+    if mask is None:
+        return None
+    known = dict(zip(own, mask, strict=True))
+    return [known.get(index, True) for index in range(total)]
 
 
 def needed(mask: Sequence[bool], order: int) -> list[bool]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import pairwise
 from types import MethodType
@@ -46,6 +46,11 @@ class Run:
     @property
     def total(self) -> int:
         return len(self.timesteps)
+
+    def only(self, steps: Sequence[int]) -> Run:
+        """A run of some of the steps."""
+        timesteps, sigmas = ([axis[i] for i in steps] for axis in (self.timesteps, self.sigmas))
+        return replace(self, timesteps=tuple(timesteps), sigmas=tuple(sigmas), _axes={})
 
     def coordinates(self, kind: str) -> tuple[float, ...]:
         """Positions of the evaluations on one axis: step, timestep, sigma or logsnr; strictly monotone or steps."""

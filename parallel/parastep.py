@@ -84,6 +84,10 @@ class Cycle:
 
         return computed
 
+    def own(self, run: Run) -> list[int]:
+        """The steps that this rank computes."""
+        return [index for index in range(run.total) if self._turn(index)]
+
     def _turn(self, index: int) -> bool:
         return index < self.warmup or (index - self.warmup) % self.length == self.place
 

@@ -122,6 +122,7 @@ class Accelerated:
             session.attach(patches)
             if crew is not None:
                 session.agree = crew.agrees
+                session.own = crew.cycle.own if crew.cycle is not None else None
                 crew.forget.append(session.forget)
         if outside is not None:
             outside(patches)

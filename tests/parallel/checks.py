@@ -283,6 +283,7 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
         pipe = pipeline(name)
         handle = fastdiff.accelerate(pipe, cache=CACHES[cache])
         alone, skipped = latents(pipe, name, 6), handle.report.cached
+        pattern = handle.report.branches[0]
         assert skipped >= 1, (name, cache)
         for method in ("patch", "distrifusion", "pcpp", "cfg", "ulysses", "parastep"):
             if (method == "ulysses" and name in tiny.UNETS) or (method == "cfg" and ranks != 2):
@@ -296,6 +297,10 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
                 assert moved(result, alone) < 1e-11, (name, cache, method, moved(result, alone))
             if method != "parastep":
                 assert report.cached == skipped
+            elif CACHES[cache].get("interval") == 2:  # a rank's own steps count, not those between
+                for states in report.branches.values():
+                    own = [state for state in states if state != "absent"]
+                    assert own == pattern[: len(own)], (name, cache, states)
         handle.restore()
     return found
 
