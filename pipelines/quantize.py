@@ -24,8 +24,10 @@ from fastdiff.quant.calls import Calls
 from fastdiff.quant.flexround import FlexRound
 from fastdiff.quant.halves import halves
 from fastdiff.quant.install import QuantReport
-from fastdiff.quant.mixed import Mixed
+from fastdiff.quant.mixed import BitPlan, Mixed
 from fastdiff.quant.observe import Observer, edges_of
+from fastdiff.quant.prune import PrunePlan
+from fastdiff.quant.pruning import prune
 from fastdiff.quant.sensitivity import weights
 from fastdiff.quant.standing import Standing
 
@@ -34,6 +36,8 @@ from .calibrate import Watch, draw_all, hear
 from .conditions import corrupted
 from .families import Anatomy, anatomies
 from .loading import embedded_name
+from .mixed import plan_bits
+from .prune import plan_pruning
 from .quantizing import print_of, quantize_parts, targets
 
 
@@ -119,6 +123,11 @@ def quantize(
         if calls is None:
             raise BadConfig("mixed measures the denoiser's layers: give prompts, or a plan of bits as quant.plan")
         method = method.planned(found[0], calls, watch)
+    if isinstance(method.prune, float):
+        if calls is None:
+            raise BadConfig(f"quant.prune = {method.prune:g} measures the denoiser: give prompts, or a plan")
+        plan = prune(found[0], calls, max_error=method.prune**2, watch=watch)
+        method = method.model_copy(update={"prune": plan})
     learned = learned_by(method, calls)
     float_ms = None if calls is None else _milliseconds(calls)
     predicted = _predicted(method, calls) if calls is not None and predict else None
@@ -142,6 +151,23 @@ def _predicted(method: QuantMethod, calls: Calls) -> float:
         with weights({layer.layer: build(layer.layer, recipe, Present()).weight.clone()}):
             total += calls.error()
     return total**0.5
+
+
+def plan(
+    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4,
+    watch: Watch | None = None, **call: Any,
+) -> BitPlan | PrunePlan:  # fmt: skip
+    """What `quantize` plans before it begins: what `prune`, a number, removes, or the bits of `mixed`.
+
+    Raises BadConfig for a method that plans nothing.
+    """
+    if isinstance(method.prune, float):
+        return plan_pruning(pipe, prompts, max_error=method.prune**2, seed=seed, batch=batch, watch=watch, **call)
+    if isinstance(method, Mixed) and method.plan is None:
+        planned = plan_bits(pipe, method, prompts, seed=seed, batch=batch, watch=watch, **call).plan
+        assert planned is not None
+        return planned
+    raise BadConfig("there is nothing to plan: set quant.prune to an error, 0.03 say, or quant.method to mixed")
 
 
 def learned_by(method: QuantMethod, calls: Calls | None) -> Callable[..., Any] | None:

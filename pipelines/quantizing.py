@@ -18,6 +18,7 @@ from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.calibration import Calibration, Origin
 from fastdiff.quant.install import Learned, Put, QuantReport, quantize_model
 from fastdiff.quant.observe import noise_share
+from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.standing import standing
 from fastdiff.recorder import Recorder
 
@@ -55,6 +56,8 @@ class Quantized:
         """What the report of a run should say."""
         report, kept = self.report, "the float layers are freed" if freed else "the float layers are kept for restore()"
         said = [f"quant {report.summary()}; {kept}"]
+        if isinstance(self.method.prune, PrunePlan):
+            said.append(f"the prune plan {self.method.prune.summary()}")
         eight = [layer for layer in report.layers if layer.activations == "int8"]
         if eight and not self.calibration:
             said.append("ranges of activations are found at each call; calibrated ones are faster (fastdiff quantize)")
@@ -146,6 +149,10 @@ def quantize_parts(
     elif method.smooth is not None or method.split:
         raise BadConfig("quant.smooth and quant.split need ranges: calibrate, and name the file as quant.ranges")
     done = Quantized(method, QuantReport(method.method), calibration)
+    if isinstance(method.prune, float):
+        raise BadConfig(
+            f"quant.prune = {method.prune:g} is planned on prompts: use fastdiff quantize, or name a plan that it made"
+        )
     if method.prune is not None:
         for anatomy in found:
             if anatomy.component in parts:

@@ -44,7 +44,9 @@ class QuantMethod(Method):
         "minmax", description="static ranges: all that was seen, or shrunk to the least error on a sample"
     )
     ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
-    prune: PruneOption = Field(None, description="what is removed before: a prune plan, or the path of its file")
+    prune: PruneOption = Field(
+        None, description="what is removed before: a plan, the path of its file, or a relative error to plan for"
+    )
     kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")
 
     format: ClassVar[str]
@@ -56,6 +58,13 @@ class QuantMethod(Method):
         if size % 2:
             raise ValueError(f"group_size = {size} is odd; two 4-bit weights share a byte, so give an even number")
         return size
+
+    @field_validator("prune", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        if isinstance(value, int | float) and not 0 < value < 1:
+            raise ValueError(f"prune = {value} is no relative error: give one between 0 and 1, 0.03 say, or a plan")
+        return value
 
     @field_validator("ranges", mode="before")
     @classmethod

@@ -34,7 +34,7 @@ class BitPlan(Settings):
     bytes: int = Field(ge=0, description="of the denoiser's weights, those that stay as they are included")
     predicted: float = Field(ge=0, description="sum of the layers' errors: relative squared error of the output")
     measured: float = Field(ge=0, description="the same error with all layers quantized at once")
-    table: Mapping[str, Mapping[Bits, float]] = Field(default_factory=dict)
+    table: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
 
     @property
     def additivity(self) -> float:
@@ -80,6 +80,8 @@ class Mixed(QuantMethod):
 
     @model_validator(mode="after")
     def _one_aim(self) -> Mixed:
+        if isinstance(self.prune, float):
+            raise ValueError("bits are planned for what is left: plan pruning first, and name the file as prune")
         if (self.budget_mb is None) == (self.target_error is None) and self.plan is None:
             raise ValueError("mixed needs one of budget_mb and target_error, or a plan")
         return self

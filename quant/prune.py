@@ -136,6 +136,6 @@ class Removed(nn.Module):
 
 
 PruneOption = Annotated[
-    PrunePlan | None,
-    from_file(PrunePlan, "prune plan", "make one with fastdiff.pipelines.prune.plan_pruning"),
+    PrunePlan | float | None,
+    from_file(PrunePlan, "prune plan", "fastdiff quantize -o PLAN.json --set quant.prune=0.03 makes one"),
 ]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def quantize(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The directory to write; or FILE.safetensors: ranges.")
+        Path, typer.Option("--output", "-o", help="A directory; or FILE.safetensors: ranges; or FILE.json: a plan.")
     ],
     model: ModelName = "shapes-unet",
     preset: Preset = None,
@@ -48,9 +48,11 @@ def quantize(
     """Write a copy of a model with quantized weights, which `-m DIR` and fastdiff.load read like any other.
 
     The method is --set quant.method=NAME (w8a8 if left out). With a name that ends in .safetensors only the ranges of
-    its activations are written, for --set quant.ranges=FILE.
+    its activations are written, for --set quant.ranges=FILE; with .json only what is planned: what quant.prune=0.03
+    removes, for --set quant.prune=FILE, or the bits of quant.method=mixed, for --set quant.plan=FILE.
     """
     from . import settings
+    from .console import say
 
     layers = [
         ("quantize", {"quant": {"method": "w8a8"}}),
@@ -62,31 +64,35 @@ def quantize(
     from fastdiff.pipelines import quantize as work
     from fastdiff.pipelines.quantized_files import save
 
-    only_ranges = output.suffix == ".safetensors"
-    files.check([report, *([output] if only_ranges else [])], overwrite)
-    _check(output, only_ranges, prompts)
+    only = {".safetensors": "ranges", ".json": "plans"}.get(output.suffix)
+    files.check([report, *([output] if only else [])], overwrite)
+    _check(output, only, prompts)
     pipe, resolved = loaded(model, layers, scheduler)
     call = arguments(pipe, steps, guidance_scale)
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
     with progress() as watch:
-        if only_ranges:
-            method = work.method_of(pipe, resolved)
-            found = work.calibrate_ranges(pipe, method, texts, seed=seed, batch=batch, watch=watch, **call)
-            files.write(output, found.save)
+        told = {"seed": seed, "batch": batch, "watch": watch, **call}
+        if only == "ranges":
+            files.write(output, work.calibrate_ranges(pipe, work.method_of(pipe, resolved), texts, **told).save)
+        elif only:
+            plan = work.plan(pipe, work.method_of(pipe, resolved), texts, **told)
+            files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+            say(plan.summary())
+        if only:
             print(output)
             return
-        done = work.quantize(pipe, resolved, texts, seed=seed, batch=batch, predict=predict, watch=watch, **call)
+        done = work.quantize(pipe, resolved, texts, predict=predict, **told)
     save(pipe, output)
     _tell(output, done, report, as_json)
 
 
-def _check(output: Path, only_ranges: bool, prompts: int) -> None:
+def _check(output: Path, only: str | None, prompts: int) -> None:
     from fastdiff.errors import BadConfig
     from fastdiff.pipelines.quantized_files import check_target
 
-    if only_ranges and not prompts:
-        raise BadConfig("ranges need prompts to be calibrated on; give --prompts 8")
-    if not only_ranges:
+    if only and not prompts:
+        raise BadConfig(f"{only} need prompts to be calibrated on; give --prompts 8")
+    if not only:
         check_target(output)
 
 

@@ -38,9 +38,35 @@ def test_ranges_alone(cli, model: str) -> None:
         (("-o", "x", "--set", "quant.method=w9"), "unknown quant method"),
         (("-o", "no/where"), "does not exist"),
         (("-o", "r.safetensors", "--prompts", 0), "need prompts"),
+        (("-o", "p.json", "--prompts", 0), "need prompts"),
+        (("-o", "p.json", *FEW), "nothing to plan"),
+        (("-o", "x", "--set", "quant.prune=3"), "between 0 and 1"),
+        (("-o", "x", "--set", "quant.prune=0.1", "--prompts", 0), "give prompts"),
+        (("-o", "x", "--set", "quant.prune=no.json"), "does not exist"),
     ],
 )
 def test_refused(cli, model: str, arguments: tuple, said: str) -> None:
     done = cli("quantize", "-m", model, *arguments)
     assert done.code == 2 and said in done.err
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "chosen"),
+    [
+        ("prune", ("quant.method=w4a16", "quant.prune=0.3", 'quant.skip=["down_blocks*"]')),
+        ("plan", ("quant.method=mixed", "quant.target_error=0.5", FEW[-1])),
+    ],
+)
+def test_a_plan_alone(cli, model: str, option: str, chosen: tuple[str, ...]) -> None:
+    """Of what is removed, and of bits by layer; the file is then named in the place of the aim."""
+
+    def sets(*given: str) -> list[str]:
+        return [word for one in given for word in ("--set", one)]
+
+    done = cli("quantize", "-m", model, "-o", f"{option}.json", "--steps", 3, "--prompts", 2, *sets(*chosen))
+    assert (done.code, done.files) == (0, [f"{option}.json"])
+    assert "output error" in done.err
+    named = sets(chosen[0], f"quant.{option}={option}.json", chosen[2])
+    made = cli("generate", "a cat", "-m", model, "--steps", 2, "--width", 64, "--height", 64, *named)
+    assert made.code == 0, made.err

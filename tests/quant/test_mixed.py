@@ -107,7 +107,7 @@ def test_bad_settings_are_told(tmp_path):
     layer = torch.nn.Linear(8, 8)
     with pytest.raises(BadConfig, match="needs a plan"):
         Mixed(budget_mb=1).recipe("layer", layer)
-    plan = BitPlan(denoiser="X 1", bits={"other": 4}, bytes=1, predicted=0.1, measured=0.1)
+    plan = BitPlan(denoiser="X 1", bits={"other": 4}, bytes=1, predicted=0.1, measured=0.1, table={"other": {4: 0.1}})
     with pytest.raises(BadConfig, match="says nothing of layer"):
         Mixed(plan=plan).recipe("layer", layer)
     file = tmp_path / "bits.json"

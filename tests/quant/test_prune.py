@@ -178,3 +178,16 @@ def test_pruned_and_quantized_together(tmp_path):
     assert all(torch.equal(kept[name], t) for name, t in loaded.state_dict().items())
     with pytest.raises(BadConfig, match="prune plan was made for"):
         fastdiff.accelerate(tiny.make("pixart"), config)
+
+
+def test_a_number_plans_and_removes_in_one_go():
+    pipe = tiny.make("sd3")
+    silence(pipe, "transformer_blocks.2.ff")
+    config = {"quant": {"method": "w4a16", "prune": 3e-5}}
+    with pytest.raises(BadConfig, match="planned on prompts"):
+        fastdiff.accelerate(pipe, config)
+    with pytest.raises(BadConfig, match="give prompts"):
+        quantize(pipe, config)
+    report = quantize(pipe, config, PROMPTS, batch=2, **arguments("sd3"))
+    assert isinstance(pipe.transformer.transformer_blocks[2].ff, Removed)
+    assert any("removes transformer_blocks.2.ff" in note for note in report.notes)
