@@ -190,8 +190,8 @@ def _compare(alike: Mapping[str, str], bus: Bus) -> None:
         other = next((rank for rank, theirs in enumerate(told) if theirs.get(name) != own), None)
         if other is not None:
             raise BadConfig(
-                f"the ranks must have the same {name}: rank {bus.topology.rank} has {own}, rank {other} "
-                f"{told[other].get(name)}"
+                f"the ranks must have the same {name}: rank {bus.topology.rank} has {own:.100}, rank {other} "
+                f"{told[other].get(name)!s:.100}"
             )
 
 

@@ -144,8 +144,13 @@ class Accelerated:
 
         if self.config.compile.enabled:
             raise BadConfig("parallel and compile do not go together: layers talk to other ranks inside the graph")
+        dumped = self.config.model_dump(mode="json")
+        settings = {
+            f"{part}.{key}": str(value) for part, table in dumped.items() for key, value in (table or {}).items()
+        }
         alike = {
-            "config": self.config.model_dump_json(),
+            **{part: str(table and table.get("method")) for part, table in dumped.items()},
+            **settings,
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
             "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {fastdiff.__version__}",
         }

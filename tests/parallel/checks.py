@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
 from fastdiff.errors import FastdiffError, PeerLost
+from fastdiff.parallel.attention import Intercept
 from fastdiff.parallel.unet import rows_of
 from tests import tiny
 from tests.coverage.test_attachments import lora
@@ -167,7 +170,47 @@ def strangers_become_alike(rank: int, ranks: int) -> list[str]:
         found = latents(pipe, "sd15", **own)
     wanted = latents(pipe, "sd15", generator=torch.Generator().manual_seed(0), prompt="prompt 0")
     assert moved(found, wanted) < EXACT
-    return [digest(found)]
+    noisy = {"eta": 1.0, "generator": None}  # a solver that draws noise at every step
+    torch.manual_seed(rank)
+    with fastdiff.accelerate(pipe, parallel="patch") as handle:
+        by_chance = latents(pipe, "sd15", **noisy)
+        assert handle.report.notes == []
+        latents(pipe, "sd15", **noisy | {"generator": torch.Generator().manual_seed(rank)})
+        assert any("the ranks ended with different latents" in note for note in handle.report.notes)
+    torch.manual_seed(0)
+    assert moved(by_chance, latents(pipe, "sd15", **noisy)) < EXACT
+    return [digest(found), digest(by_chance)]
+
+
+def partly_conditioned(rank: int, ranks: int) -> None:
+    """Synchronous PCPP is one device whose self-attention is masked: queries of a part see the rows next to it."""
+    for name, changes, rows, unit in (("sd15", {"height": 256}, (32, 8), 8), ("pixart", {}, (4, 4), 1)):
+        pipe, calls = pipeline(name), list[int]()
+        plain = latents(pipe, name, 3, **changes)
+        hook = tiny.denoiser(pipe).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with Intercept(_masked(rows, rows_of(rows[0], unit, ranks), calls)):
+            wanted = latents(pipe, name, 3, **changes)
+        hook.remove()
+        method = {"method": "pcpp", "portion": 0.4, "synchronous": True, "warmup_steps": 0}
+        with fastdiff.accelerate(pipe, parallel=method):
+            found = latents(pipe, name, 3, **changes)
+        assert moved(found, wanted) < EXACT < moved(plain, wanted), (name, moved(found, wanted))
+
+
+def _masked(size: tuple[int, int], parts: list[tuple[int, int]], calls: list[int]) -> Any:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
+        count = query.shape[-2]
+        if len(calls) > 1 and attn_mask is None and key.shape[-2] == count:  # the first step sees all
+            level = round((size[0] * size[1] / count) ** 0.5)
+            row, attn_mask = size[1] // level, torch.zeros(count, count, dtype=torch.bool)
+            shown = [math.ceil(0.4 * (end - begin) / level) for begin, end in parts]
+            for k, (begin, end) in enumerate(parts):
+                first = begin // level - (shown[k - 1] if k else 0)
+                last = end // level + (shown[k + 1] if k + 1 < len(parts) else 0)
+                attn_mask[begin // level * row : end // level * row, first * row : last * row] = True
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+
+    return attend
 
 
 def displaced(rank: int, ranks: int) -> dict[str, Any]:
@@ -372,6 +415,7 @@ def broken_off(rank: int, ranks: int) -> list[str]:
             said.append("went through")
         except (FastdiffError, KeyError) as error:
             said.append(f"{type(error).__name__}: {error}")
+            assert handle.crew is not None and handle.crew.bus._groups == [], "the others are told at once"
         with fastdiff.accelerate(pipe, parallel="patch"):
             assert moved(latents(pipe, "sd15"), alone) < EXACT
         handle.restore()
@@ -403,6 +447,9 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     refuse("unet heads", "sd15", parallel="ulysses")
     refuse("compiled", "sd15", parallel="patch", compile={"enabled": True})
     refuse("vae", "cogvideox", parallel={"method": "patch", "vae": True})
+    version, fastdiff.__version__ = fastdiff.__version__, f"0.{rank}"
+    refuse("versions", "sd15", parallel="patch")
+    fastdiff.__version__ = version
     refuse("configs", "sd15", parallel={"method": "pcpp", "portion": 0.1 * (rank + 1)})
     pipe = pipeline("sd15", torch.float32)
     pipe.unet.conv_in.bias.data.add_(rank)

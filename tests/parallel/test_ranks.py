@@ -17,7 +17,10 @@ NAMES = {
         "picture_to_picture_and_another_size", "strangers_become_alike", "displaced", "stepping", "replayed", "cached",
         "renewed", "counted", "still", "broken_off", "a_lost_cycle_is_computed_again", "refused",
     ),
-    3: ("every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted", "refused"),
+    3: (
+        "every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted",
+        "partly_conditioned", "refused",
+    ),
     4: ("meshes", "replayed"),
     1: ("alone",),
 }  # fmt: skip
@@ -125,8 +128,9 @@ REASONS = {
     "unet heads": "cannot split a unet2d denoiser",
     "compiled": "parallel and compile do not go together",
     "vae": "parallel.vae: AutoencoderKLCogVideoX cannot decode by rows",
-    "configs": "the ranks must have the same config",
+    "configs": "the ranks must have the same parallel.portion: rank",
     "weights": "the ranks must have the same model",
+    "versions": "the ranks must have the same versions",
 }
 
 
