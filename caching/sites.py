@@ -55,7 +55,8 @@ def stack_blocks(anatomy: Anatomy) -> list[nn.Module]:
     """Transformer blocks in call order. Raises UnsupportedModel where there are none."""
     blocks = anatomy.blocks
     if anatomy.family.kind != "transformer" or not blocks:
-        raise UnsupportedModel(f"{anatomy.family.name} has no stack of transformer blocks")
+        name = anatomy.family.name
+        raise UnsupportedModel(f"{name} has no stack of transformer blocks; take a method without, such as ab_cache")
     return blocks
 
 

@@ -30,10 +30,10 @@ OFF = "off"
 LIVE: dict[str, Any] = {"interactive": True}  # Gradio guesses from the static events, and Run's is none of them
 VISITORS = 24  # who draw or are told that they wait; more are refused, as Cancel reaches nobody in Gradio's own queue
 PROMPT = "a large red circle above a small blue square"
-HEARD = "() => ({__type__: 'update', interactive: true})"
-IDLE = gr.update(interactive=False)
+CROWDED = "Too many people draw here at the moment; try again later."
+HEARD = "() => ({__type__: 'update', interactive: document.querySelector('#cancel').disabled})"
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
-OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "cancel")
+OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "run", "cancel")
 SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height")
 KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
 THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
@@ -82,6 +82,10 @@ def followed(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
                        print_exception=False)  # fmt: skip
 
 
+def buttons(drawing: bool = False) -> dict[str, Any]:
+    return {"run": gr.update(interactive=not drawing), "cancel": gr.update(interactive=drawing)}
+
+
 def _printable(error: object) -> str:
     return str(error).encode("utf-8", "replace").decode()
 
@@ -124,10 +128,11 @@ class Page:
             )
             run = gr.Button("Run", variant="primary", scale=1, min_width=64, elem_id="run", interactive=False)
             cancel = gr.Button("Cancel", scale=1, min_width=64, elem_id="cancel", interactive=False)
+            self.out.update(run=run, cancel=cancel)
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
             self.inputs.update(self._asked(), prompt=prompt)
             self.inputs.update(self._levers())
-            self._fields(page, run, cancel)
+            self._fields(page)
         status = gr.HTML("", elem_id="status", container=False)
         preview = gr.Image(label="Preview of the latents", alt_text="preview", format="png", interactive=False,
                            visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
@@ -141,7 +146,7 @@ class Page:
             command = gr.Code(label="Copy as command", language="shell", interactive=False, wrap_lines=True,
                               lines=2, max_lines=8, elem_id="as-command")  # fmt: skip
         self.out.update(status=status, preview=preview, slider=slider, numbers=numbers, copy=copy, python=python,
-                        command=command, seed=self.inputs["seed"], cancel=cancel)  # fmt: skip
+                        command=command, seed=self.inputs["seed"])  # fmt: skip
 
     def _asked(self) -> dict[str, Any]:
         steps_now, guidance_now = _defaults(self.models[0])
@@ -189,12 +194,12 @@ class Page:
                       show_progress="hidden", api_visibility="private")  # fmt: skip
         return found | {"shown": shown}
 
-    def _fields(self, page: gr.Blocks, run: Any, cancel: Any) -> None:
+    def _fields(self, page: gr.Blocks) -> None:
         """Settings of the chosen methods, drawn anew when a method is chosen; Run reads them, so it is tied here.
 
         Cancel only asks the run to stop: `cancels=` would cut its stream, and its last update could come after that.
         """
-        cancel.click(self.cancel, None, None, show_progress="hidden", api_visibility="private", queue=False)
+        self.out["cancel"].click(self.cancel, None, None, show_progress="hidden", api_visibility="private", queue=False)
         names = ("model", "shown", *METHOD_KINDS)
         by_hand = [self.inputs[kind].input for kind in METHOD_KINDS]  # those that a preset sets come with `shown`
         changes = [page.load, self.inputs["model"].change, self.inputs["shown"].change, *by_hand]
@@ -216,9 +221,9 @@ class Page:
                 yield from self.draw(given, [(*entry, data[part]) for part, entry in entries.items()], request)
 
             shared = {"show_progress": "hidden", "api_visibility": "private"}
-            gr.on([run.click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=None,
+            gr.on([self.out["run"].click, self.inputs["prompt"].submit], draw, inputs, out, concurrency_limit=None,
                   trigger_mode="once", **shared)  # fmt: skip
-            gr.on(None, None, None, run, js=HEARD, **shared)  # now it can be
+            gr.on(None, None, None, self.out["run"], js=HEARD, **shared)  # now it can be
 
     def _section(self, ground: Ground, section: str, name: str) -> dict[Any, tuple[str, Setting]]:
         """The fields of one lever, with where each belongs."""
@@ -241,16 +246,15 @@ class Page:
     ) -> Iterator[dict[Any, Any]]:
         """Everything the page shows while a pair of pictures is drawn, and then."""
         visitor = request.session_hash or ""
-        self.cancel(request)  # a run that the page has lost sight of
+        if visitor in self.stops or len(self.stops) >= VISITORS:
+            why = "Your picture is being drawn; cancel it first." if visitor in self.stops else CROWDED
+            raise gr.Error(why, title="Busy", print_exception=False)
         stop = self.stops[visitor] = Event()
         try:
-            if len(self.stops) > VISITORS:
-                raise gr.Error("Too many people draw here at the moment; try again later.", title="Busy",
-                               print_exception=False)  # fmt: skip
             with told():
                 order, seed = self.order(given, entered)
                 yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False),
-                                 cancel=gr.update(interactive=True))  # fmt: skip
+                                 **buttons(drawing=True))  # fmt: skip
                 with closing(self.easel.draw(order, stop)) as running:
                     for said in running:
                         if isinstance(said, Pair):
@@ -261,9 +265,9 @@ class Page:
                             picture = {"preview": gr.update(value=said.preview, visible=True)} if said.preview else {}
                             yield self.shows(status=progress(said), **picture)
         except Cancelled:
-            yield self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False), cancel=IDLE)
+            yield self.shows(status="<p>Cancelled.</p>", preview=gr.update(value=None, visible=False), **buttons())
         except gr.Error:
-            yield self.shows(status="", preview=gr.update(visible=False), cancel=IDLE)
+            yield self.shows(status="", preview=gr.update(visible=False), **buttons())
             raise
         finally:
             if self.stops.get(visitor) is stop:  # not that of the run which followed
@@ -293,7 +297,7 @@ class Page:
             yield self.shows(
                 status=captions(pair), preview=gr.update(value=None, visible=False),
                 slider=gr.update(value=files, visible=True), numbers=explanation(pair), copy=gr.update(visible=True),
-                python=order.python(made), command=order.command(made), cancel=IDLE,
+                python=order.python(made), command=order.command(made), **buttons(),
             )  # fmt: skip
 
     def cancel(self, request: gr.Request) -> None:

@@ -208,6 +208,20 @@ def test_run_before_the_fields_follow_the_preset_draws_nothing_else(screen, monk
     assert drawn[0] == {"preset": "lossless"}
 
 
+def test_a_run_goes_on_while_a_preset_is_chosen_and_keeps_cancel(screen):
+    """New fields come with a new Run, which knows of no earlier one."""
+    screen.run(900)
+    until(lambda: "step " in screen.text("#status"), "the run to begin")
+    screen.choose("preset", "fast")
+    until(lambda: screen.one("#cache-interval input").get_attribute("value") == "3", "the preset's interval")
+    assert screen.one("#cancel").is_enabled() and not screen.one("#run").is_enabled()
+    screen.one("#prompt textarea").send_keys("\n")
+    until(lambda: "cancel it first" in screen.text("[data-testid=toast-body]"), "the message")
+    screen.one("#cancel").click()
+    until(lambda: "Cancelled" in screen.text("#status"), "the run to end")
+    assert screen.one("#run").is_enabled() and not screen.one("#cancel").is_enabled()
+
+
 def test_cancel_reaches_who_waits_behind_many(screen, chrome):
     """Nine others wait already; they send what this browser sent, which itself keeps six connections at most."""
     import httpx

@@ -180,10 +180,11 @@ def test_cancel_stops_the_visitors_own_run_only(visitor):
     visitor.page.stops.clear()
 
 
-def test_run_again_without_cancel_stops_the_run_that_is_lost_sight_of(visitor):
+def test_who_draws_already_is_told_so_and_goes_on_drawing(visitor):
     earlier = visitor.page.stops["visitor"] = threading.Event()
-    visitor.run(steps=2)
-    assert earlier.is_set() and not visitor.page.stops
+    with pytest.raises(gr.Error, match="cancel it first"):
+        visitor.run(steps=2)
+    assert visitor.page.stops.pop("visitor") is earlier and not earlier.is_set()
 
 
 def test_one_too_many_is_told_so_and_waits_in_no_queue(visitor):
