@@ -91,8 +91,10 @@ def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
             print(f"{row.method} is refused: {row.refused}")
     say(f"one device: {found.one_step:.4g} s a step, measured here; {NOTE}; a mesh is cfg x step x patch")
     if best is not None:
-        sets = " ".join(f"--set parallel.{k}={v}" for k, v in best.settings.items() if k != "devices")
-        say(f"recommended{', exact' * best.exact}: fastdiff generate --devices {asked['devices']} {sets}")
+        chosen = {key: value for key, value in best.settings.items() if key != "devices" and value not in (1, "raw")}
+        sets = " ".join(f"--set parallel.{key}={value}" for key, value in chosen.items())
+        model = f"-m {asked['model']} --devices {asked['devices']}"
+        say(f"recommended{', exact' * best.exact}: fastdiff generate PROMPT {model} {sets}")
 
 
 def _row(row: Prediction) -> tuple[str, ...]:

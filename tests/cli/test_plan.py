@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from fastdiff.cli.plan import _tell
+from fastdiff.parallel.planner import Plan, Prediction
+
 
 def test_json_and_recommendation(cli, model: str) -> None:
     done = cli("plan", "-m", model, "--devices", 2, "--link", 100, "--size", 128, "--steps", 6, "--json")
@@ -47,3 +50,11 @@ def test_bad_input(cli, model: str, arguments: tuple, said: str) -> None:
     own = () if "-m" in arguments else ("-m", model)
     done = cli("plan", *own, *arguments)
     assert done.code == 2 and said in done.err and done.out == ""
+
+
+def test_the_recommendation_is_a_command_line(capsys) -> None:
+    settings = {"method": "patch", "devices": 4, "cfg": 2, "codec": "raw"}
+    best = Prediction("patch", settings, (2, 1, 2), exact=True)
+    _tell(Plan(1.0, 1, [best]), {"model": "a-model", "devices": 4}, False)
+    wanted = "generate PROMPT -m a-model --devices 4 --set parallel.method=patch --set parallel.cfg=2"
+    assert f"recommended, exact: fastdiff {wanted}\n" in capsys.readouterr().err
