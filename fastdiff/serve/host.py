@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import sys
@@ -75,26 +76,28 @@ def serve_on_ray(options: Options, host: str, port: int, replicas: int, ready: C
 
     if not ray.is_initialized():
         ray.init()
-    limits, found = options.limits, ray.cluster_resources()
-    kind = "GPU" if found.get("GPU") else "CPU"
-    if replicas > found.get(kind, 0):
-        raise FastdiffError(f"{replicas} replicas need a {kind} each, the Ray cluster has {found.get(kind, 0):g}")
+    limits, kind = options.limits, "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+    if replicas > (free := ray.available_resources().get(kind, 0)):
+        raise FastdiffError(f"{replicas} replicas need a {kind} each, the Ray cluster has {free:g} free")
     resources: Any = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     ray_serve.start(http_options={"host": host, "port": port})
     deployment: Any = ray_serve.deployment(
-        name="fastdiff", num_replicas=replicas, ray_actor_options=resources,
+        name="fastdiff", num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=1,
         max_ongoing_requests=limits.queue + _SPARE, graceful_shutdown_timeout_s=limits.grace + _MORE_GRACE,
     )(ray_serve.ingress(lambda: build(options))())  # fmt: skip
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)  # which interrupt the start
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     with redirect_stdout(sys.stderr):  # Ray's own threads print, and stdout has the address only
         try:
             ray_serve.run(deployment.bind(), name="fastdiff", route_prefix="/")
+            for number in signals:
+                signal.signal(number, lambda *_: stopped.set())
             ready(_address(host, port))
             stopped.wait()
             _drain(ray_serve, limits.grace + 2 * _MORE_GRACE)
         except RuntimeError:
-            raise FastdiffError("the replicas did not come up; Ray's messages above say why") from None
+            raise FastdiffError(f"the replicas did not come up: {_reason(ray_serve)}") from None
         finally:
             ray_serve.shutdown()
             for number, handler in before.items():
@@ -107,3 +110,10 @@ def _drain(ray_serve: Any, seconds: float) -> None:
     end = time.monotonic() + seconds
     while "fastdiff" in ray_serve.status().applications and time.monotonic() < end:
         time.sleep(0.2)
+
+
+def _reason(ray_serve: Any) -> str:
+    """Why a replica did not come up: the last line of the traceback that Ray Serve keeps."""
+    app = ray_serve.status().applications.get("fastdiff")
+    lines = [line for each in (app.deployments.values() if app else ()) for line in each.message.split("\n") if line]
+    return re.sub(r"^fastdiff\.errors\.\w+: ", "", lines[-1]) if lines else "Ray's messages above say why"

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastdiff.cli.serve import shelf
+from fastdiff.errors import FastdiffError
 from fastdiff.serve.app import Options
 from fastdiff.serve.host import serve_on_ray
 
@@ -35,10 +37,35 @@ def replicas() -> list[int]:
     return named
 
 
-def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def options(model: str) -> Options:
+    return Options(model, {"lossless": shelf(["lossless"], [], [])["lossless"]}, limits=LIMITS)
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = Options(model, {"lossless": shelf(["lossless"], [], [])["lossless"]}, limits=LIMITS)
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        (1, r"^the replicas did not come up: model directory '.*none' does not exist$"),
+        (3, r"^3 replicas need a CPU each, the Ray cluster has 2 free$"),
+    ],
+)
+def test_what_cannot_come_up_ends_with_a_sentence(tmp_path: Path, replicas: int, message: str) -> None:
+    with pytest.raises(FastdiffError, match=message):
+        serve_on_ray(options(str(tmp_path / "none")), "127.0.0.1", free_port(), replicas, pytest.fail)
+
+
+def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
 
     def ask(address: str) -> None:
@@ -58,13 +85,10 @@ def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        serve_on_ray(
-            options, "127.0.0.1", port, 2, lambda address: threading.Thread(target=ask, args=(address,)).start()
-        )
-    finally:
-        ray.shutdown()
+    def ready(address: str) -> None:
+        threading.Thread(target=ask, args=(address,)).start()
+
+    serve_on_ray(options(model), "127.0.0.1", free_port(), 2, ready)
     assert capsys.readouterr().out == ""  # Ray prints its messages where only the address should be
     assert [status for status, _ in seen["first"]] == [200] * 12
     images = [reply["data"][0]["b64_json"] for _, reply in seen["first"]]
