@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-GRACE = 15.0  # seconds that the other ranks have, beyond their time-out, once one has failed
+GRACE = 15.0  # seconds that ranks have to notice that rank 0, which speaks for all, has ended or does not answer
 
 
 def launched() -> bool:
@@ -47,34 +47,41 @@ def launch(devices: int, timeout: float, work: Callable[..., Any], *arguments: A
         ]
         for process in ranks:
             process.start()
+        hung: list[int] = []
         try:
-            _wait(ranks, timeout)
+            _wait(ranks, Path(folder))
+            hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        said = {path.stem: path.read_text() for path in sorted(Path(folder).glob("*.error"))}
+        said = _said(Path(folder))
     codes = [process.exitcode or 0 for process in ranks]
     for rank, code in enumerate(codes):
         text = said.get(str(rank), "")
-        if code < 0:
+        if rank in hung:
+            typer.echo(f"error: rank {rank} hung and was ended", err=True)
+        elif code < 0:
             typer.echo(f"error: rank {rank} was killed (signal {-code})", err=True)
         elif code and rank and text != said.get("0"):
             typer.echo(f"error: rank {rank}: {text}", err=True)
     return codes[0] if codes[0] > 0 else 1 if codes[0] else 0
 
 
-def _wait(ranks: list[Any], timeout: float) -> None:
-    """Until all have ended, or those that are left had time to notice that one failed."""
-    failed: float | None = None
-    while any(process.is_alive() for process in ranks):
+def _wait(ranks: list[Any], folder: Path) -> None:
+    """Until all have ended, or rank 0 has, or does not answer the others, and who is left had time to notice."""
+    ended: float | None = None
+    while any(process.is_alive() for process in ranks) and (ended is None or time.monotonic() - ended < GRACE):
         time.sleep(0.05)
-        if failed is None and any(process.exitcode not in (None, 0) for process in ranks):
-            failed = time.monotonic()
-        late = failed is not None and time.monotonic() - failed > timeout + GRACE
-        if late and ranks[0].exitcode is not None:
-            return
+        silent = any("rank 0" in text and "did not answer" in text for text in _said(folder).values())
+        if ended is None and (silent or ranks[0].exitcode is not None):
+            ended = time.monotonic()
+
+
+def _said(folder: Path) -> dict[str, str]:
+    """What went wrong, by rank."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.error"))}
 
 
 def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[..., Any], arguments: tuple) -> None:

@@ -184,26 +184,27 @@ def strangers_become_alike(rank: int, ranks: int) -> list[str]:
 
 def partly_conditioned(rank: int, ranks: int) -> None:
     """Synchronous PCPP is one device whose self-attention is masked: queries of a part see the rows next to it."""
-    for name, changes, rows, unit in (("sd15", {"height": 256}, (32, 8), 8), ("pixart", {}, (4, 4), 1)):
+    cases = (("sd15", {"height": 256}, (32, 8), 8, 0.4), ("pixart", {}, (4, 4), 1, 0.5))
+    for name, changes, rows, unit, portion in cases:
         pipe, calls = pipeline(name), list[int]()
         plain = latents(pipe, name, 3, **changes)
         hook = tiny.denoiser(pipe).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with Intercept(_masked(rows, rows_of(rows[0], unit, ranks), calls)):
+        with Intercept(_masked(rows, rows_of(rows[0], unit, ranks), portion, calls)):
             wanted = latents(pipe, name, 3, **changes)
         hook.remove()
-        method = {"method": "pcpp", "portion": 0.4, "synchronous": True, "warmup_steps": 0}
+        method = {"method": "pcpp", "portion": portion, "synchronous": True, "warmup_steps": 0}
         with fastdiff.accelerate(pipe, parallel=method):
             found = latents(pipe, name, 3, **changes)
         assert moved(found, wanted) < EXACT < moved(plain, wanted), (name, moved(found, wanted))
 
 
-def _masked(size: tuple[int, int], parts: list[tuple[int, int]], calls: list[int]) -> Any:
+def _masked(size: tuple[int, int], parts: list[tuple[int, int]], portion: float, calls: list[int]) -> Any:
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
         count = query.shape[-2]
         if len(calls) > 1 and attn_mask is None and key.shape[-2] == count:  # the first step sees all
             level = round((size[0] * size[1] / count) ** 0.5)
             row, attn_mask = size[1] // level, torch.zeros(count, count, dtype=torch.bool)
-            shown = [math.ceil(0.4 * (end - begin) / level) for begin, end in parts]
+            shown = [math.ceil(portion * (end - begin) / level) for begin, end in parts]
             for k, (begin, end) in enumerate(parts):
                 first = begin // level - (shown[k - 1] if k else 0)
                 last = end // level + (shown[k + 1] if k + 1 < len(parts) else 0)

@@ -69,3 +69,12 @@ def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
+
+
+def hangs(which: int) -> None:
+    """What a started rank does: one hangs, the other ends well or says who did not answer."""
+    rank = torch.distributed.get_rank()
+    if rank == which:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if which == 0:
+        raise PeerLost(f"rank {which} did not answer: rank {rank} waited")

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from fastdiff.cli import ranks
+
+from .failing import hangs
 from .ranks import start
 
 RAISES = {"killed": (3, 5.0), "killed_in_a_cycle": (2, 5.0), "stopped": (2, 8.0)}  # ranks, most seconds
@@ -18,20 +21,20 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 @cache
 def said() -> dict[str, list[Any]]:
-    groups = [((name,), ranks) for name, (ranks, _) in RAISES.items()] + [((name,), 2) for name in GOES_ON]
+    groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in GOES_ON]
     return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
 
 
 @pytest.mark.parametrize("name", RAISES)
 def test_the_others_are_told(name: str) -> None:
-    ranks, most = RAISES[name]
-    left = said()[name][: ranks - 1]
+    count, most = RAISES[name]
+    left = said()[name][: count - 1]
     for rank, one in enumerate(left):
         assert one[0] == "PeerLost", one
         assert f"rank {rank} waited" in one[1] and "at step" in one[1] and "for " in one[1]
         assert one[2] < most
     how = "did not answer" if name == "stopped" else "broke off or died"
-    assert any(f"rank {ranks - 1} {how}" in one[1] for one in left), left  # "rank 0 or rank 2" where it waits for both
+    assert any(f"rank {count - 1} {how}" in one[1] for one in left), left  # "rank 0 or rank 2" where it waits for both
 
 
 @pytest.mark.parametrize("name", GOES_ON)
@@ -40,3 +43,10 @@ def test_who_is_left_finishes_alone(name: str) -> None:
     assert state == "finished" and any("this rank finished alone" in note for note in notes)
     # every rank has whole latents after each step or cycle, so going on alone is what one device does
     assert far < 1e-12
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_hangs_does_not_keep_the_command_from_ending(which: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ranks, "GRACE", 1.0)
+    assert ranks.launch(2, 5.0, hangs, which) == (1 if which == 0 else 0)
+    assert f"error: rank {which} hung and was ended\n" in capsys.readouterr().err
