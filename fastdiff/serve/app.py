@@ -40,6 +40,10 @@ from .protocol import (
 
 _PING = 15.0  # seconds of silence after which a stream says that it is alive
 _ANSWERS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+_HINTS = {
+    "size": ": auto, or WIDTHxHEIGHT in pixels, such as 512x512",
+    "response_format": "; this server keeps no files that a url could point to",
+}
 _GONE = Problem(499, "gone", "the client went away")
 
 
@@ -196,12 +200,14 @@ def _add_errors(app: FastAPI, meters: Meters) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         """The first mistake, with the name of the field and the value."""
         found = error.errors()[0]
+        if found["type"] == "json_invalid":
+            why = f"the body is no JSON: {found['ctx']['error'].lower()} at character {found['loc'][1]}"
+            return answer(request, Problem(400, "invalid", why))
         where = [str(part) for part in found["loc"][1:]]
-        value = "" if found["type"] in ("missing", "json_invalid") else f" = {str(found.get('input'))[:60]}"
+        value = "" if found["type"] == "missing" else f" = {str(found.get('input'))[:60]}"
         said = f"{'.'.join(where) or 'the body'}{value}: {found['msg'][0].lower()}{found['msg'][1:]}"
-        if where[:1] == ["response_format"]:
-            said += "; this server keeps no files that a url could point to"
-        return answer(request, Problem(400, "invalid", said, where[0] if where else None))
+        field = where[0] if where else None
+        return answer(request, Problem(400, "invalid", said + _HINTS.get(field or "", ""), field))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -91,7 +91,7 @@ BAD = {
     "too many": ({"n": 3}, 400, "n = 3: input should be less than or equal to 2"),
     "none": ({"n": 0}, 400, "n = 0"),
     "too large": ({"size": "72x8"}, 400, "at most 64 pixels a side"),
-    "no size": ({"size": "huge"}, 400, "size = huge"),
+    "no size": ({"size": "huge"}, 400, "auto, or WIDTHxHEIGHT in pixels"),
     "odd size": ({"size": "60x64"}, 400, "width 60: this model draws multiples of 8, for example 64"),
     "steps": ({"steps": 401}, 400, "less than or equal to 400"),
     "steps as text": ({"steps": "4"}, 400, "steps = 4: input should be a valid integer"),
@@ -122,6 +122,12 @@ def test_bad_requests(server: Server, case: str) -> None:
 def test_bad_bodies(server: Server, body: bytes) -> None:
     status, reply = server.call("/v1/images/generations", body)
     assert (status, reply["error"]["code"]) in ((400, "invalid"), (400, "http"))
+
+
+def test_a_body_that_is_no_json_says_where(server: Server) -> None:
+    status, reply = server.call("/v1/images/generations", b'{"prompt": }')
+    assert (status, reply["error"]["param"]) == (400, None)
+    assert reply["error"]["message"] == "the body is no JSON: expecting value at character 11"
 
 
 def test_what_a_prompt_may_hold(server: Server) -> None:
