@@ -139,21 +139,22 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any] | BadConfig]]:
     if path.is_char_device():  # /dev/zero has no end
         raise BadConfig(f"--prompt-file {path} is a device; give a file, a pipe or - for standard input")
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError:
         raise BadConfig(f"--prompt-file {path} is not UTF-8 text") from None
     except OSError as error:
         raise BadConfig(f"--prompt-file {path} cannot be read: {error.strerror}") from None
     lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]  # not at U+2028
     is_json = path.suffix == ".jsonl" or (str(path) == "-" and bool(lines) and lines[0][1].startswith("{"))
-    if not is_json:
-        return [(f"{path} line {n}: ", {"prompt": line}) for n, line in lines]
-    return [(f"{path} line {n}: ", _parse(f"{path} line {n}: ", line)) for n, line in lines]
+    return [(where := f"{path} line {n}: ", _parse(where, line, is_json)) for n, line in lines]
 
 
-def _parse(where: str, line: str) -> dict[str, Any] | BadConfig:
+def _parse(where: str, line: str, is_json: bool) -> dict[str, Any] | BadConfig:
     try:
-        values = json.loads(line)
+        line.encode()  # bytes that are no UTF-8 were read as lone surrogates
+        values = json.loads(line) if is_json else {"prompt": line}
+    except UnicodeEncodeError:
+        return BadConfig(f"{where}not UTF-8 text")
     except (ValueError, RecursionError) as error:
         return BadConfig(f"{where}not JSON: {getattr(error, 'msg', error)}")
     if not isinstance(values, dict) or "prompt" not in values:

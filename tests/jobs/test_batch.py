@@ -123,6 +123,13 @@ def test_mistakes_are_told_with_their_line_and_the_rest_goes_on(cli, model: str)
     assert {row["status"] for row in manifest()} == {"done", "failed"}  # the width is still in the folder's book
 
 
+def test_a_line_that_is_no_utf8_costs_that_line_only(cli, model: str) -> None:
+    Path("p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}\n{"prompt": "\xff"}\n')
+    done = cli(*command(model))
+    assert (done.code, len(done.files)) == (1, 1)
+    assert "warning: p.jsonl line 2: not UTF-8 text" in done.err
+
+
 def test_nothing_but_mistakes_leaves_nothing(cli) -> None:
     job("{oops", "1")
     done = cli("generate", "--prompt-file", "p.jsonl", "-o", "out/")
