@@ -45,7 +45,7 @@ class Crew:
         rank = join(method.devices, device, method.timeout)
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
-        _compare({"devices of kind": device.type, **alike}, self.bus)
+        _compare({"kind of device": device.type, **alike}, self.bus)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
         self._others_inputs = False

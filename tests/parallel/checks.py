@@ -452,13 +452,16 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     refuse("versions", "sd15", parallel="patch")
     fastdiff.__version__ = version
     refuse("configs", "sd15", parallel={"method": "pcpp", "portion": 0.1 * (rank + 1)})
-    pipe = pipeline("sd15", torch.float32)
-    pipe.unet.conv_in.bias.data.add_(rank)
-    try:
-        fastdiff.accelerate(pipe, parallel="patch")
-        said["weights"] = "went through"
-    except FastdiffError as error:
-        said["weights"] = str(error)
+    for label in ("weights", "kinds"):
+        pipe = pipeline("sd15", torch.float32)
+        pipe.unet.conv_in.bias.data.add_(rank)
+        if label == "kinds" and rank:
+            pipe.to("meta")  # stands for a GPU
+        try:
+            fastdiff.accelerate(pipe, parallel="patch")
+            said[label] = "went through"
+        except FastdiffError as error:
+            said[label] = str(error)
     return said
 
 

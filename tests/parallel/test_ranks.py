@@ -130,6 +130,7 @@ REASONS = {
     "vae": "parallel.vae: AutoencoderKLCogVideoX cannot decode by rows",
     "configs": "the ranks must have the same parallel.portion: rank",
     "weights": "the ranks must have the same model",
+    "kinds": "the ranks must have the same kind of device",
     "versions": "the ranks must have the same versions",
 }
 
