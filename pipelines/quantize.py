@@ -20,7 +20,7 @@ from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import build, chosen
 from fastdiff.quant.calibration import Calibration, Origin
-from fastdiff.quant.calls import Calls
+from fastdiff.quant.calls import Calls, swapped
 from fastdiff.quant.flexround import FlexRound
 from fastdiff.quant.halves import halves
 from fastdiff.quant.install import QuantReport
@@ -28,7 +28,6 @@ from fastdiff.quant.mixed import BitPlan, Mixed
 from fastdiff.quant.observe import Observer, edges_of
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import prune
-from fastdiff.quant.sensitivity import weights
 from fastdiff.quant.standing import Standing
 
 from .accelerate import Accelerated, put, restore
@@ -98,14 +97,15 @@ def _found(
 
 def quantize(
     pipe: Any, config: Source, prompts: Sequence[str] = (), *, seed: int = 0, batch: int = 4, corrupt: bool = False,
-    calibration: Calibration | None = None, predict: bool = False, watch: Watch | None = None, **call: Any,
+    calibration: Calibration | None = None, predict: bool = True, compiled: bool = False, watch: Watch | None = None,
+    **call: Any,
 ) -> QuantReport:  # fmt: skip
     """Quantize a pipeline for good; its float weights are freed, and `save` writes it.
 
     config: name of a method, or anything that `accelerate` takes, with a `quant`. With `prompts` the ranges of 8-bit
     activations are calibrated (unless given), and the error of the denoiser's output and its time are measured; without
-    any, ranges are dynamic. `predict` adds the error that a linear model predicts of its layers' weights, each measured
-    alone, which takes as many passes as there are layers. Arguments `call` are the pipeline's.
+    any, ranges are dynamic. `predict` measures each layer alone too, on one call, for what a linear model predicts of
+    that error; `compiled` times the float denoiser under torch.compile too. Arguments `call` are the pipeline's.
 
     Raises BadConfig, UnsupportedModel or BackendUnavailable; the pipeline is then as it was.
     """
@@ -129,8 +129,9 @@ def quantize(
         plan = prune(found[0], calls, max_error=method.prune**2, watch=watch)
         method = method.model_copy(update={"prune": plan})
     learned = learned_by(method, calls)
-    float_ms = None if calls is None else _milliseconds(calls)
-    predicted = _predicted(method, calls) if calls is not None and predict else None
+    if calls is not None:
+        float_ms, compiled_ms = _milliseconds(calls), _compiled_ms(calls) if compiled else None
+        predicted = _predicted(method, calls, calibration) if predict else None
     with PatchSet() as patches:
         done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
     for name, present in done.presents.items():
@@ -139,18 +140,33 @@ def quantize(
     report = done.report
     if calls is not None:
         report.output_error, report.predicted_error = calls.error() ** 0.5, predicted
-        report.float_ms, report.quantized_ms = float_ms, _milliseconds(calls)
+        report.float_ms, report.compiled_ms, report.quantized_ms = float_ms, compiled_ms, _milliseconds(calls)
     report.notes = done.notes(freed=True)
     return report
 
 
-def _predicted(method: QuantMethod, calls: Calls) -> float:
-    """The error of the output if those of the denoiser's layers sum up (HIGGS, https://arxiv.org/abs/2411.17525)."""
-    total = 0.0
-    for layer, recipe in chosen(method, calls.anatomy.denoiser):
-        with weights({layer.layer: build(layer.layer, recipe, Present()).weight.clone()}):
-            total += calls.error()
+def _predicted(method: QuantMethod, calls: Calls, calibration: Calibration | None) -> float:
+    """The error of the output if those of the denoiser's layers, each quantized alone, sum up (HIGGS,
+    https://arxiv.org/abs/2411.17525), and what was removed. On the call in the middle."""
+    anatomy, some = calls.anatomy, calls.only([len(calls.given) // 2])
+    gone = method.prune if isinstance(method.prune, PrunePlan) else PrunePlan(denoiser="")
+    ranges = calibration.of(anatomy.component) if calibration else {}
+    total = gone.error
+    for found, recipe in chosen(method, anatomy.denoiser):
+        if not any(f"{found.name}.".startswith(f"{removal.path}.") for removal in gone.removed):
+            known: dict[str, Any] = ranges.get(found.name, {}) if recipe.activations == "int8" else {}
+            with swapped(anatomy.denoiser, {found.name: build(found.layer, recipe, Present(), **known)}):
+                total += some.error()
     return total**0.5
+
+
+def _compiled_ms(calls: Calls) -> float:
+    denoiser = calls.anatomy.denoiser
+    denoiser.compile()
+    try:
+        return _milliseconds(calls)
+    finally:
+        denoiser._compiled_call_impl = None
 
 
 def plan(
@@ -183,13 +199,13 @@ def learned_by(method: QuantMethod, calls: Calls | None) -> Callable[..., Any] |
 
 
 def _milliseconds(calls: Calls) -> float:
-    """The fastest of three passes over the calls, for one call."""
+    """The fastest call of three passes over them: others may hold the machine for most of the time."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         for _output in calls.outputs():
-            pass
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 1000 * best / max(1, len(calls.given))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+            start = time.perf_counter()
+    return 1000 * best

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastdiff.errors import BadConfig, BadModel, FastdiffError, UnsupportedModel
 from fastdiff.quant.activations import Present
 from fastdiff.quant.calibration import Origin
+from fastdiff.quant.install import QuantReport
 from fastdiff.quant.layers import QConv2d, QLayer, QLinear, Recipe
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.standing import Standing, standing
@@ -27,10 +28,12 @@ from fastdiff.quant.standing import Standing, standing
 from .quantizing import print_of
 
 INDEX = "fastdiff_quant.json"
+REPORT = "fastdiff_quant_report.json"
 
 
-def save(pipe: Any, directory: str | Path) -> Path:
+def save(pipe: Any, directory: str | Path, report: QuantReport | None = None) -> Path:
     """Write a pipeline that `quantize` made; `fastdiff.load` reads it. Complete or absent; never over something.
+    `report` is what `quantize` gave, to be written with it.
 
     Raises UnsupportedModel for a pipeline that holds no quantized component, BadConfig for a directory that exists.
     """
@@ -44,6 +47,8 @@ def save(pipe: Any, directory: str | Path) -> Path:
         pipe.save_pretrained(folder, safe_serialization=True)
         index = {"version": 1, "components": {name: _described(part) for name, part in parts.items()}}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if report is not None:
+            (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         folder.chmod(0o755)  # mkdtemp's are for their owner only
         folder.replace(target)
     except OSError as error:

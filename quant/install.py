@@ -39,8 +39,8 @@ class LayerReport:
 
 @dataclass
 class QuantReport:
-    """What quantizing did. `output_error` is |changed - float| / |float| of the denoiser's output, `float_ms` and
-    `quantized_ms` a call of it, where they were measured."""
+    """What quantizing did. `output_error` is |changed - float| / |float| of the denoiser's output, `float_ms`,
+    `compiled_ms` (float under torch.compile) and `quantized_ms` a call of it, where they were measured."""
 
     method: str
     layers: list[LayerReport] = field(default_factory=list)
@@ -49,6 +49,7 @@ class QuantReport:
     output_error: float | None = None
     predicted_error: float | None = None
     float_ms: float | None = None
+    compiled_ms: float | None = None
     quantized_ms: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -62,10 +63,10 @@ class QuantReport:
 
     @property
     def speed(self) -> str:
-        """Times float as measured; "no" where it is slower."""
+        """Times the faster of the float ones that were measured; "no" where it is slower."""
         if not self.float_ms or not self.quantized_ms:
             return "not measured"
-        times = self.float_ms / self.quantized_ms
+        times = min(self.float_ms, self.compiled_ms or self.float_ms) / self.quantized_ms
         return f"{times:.2f}x" if times > 1 else f"no ({times:.2f}x)"
 
     def summary(self) -> str:

@@ -18,9 +18,9 @@ from .build import Found, layers_of
 from .calls import Calls
 from .layers import Recipe
 from .plans import from_file
-from .sensitivity import FORMAT, sensitivities, stored, together
+from .sensitivity import BITS, sensitivities, stored, stored_as, together
 
-Bits = Literal[4, 8, 16]
+Bits = Literal[4, 5, 8, 16]
 _HINT = "make one with fastdiff.pipelines.mixed.plan_bits"
 
 
@@ -42,7 +42,7 @@ class BitPlan(Settings):
         return self.measured / self.predicted if self.predicted else 1.0
 
     def summary(self) -> str:
-        counts = {b: sum(chosen == b for chosen in self.bits.values()) for b in FORMAT}
+        counts = {b: sum(chosen == b for chosen in self.bits.values()) for b in BITS}
         layers = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items() if count)
         return (
             f"{layers}: {self.bytes / 1e6:.2f} MB; output error {self.measured**0.5:.2%}, predicted "
@@ -51,7 +51,7 @@ class BitPlan(Settings):
 
 
 class Mixed(QuantMethod):
-    """4-, 8- or 16-bit weights, layer by layer: the least error within `budget_mb`, or the least memory.
+    """4-, 5-, 8- or 16-bit weights, layer by layer: the least error within `budget_mb`, or the least memory.
 
     The least memory within `target_error`. Only the denoiser's layers are chosen from.
 
@@ -64,7 +64,9 @@ class Mixed(QuantMethod):
     target_error: float | None = Field(
         None, gt=0, lt=1, description="relative error of the denoiser's output, as the linear model predicts it"
     )
-    choices: tuple[Bits, ...] = Field((4, 8, 16), min_length=1, description="bits a layer may have")
+    choices: tuple[Bits, ...] = Field(
+        (4, 5, 8, 16), min_length=1, description="bits a layer may have; 5 are 4 in groups of 16"
+    )
     plan: Annotated[
         BitPlan | None, from_file(BitPlan, "bit plan", "make one with fastdiff.pipelines.mixed.plan_bits")
     ] = Field(None, description="what was chosen, or the path of its file")
@@ -94,8 +96,8 @@ class Mixed(QuantMethod):
             )
         if name not in self.plan.bits:
             raise BadConfig(f"the bit plan says nothing of layer {name}; it was made for {self.plan.denoiser}")
-        form = FORMAT[self.plan.bits[name]]
-        return Recipe(form, "none", self.plan.group_size, self.rounding, self.low_rank, self.kernel)
+        form, group = stored_as(self.plan.bits[name], self.plan.group_size)
+        return Recipe(form, "none", group, self.rounding, self.low_rank, self.kernel)
 
     def planned(
         self, anatomy: Anatomy, calls: Calls, watch: Callable[[int, int], None] | None = None
@@ -109,8 +111,9 @@ class Mixed(QuantMethod):
         if self.budget_mb is not None:  # refused before minutes of measuring, not after
             self._allocated({name: dict.fromkeys(self.choices, 0.0) for name in layers}, layers, rest)
         known = self.plan if self.plan is not None and self.plan.denoiser == fingerprint(anatomy) else None
-        if known is not None and known.group_size == self.group_size and set(known.table) == set(layers):
-            table = {name: {int(b): e for b, e in row.items()} for name, row in known.table.items()}
+        rows = known.table if known is not None and known.group_size == self.group_size else {}
+        if set(rows) == set(layers) and all(set(self.choices) <= set(row) for row in rows.values()):
+            table = {name: {int(bits): row[bits] for bits in self.choices} for name, row in rows.items()}
         else:
             table = sensitivities(calls, layers, self.choices, self.group_size, self.rounding, watch)
         found = self._allocated(table, layers, rest)

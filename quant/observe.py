@@ -23,6 +23,17 @@ _ROWS = 48  # tokens or pixels of each layer and bucket that are kept, for the s
 _SHRINK = torch.linspace(1.0, 0.4, 25)
 
 
+def _finite(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def look(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not bool(output.isfinite().all()):
+            raise UnsupportedModel(
+                f"{name} makes NaN or infinity of finite numbers in calibration; run the float model in float32, or "
+                "mend its weights"
+            )
+
+    return look
+
+
 @dataclass
 class Seen:
     """Input of one layer: ranges of its channels by bucket, and some of its rows."""
@@ -80,6 +91,7 @@ class Observer:
     def watching(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Looks at the layers, and at what the denoiser is told of the time."""
         hooks: list[Any] = [f.layer.register_forward_pre_hook(self._hook(f.name)) for f in self.layers]
+        hooks += [f.layer.register_forward_hook(_finite(f.name)) for f in self.layers]
         if denoiser is not None:
             hooks.append(denoiser.register_forward_hook(self._timed, with_kwargs=True))
         try:

@@ -18,19 +18,27 @@ from .build import Found
 from .calls import Calls
 from .packing import Rounding, format_named
 
-FORMAT = {4: "int4", 8: "int8", 16: "half"}  # of a number of bits
+BITS = (4, 5, 8, 16)
+_FINE = 16  # weights that share a scale, in 5 bits a weight
+
+
+def stored_as(bits: int, group: int) -> tuple[str, int]:
+    """Format and group size of so many bits; 5 are 4 in groups of 16, whose scales take the fifth."""
+    return {4: "int4", 5: "int4", 8: "int8", 16: "half"}[bits], min(group, _FINE) if bits == 5 else group
 
 
 def stored(layer: nn.Linear | nn.Conv2d, bits: int, group: int) -> int:
     """Bytes of the layer's weight in so many bits."""
     outputs, inputs = layer.weight.flatten(1).shape
-    return format_named(FORMAT[bits]).bytes(outputs, inputs, group)
+    form, group = stored_as(bits, group)
+    return format_named(form).bytes(outputs, inputs, group)
 
 
 def rounded(layer: nn.Linear | nn.Conv2d, bits: int, group: int, rounding: Rounding) -> Tensor:
     """The float weight that is left of a layer's when it is stored in so many bits."""
     weight = layer.weight.detach().float().flatten(1)
-    form = format_named(FORMAT[bits])
+    name, group = stored_as(bits, group)
+    form = format_named(name)
     kept = form.unpack(form.pack(weight, group, rounding), weight.shape[1])
     return kept.view(layer.weight.shape).to(layer.weight.dtype)
 

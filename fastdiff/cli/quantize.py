@@ -40,8 +40,12 @@ def quantize(
     scheduler: SchedulerName = None,
     seed: FirstSeed = 0,
     batch: PerCall = 4,
-    predict: Annotated[bool, typer.Option("--predict", help="Also measure each layer alone; slow.")] = False,
-    report: Annotated[Path | None, typer.Option(help="A JSON file for the report of every layer.")] = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict/--no-predict", help="Measure each layer alone, too: what errors should add up to."),
+    ] = True,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also time float under torch.compile; slow.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Another file for the report that the directory has.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files (never directories).")] = False,
     as_json: Json = False,
 ) -> None:
@@ -81,8 +85,8 @@ def quantize(
         if only:
             print(output)
             return
-        done = work.quantize(pipe, resolved, texts, predict=predict, **told)
-    save(pipe, output)
+        done = work.quantize(pipe, resolved, texts, predict=predict, compiled=compiled, **told)
+    save(pipe, output, done)
     _tell(output, done, report, as_json)
 
 
@@ -120,4 +124,5 @@ def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -
     for note in done.notes:
         say(note)
     if done.output_error is not None:
-        say(f"output of the denoiser off by {done.output_error:.2%}; speed: {done.speed}")
+        predicted = f" (its layers predict {done.predicted_error:.2%})" if done.predicted_error is not None else ""
+        say(f"output of the denoiser off by {done.output_error:.2%}{predicted}; speed: {done.speed}")

@@ -16,6 +16,8 @@ def test_a_directory_is_written_that_generate_reads(cli, model: str) -> None:
     assert "quant w8a8" in done.err and "speed:" in done.err
     report = json.loads(Path("report.json").read_text())
     assert report["bytes_before"] > 2 * report["bytes_after"] and report["layers"][0]["kernel"]
+    assert json.loads(Path("small/fastdiff_quant_report.json").read_text()) == report
+    assert 0.2 < report["predicted_error"] / report["output_error"] < 5 and report["float_ms"] > 0
     made = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "--width", 64, "--height", 64)
     assert made.code == 0
     again = cli("quantize", "-m", model, "-o", "small", *FEW)

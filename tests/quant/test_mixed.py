@@ -20,7 +20,7 @@ from tests.quant.test_prune import PROMPTS, arguments
 from tests.state import differences, snapshot
 
 
-def table_of(name: str, choices=(4, 8)):
+def table_of(name: str, choices=(4, 5, 8)):
     pipe = tiny.make(name)
     calls = hear(pipe, PROMPTS, batch=2, moments=2, **arguments(name))
     method = Mixed(budget_mb=1)
@@ -37,6 +37,7 @@ def test_the_table_is_what_one_rounded_layer_does_to_the_output(sd3):
     _, calls, layers, table = sd3
     assert set(table) == set(layers)
     assert all(row[8] < row[4] for row in table.values() if row[4] > 1e-9), "more bits, less error"
+    assert sum(row[5] for row in table.values()) < 0.9 * sum(row[4] for row in table.values())
     name = max(table, key=lambda n: table[n][4])
     layer = layers[name].layer
     before = layer.weight
@@ -78,7 +79,9 @@ def test_measuring_leaves_no_trace_and_the_choice_keeps_the_budget():
     assert loose.table == plan.table, "measured once"
     assert loose.predicted <= 4 * plan.predicted and loose.bytes <= plan.bytes
     for name, bits in plan.bits.items():
-        assert found.recipe(name, denoiser.get_submodule(name)).format == {4: "int4", 8: "int8", 16: "half"}[bits]
+        recipe = found.recipe(name, denoiser.get_submodule(name))
+        form, group = {4: ("int4", 64), 5: ("int4", 16), 8: ("int8", 64), 16: ("half", 64)}[bits]
+        assert (recipe.format, recipe.group) == (form, group)
     with pytest.raises(BadConfig, match=r"the smallest is [\d.]+ MB"):
         Mixed(budget_mb=0.001).planned(anatomies(pipe)[0], calls)
 
@@ -100,7 +103,7 @@ def test_bad_settings_are_told(tmp_path):
         ({"budget_mb": 1, "components": ["vae"]}, "mixed measures the denoiser"),
         ({"plan": str(tmp_path / "none.json")}, "does not exist"),
         ({"budget_mb": -1}, "greater than 0"),
-        ({"budget_mb": 1, "choices": [5]}, "choices"),
+        ({"budget_mb": 1, "choices": [3]}, "choices"),
     ):
         with pytest.raises(BadConfig, match=said):
             fastdiff.Config(quant={"method": "mixed", **settings})
@@ -113,6 +116,6 @@ def test_bad_settings_are_told(tmp_path):
     file = tmp_path / "bits.json"
     file.write_text(plan.model_dump_json())
     assert Mixed(plan=str(file)).plan == plan
-    file.write_text(json.dumps({**plan.model_dump(mode="json"), "bits": {"other": 5}}))
+    file.write_text(json.dumps({**plan.model_dump(mode="json"), "bits": {"other": 3}}))
     with pytest.raises(BadConfig, match="damaged"):
         fastdiff.Config(quant={"method": "mixed", "plan": str(file)})
