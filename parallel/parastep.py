@@ -96,7 +96,7 @@ class Cycle:
         assert run is not None
         output, args, kwargs = _output(args, kwargs)
         calls, self._calls = self._calls, []
-        if index < self.warmup or self.bus.alone:
+        if index < self.warmup or (self.bus.alone and not self._passed):
             self._learn(run, index, output)
             return method(output, *args, **kwargs)
         place = (index - self.warmup) % self.length
@@ -106,7 +106,7 @@ class Cycle:
         if place == self.place:
             self._mine = output
         ends = place == self.length - 1 or index == run.total - 1
-        if not ends:
+        if not ends and not self.bus.alone:  # in the middle of a cycle a layer may have lost a rank
             return method(self._mine if place == self.place else self._predicted(run, index), *args, **kwargs)
         return self._replay(method, run, index - place, output)
 
@@ -116,12 +116,14 @@ class Cycle:
         own = self._mine if self.place < count else torch.zeros_like(like)
         told: list[Tensor] | None = None
         try:
-            told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+            if not self.bus.alone:
+                told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
         except PeerLost as error:
             self.lost(error)
         vars(method.__self__).update(self._before)  # type: ignore[attr-defined]
         result: Any = None
-        for k, (args, kwargs, output, calls) in enumerate(self._passed):
+        passed, self._passed = self._passed, []
+        for k, (args, kwargs, output, calls) in enumerate(passed):
             given = latents = _sample(method, args, kwargs)
             if result is not None:
                 latents = result[0] if isinstance(result, tuple) else result.prev_sample
