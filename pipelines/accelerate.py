@@ -97,7 +97,7 @@ class Accelerated:
     def _quantize(self, found: list[Anatomy], patches: PatchSet) -> None:
         method = self.config.quant
         if method is None:
-            follow_standing(found, self.clock, patches)
+            follow_standing(found, self.clock, self._recorder, patches)
             return
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches)  # type: ignore[arg-type]
         if self.config.compile.enabled and done.opaque:

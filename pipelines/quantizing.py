@@ -210,9 +210,14 @@ def refuse_fusing(*_: Any, **__: Any) -> None:
     )
 
 
-def follow_standing(found: list[Anatomy], clock: StepClock, patches: PatchSet) -> None:
-    """A pipeline whose denoiser was quantized for good: its layers go by the clock."""
-    for anatomy in found:
-        state = standing(anatomy.denoiser)
-        if state is not None:
-            follow(state.present, state.origin, clock, patches)
+def follow_standing(found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
+    """A pipeline whose denoiser was quantized for good: its layers go by the clock, the report says what they are."""
+    states = {anatomy.component: state for anatomy in found if (state := standing(anatomy.denoiser)) is not None}
+    for state in states.values():
+        follow(state.present, state.origin, clock, patches)
+
+    def started(run: Run) -> None:
+        for name, state in states.items():
+            recorder.note(f"{name} is quantized for good: {state.method['method']}")
+
+    clock.on_start.append(started)

@@ -19,7 +19,7 @@ def test_a_directory_is_written_that_generate_reads(cli, model: str) -> None:
     assert json.loads(Path("small/fastdiff_quant_report.json").read_text()) == report
     assert 0.2 < report["predicted_error"] / report["output_error"] < 5 and report["float_ms"] > 0
     made = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "--width", 64, "--height", 64)
-    assert made.code == 0
+    assert made.code == 0 and "unet is quantized for good: w8a8" in made.err
     again = cli("quantize", "-m", model, "-o", "small", *FEW)
     assert again.code == 2 and "exists" in again.err
 
