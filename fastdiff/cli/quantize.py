@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from .calibrate import (
 from .commands import ConfigFile, Json, Preset, Sets
 
 if TYPE_CHECKING:
+    from fastdiff.quant.base import QuantMethod
     from fastdiff.quant.install import QuantReport
 
 
@@ -56,7 +58,6 @@ def quantize(
     removes, for --set quant.prune=FILE, or the bits of quant.method=mixed, for --set quant.plan=FILE.
     """
     from . import settings
-    from .console import say
 
     layers = [
         ("quantize", {"quant": {"method": "w8a8"}}),
@@ -76,18 +77,27 @@ def quantize(
     texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
     with progress() as watch:
         told = {"seed": seed, "batch": batch, "watch": watch, **call}
-        if only == "ranges":
-            files.write(output, work.calibrate_ranges(pipe, work.method_of(pipe, resolved), texts, **told).save)
-        elif only:
-            plan = work.plan(pipe, work.method_of(pipe, resolved), texts, **told)
-            files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8"))
-            say(plan.summary())
         if only:
-            print(output)
+            _write_only(output, pipe, work.method_of(pipe, resolved), texts, told)
             return
         done = work.quantize(pipe, resolved, texts, predict=predict, compiled=compiled, **told)
     save(pipe, output, done)
     _tell(output, done, report, as_json)
+
+
+def _write_only(output: Path, pipe: Any, method: QuantMethod, texts: Sequence[str], told: dict[str, Any]) -> None:
+    from fastdiff.bench import output as files
+    from fastdiff.pipelines import quantize as work
+
+    from .console import say
+
+    if output.suffix == ".safetensors":
+        files.write(output, work.calibrate_ranges(pipe, method, texts, **told).save)
+    else:
+        plan = work.plan(pipe, method, texts, **told)
+        files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+        say(plan.summary())
+    print(output)
 
 
 def _check(output: Path, only: str | None, prompts: int) -> None:
