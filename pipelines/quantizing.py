@@ -213,6 +213,8 @@ def refuse_fusing(*_: Any, **__: Any) -> None:
 def follow_standing(found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
     """A pipeline whose denoiser was quantized for good: its layers go by the clock, the report says what they are."""
     states = {anatomy.component: state for anatomy in found if (state := standing(anatomy.denoiser)) is not None}
+    if not states:
+        return
     for state in states.values():
         follow(state.present, state.origin, clock, patches)
 
