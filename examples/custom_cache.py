@@ -10,10 +10,10 @@ from fastdiff.caching.sites import model_output
 from fastdiff.clock import Run
 
 
-class Golden(CacheMethod):
+class GoldenSection(CacheMethod):
     """Compute the steps of the golden section: dense at the start, rare at the end."""
 
-    method: Literal["golden"] = "golden"
+    method: Literal["golden_section"] = "golden_section"
     predictor: str = "adams_bashforth"
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
@@ -25,9 +25,9 @@ class Golden(CacheMethod):
 
 
 if __name__ == "__main__":
-    fastdiff.register_cache(Golden)
+    fastdiff.register_cache(GoldenSection)
     pipe = fastdiff.load("shapes-unet")
-    with fastdiff.accelerate(pipe, cache={"method": "golden", "cooldown_steps": 1}) as fast:
+    with fastdiff.accelerate(pipe, cache={"method": "golden_section", "cooldown_steps": 1}) as fast:
         image = pipe("a small green ring", num_inference_steps=20, guidance_scale=3).images[0]
         print(fast.report)
     image.save("golden.png")
