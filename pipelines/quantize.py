@@ -27,7 +27,7 @@ from fastdiff.quant.install import QuantReport
 from fastdiff.quant.mixed import BitPlan, Mixed
 from fastdiff.quant.observe import Observer, edges_of
 from fastdiff.quant.prune import PrunePlan
-from fastdiff.quant.pruning import prune
+from fastdiff.quant.pruning import prune, within
 from fastdiff.quant.standing import Standing
 
 from .accelerate import Accelerated, put, restore
@@ -35,8 +35,6 @@ from .calibrate import Watch, draw_all, hear
 from .conditions import corrupted
 from .families import Anatomy, anatomies
 from .loading import embedded_name
-from .mixed import plan_bits
-from .prune import plan_pruning
 from .quantizing import print_of, quantize_parts, targets
 
 
@@ -112,26 +110,18 @@ def quantize(
     method = method_of(pipe, config)
     restore(pipe)
     found = anatomies(pipe)
-    targets(pipe, method, found)  # before anything is drawn
+    parts = targets(pipe, method, found)  # before anything is drawn
     dynamic = method.activations != "int8" or method.ranges is not None
     if calibration is None and prompts and not dynamic:
         calibration = calibrate_ranges(
             pipe, method, prompts, seed=seed, batch=batch, watch=watch, corrupt=corrupt, **call
         )
     calls = hear(pipe, prompts[:batch], moments=4, seed=seed, batch=batch, **call) if prompts else None
-    if isinstance(method, Mixed) and method.plan is None:
-        if calls is None:
-            raise BadConfig("mixed measures the denoiser's layers: give prompts, or a plan of bits as quant.plan")
-        method = method.planned(found[0], calls, watch)
-    if isinstance(method.prune, float):
-        if calls is None:
-            raise BadConfig(f"quant.prune = {method.prune:g} measures the denoiser: give prompts, or a plan")
-        plan = prune(found[0], calls, max_error=method.prune**2, watch=watch)
-        method = method.model_copy(update={"prune": plan})
+    method = _planned(method, found[0], calls, watch)
     learned = learned_by(method, calls)
     if calls is not None:
         float_ms, compiled_ms = _milliseconds(calls), _compiled_ms(calls) if compiled else None
-        predicted = _predicted(method, calls, calibration) if predict else None
+        predicted = _predicted(method, calls, calibration) if predict and found[0].component in parts else None
     with PatchSet() as patches:
         done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
     for name, present in done.presents.items():
@@ -151,9 +141,9 @@ def _predicted(method: QuantMethod, calls: Calls, calibration: Calibration | Non
     anatomy, some = calls.anatomy, calls.only([len(calls.given) // 2])
     gone = method.prune if isinstance(method.prune, PrunePlan) else PrunePlan(denoiser="")
     ranges = calibration.of(anatomy.component) if calibration else {}
-    total = gone.error
+    total, removed = gone.error, [removal.path for removal in gone.removed]
     for found, recipe in chosen(method, anatomy.denoiser):
-        if not any(f"{found.name}.".startswith(f"{removal.path}.") for removal in gone.removed):
+        if not within(found.name, removed):
             known: dict[str, Any] = ranges.get(found.name, {}) if recipe.activations == "int8" else {}
             with swapped(anatomy.denoiser, {found.name: build(found.layer, recipe, Present(), **known)}):
                 total += some.error()
@@ -177,13 +167,26 @@ def plan(
 
     Raises BadConfig for a method that plans nothing.
     """
-    if isinstance(method.prune, float):
-        return plan_pruning(pipe, prompts, max_error=method.prune**2, seed=seed, batch=batch, watch=watch, **call)
+    if not (isinstance(method.prune, float) or (isinstance(method, Mixed) and method.plan is None)):
+        raise BadConfig("there is nothing to plan: set quant.prune to an error, 0.03 say, or quant.method to mixed")
+    calls = hear(pipe, prompts, moments=4, seed=seed, batch=batch, **call)
+    planned = _planned(method, anatomies(pipe)[0], calls, watch)
+    found: Any = planned.plan if isinstance(planned, Mixed) else planned.prune
+    return found
+
+
+def _planned(method: QuantMethod, anatomy: Anatomy, calls: Calls | None, watch: Watch | None) -> QuantMethod:
+    """The method with the plan that it leaves to be made on calls of the denoiser: of bits, or of what to remove."""
     if isinstance(method, Mixed) and method.plan is None:
-        planned = plan_bits(pipe, method, prompts, seed=seed, batch=batch, watch=watch, **call).plan
-        assert planned is not None
-        return planned
-    raise BadConfig("there is nothing to plan: set quant.prune to an error, 0.03 say, or quant.method to mixed")
+        if calls is None:
+            raise BadConfig("mixed measures the denoiser's layers: give prompts, or a plan of bits as quant.plan")
+        return method.planned(anatomy, calls, watch)
+    if isinstance(method.prune, float):
+        if calls is None:
+            raise BadConfig(f"quant.prune = {method.prune:g} measures the denoiser: give prompts, or a plan")
+        found = prune(anatomy, calls, max_error=method.prune**2, watch=watch)
+        return method.model_copy(update={"prune": found})
+    return method
 
 
 def learned_by(method: QuantMethod, calls: Calls | None) -> Callable[..., Any] | None:

@@ -1,4 +1,4 @@
-"""4-bit weights on NVIDIA GPUs: Triton products that unpack them on the way, so that memory holds 4 bits.
+"""4-bit weights on NVIDIA GPUs: a Triton product that unpacks them on the way, so that memory holds 4 bits.
 
 Each program makes a tile [BM, BN] of y = x w^T and goes along the inputs a group at a time, so that a tile of weights
 has one scale for each output. W4A16 dequantizes the tile to the type of x and sums in float32; W4A8 unpacks it to
@@ -40,19 +40,19 @@ class TritonW4(Product):
         return form.eight_bits(tensors, layer.matrix_shape[1]).sum(-1).float() if isinstance(form, Integers) else None
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
-        from . import triton_program as program
+        from .triton_program import product
 
         (outputs, inputs), tensors = layer.matrix_shape, layer.tensors()
         size, groups = group_of(inputs, layer.recipe.group)
         levels = None if packed is None else layer.levels(x, 255)
-        rows = rows_of(layer.smoothed(x)).contiguous() if levels is None else signed(levels)
-        kind = torch.float32 if levels is None else torch.int32
+        if levels is None:
+            rows, fine, kind = rows_of(layer.smoothed(x)).contiguous(), tensors["scale"], torch.float32
+        else:
+            rows, fine, kind = signed(levels), tensors["group"], torch.int32
         y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
+        sizes = (len(rows), outputs, inputs, groups)
         grid = (-(-len(rows) // _TILE), -(-outputs // _TILE))
-        product, fine = (program.floats, "scale") if levels is None else (program.integers, "group")
-        product[grid](
-            rows, tensors["q"], tensors[fine], y, len(rows), outputs, inputs, groups, _TILE, _TILE, size
-        )  # fmt: skip
+        product[grid](rows, tensors["q"], fine, y, *sizes, levels is not None, _TILE, _TILE, size)
         if levels is not None:
             y = scaled(y, levels, tensors["scale"], packed)
         if layer.bias is not None:

@@ -18,7 +18,7 @@ from .build import Found, layers_of
 from .calls import Calls
 from .layers import Recipe
 from .plans import from_file
-from .sensitivity import BITS, sensitivities, stored, stored_as, together
+from .sensitivity import FORMAT, sensitivities, stored, stored_as, together
 
 Bits = Literal[4, 5, 8, 16]
 _HINT = "make one with fastdiff.pipelines.mixed.plan_bits"
@@ -42,7 +42,7 @@ class BitPlan(Settings):
         return self.measured / self.predicted if self.predicted else 1.0
 
     def summary(self) -> str:
-        counts = {b: sum(chosen == b for chosen in self.bits.values()) for b in BITS}
+        counts = {b: sum(chosen == b for chosen in self.bits.values()) for b in FORMAT}
         layers = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items() if count)
         return (
             f"{layers}: {self.bytes / 1e6:.2f} MB; output error {self.measured**0.5:.2%}, predicted "

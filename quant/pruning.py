@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def prune(
     removed: dict[str, Removal] = {}
     error, misses = 0.0, 0
     for component, _ in sorted(table, key=lambda row: row[1].cost):
-        paths = [path for path in component.paths if not _within(path, removed)]
+        paths = [path for path in component.paths if not within(path, removed)]
         if not paths or misses >= patience:
             continue
         tried = dict(removed)
@@ -188,7 +188,8 @@ def _without(anatomy: Anatomy, removed: Mapping[str, Removal]) -> Iterator[None]
         yield
 
 
-def _within(path: str, removed: Mapping[str, Any]) -> bool:
+def within(path: str, removed: Iterable[str]) -> bool:
+    """Whether a module is one of those, or a part of one."""
     return any(path == other or path.startswith(f"{other}.") for other in removed)
 
 

@@ -18,13 +18,13 @@ from .build import Found
 from .calls import Calls
 from .packing import Rounding, format_named
 
-BITS = (4, 5, 8, 16)
+FORMAT = {4: "int4", 5: "int4", 8: "int8", 16: "half"}  # of a number of bits
 _FINE = 16  # weights that share a scale, in 5 bits a weight
 
 
 def stored_as(bits: int, group: int) -> tuple[str, int]:
     """Format and group size of so many bits; 5 are 4 in groups of 16, whose scales take the fifth."""
-    return {4: "int4", 5: "int4", 8: "int8", 16: "half"}[bits], min(group, _FINE) if bits == 5 else group
+    return FORMAT[bits], min(group, _FINE) if bits == 5 else group
 
 
 def stored(layer: nn.Linear | nn.Conv2d, bits: int, group: int) -> int:

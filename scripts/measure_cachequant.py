@@ -38,7 +38,7 @@ from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.shapes import checker
 from fastdiff.pipelines.shapes.scenes import scenes
 from fastdiff.quant.mixed import Mixed
-from fastdiff.quant.sensitivity import BITS
+from fastdiff.quant.sensitivity import FORMAT
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 FILES = {
@@ -164,7 +164,7 @@ def mixed(study: Study, _interval: int) -> Rows:
             "denoiser_mb": round(size_of(study, Config(quant=method)) / 1e6, 4),
             "predicted_error": round(table.predicted**0.5, 5), "measured_error": round(table.measured**0.5, 5),
             "additivity": round(table.additivity, 4),
-            "layers": {b: sum(bits == b for bits in table.bits.values()) for b in BITS},
+            "layers": {b: sum(bits == b for bits in table.bits.values()) for b in FORMAT},
         }  # fmt: skip
     yield (
         "uniform: int4, groups of 64",

@@ -110,22 +110,17 @@ def _check(output: Path, only: str | None, prompts: int) -> None:
         check_target(output)
 
 
-def _write(report: Path, done: QuantReport) -> None:
-    import json
-
-    from fastdiff.bench import output as files
-
-    text = json.dumps(done.to_dict(), indent=1) + "\n"
-    files.write(report, lambda part: part.write_text(text, encoding="utf-8"))
-
-
 def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -> None:
     import json
+    import shutil
+
+    from fastdiff.bench import output as files
+    from fastdiff.pipelines.quantized_files import REPORT
 
     from .console import say
 
     if report is not None:
-        _write(report, done)
+        files.write(report, lambda part: shutil.copyfile(output / REPORT, part))
     if as_json:
         told: dict[str, Any] = {key: value for key, value in done.to_dict().items() if key != "layers"}
         print(json.dumps({"file": str(output), "layers": len(done.layers), **told}))

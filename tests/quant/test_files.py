@@ -1,5 +1,6 @@
 """Quantized pipelines as directories: bit-exact, of the size that the formula gives, and refused where broken."""
 
+import copy
 import json
 import shutil
 
@@ -167,3 +168,13 @@ def test_floats_are_freed_and_a_failure_leaves_the_pipeline(made):
     assert isinstance(layer, QLayer) and not list(layer.parameters())
     with pytest.raises(UnsupportedModel, match="by fastdiff"):
         quantize(pipe, "w8a8")
+
+
+def test_what_is_left_of_a_quantized_pipeline_can_be_quantized_too():
+    """Of layers that are not the denoiser's, nothing is predicted of its output; those that are integers stay."""
+    pipe = tiny.make(SMALL)
+    pipe.vae = copy.deepcopy(pipe.vae)  # other pipelines share it
+    quantize(pipe, {"quant": {"method": "w8a16", "skip": FEW}})
+    report = quantize(pipe, {"quant": {"method": "w8a16", "components": ["vae"]}}, ["a cat", "a dog"], batch=2, **CALL)
+    assert report.predicted_error is None and report.output_error == 0
+    assert {layer.component for layer in report.layers} == {"vae"}

@@ -24,21 +24,21 @@ needs_triton = pytest.mark.skipif(
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from fastdiff.quant import triton_program as program
+from fastdiff.quant.triton_program import product
 
 sizes = dict.fromkeys(("M", "N", "K", "groups"), "i32")
-floats = {"x": "*bf16", "q": "*u8", "scale": "*fp16", "y": "*fp32"}
+floats = {"x": "*bf16", "q": "*u8", "fine": "*fp16", "y": "*fp32"}
 integers = {"x": "*i8", "q": "*u8", "fine": "*u8", "y": "*i32"}
 for capability in (80, 89, 90):
-    for product, tensors, smallest in ((program.floats, floats, 16), (program.integers, integers, 32)):
+    for whole, tensors, smallest in ((False, floats, 16), (True, integers, 32)):
         for group in (16, 32, 64, 128):
             if group >= smallest:
-                tiles = {"BM": 64, "BN": 64, "G": group}
+                tiles = {"WHOLE": whole, "BM": 64, "BN": 64, "G": group}
                 kinds = tensors | sizes | dict.fromkeys(tiles, "constexpr")
                 source = triton.compiler.ASTSource(product, kinds, tiles)
                 made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
                 tensor_cores = ("wgmma" if capability == 90 else "mma.sync") in made.asm["ptx"]
-                print(product.__name__, capability, group, len(made.asm["cubin"]), made.metadata.shared, tensor_cores)
+                print(whole, capability, group, len(made.asm["cubin"]), made.metadata.shared, tensor_cores)
 """
 
 _RUN = """
