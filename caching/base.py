@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -15,11 +15,8 @@ from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.method import Method
 
 from .predictors import PREDICTORS, Axis, weights
+from .protocols import Calibrator, Live
 from .region import Memory, Region
-
-if TYPE_CHECKING:
-    from .calibration import Calibrator
-    from .session import Session
 
 Forward = Callable[..., Any]
 Weigh = Callable[[int, Sequence[int]], Sequence[float]]
@@ -66,7 +63,7 @@ class CacheMethod(Method):
         """True for each step in which a region is computed; None if `change` decides."""
         return None
 
-    def around(self, forward: Forward, session: Session) -> Forward:
+    def around(self, forward: Forward, session: Live) -> Forward:
         """The denoiser's forward, for methods that change what it is called with; runs inside the session's step."""
         return forward
 

@@ -9,32 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
+from .protocols import Install, Sample
 from .region import Memory, Region
 from .session import Session
 
-Install = Callable[[Anatomy, StepClock, Recorder], "Session | None"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one call of the denoiser showed of a region: the value that would be kept, and its probe."""
-
-    step: Step
-    number: int
-    value: list[Any]
-    probe: Tensor | None
-
 
 @dataclass
-class Calibrator:
-    """What a method may ask of a calibration: to draw all prompts once, with listeners or a session installed.
+class Drawing:
+    """The calibrator of a live pipeline: draws all prompts once, with listeners or a session installed.
 
     `weights` is how the model was quantized while it was drawn; after that it may be back to floats.
     """

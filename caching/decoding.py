@@ -14,8 +14,8 @@ from fastdiff.anatomy import parameters
 from fastdiff.clock import Run, Step
 
 from .batches import Batches
+from .protocols import Live
 from .region import signature
-from .session import Session
 
 
 class BatchedDecoding:
@@ -25,7 +25,7 @@ class BatchedDecoding:
     predictions for the others. What was decoded ahead answers the calls of those steps.
     """
 
-    def __init__(self, session: Session, forward: Callable[..., Any], most: int) -> None:
+    def __init__(self, session: Live, forward: Callable[..., Any], most: int) -> None:
         self.session, self.forward, self.most = session, forward, most
         self._ahead: Sequence[int] = ()
         self._batches = Batches(session.anatomy, parameters(session.anatomy.denoiser))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from fastdiff.clock import Run
 
 from .batches import Batches
 from .predictors import combine
-from .session import Session
-
-if TYPE_CHECKING:
-    from .tgate import TGate
+from .protocols import Live
 
 
 class GuidanceGate:
@@ -29,8 +26,11 @@ class GuidanceGate:
     is added. Cross-attention that was frozen for both halves is averaged, as in the paper.
     """
 
-    def __init__(self, method: TGate, session: Session, forward: Callable[..., Any], delta: bool) -> None:
-        self.method, self.session, self.forward, self.delta = method, session, forward, delta
+    def __init__(
+        self, gated: Callable[[Run, int], bool], order: int, session: Live, forward: Callable[..., Any], delta: bool
+    ) -> None:
+        """gated: whether guidance is left out at a step of a run; order: differences a prediction may use."""
+        self.gated, self.order, self.session, self.forward, self.delta = gated, order, session, forward, delta
         self._batches = Batches(session.anatomy, parameters(session.anatomy.denoiser))
         self._solved = 0
         self._halved = False
@@ -54,7 +54,7 @@ class GuidanceGate:
         batch = self._batches.size(args, kwargs)
         perturbed = getattr(self.session.clock.pipe, "do_perturbed_attention_guidance", False) is True
         both = self._solved > 0 and batch == 2 * self._solved and not perturbed  # PAG has other halves
-        gated = self.method.gated(step.run, step.index)
+        gated = self.gated(step.run, step.index)
         halves = None
         if gated and (perturbed or 0 < 2 * self._solved < batch):
             self.session.recorder.note("guidance goes on: the batch does not hold two halves, or those of PAG")
@@ -90,7 +90,7 @@ class GuidanceGate:
             self._steps.pop(), self._deltas.pop()
         self._steps.append(index)
         self._deltas.append(delta)
-        del self._steps[: -self.method.order], self._deltas[: -self.method.order]
+        del self._steps[: -self.order], self._deltas[: -self.order]
 
     def _half(self, index: int, args: tuple, kwargs: dict) -> Any:
         """Both outputs from one forward of the conditional half."""

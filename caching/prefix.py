@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.clock import Run
 
-if TYPE_CHECKING:
-    from .base import Forward
-    from .session import Session
+from .base import Forward
+from .protocols import Live
 
 Call = tuple[Tensor, Any, Tensor]  # tokens, attention mask, positions
 
@@ -72,7 +71,7 @@ class PrefixCache:
     time together with the next one. Elsewhere they are computed anew at every block, as in the paper.
     """
 
-    def __init__(self, forward: Forward, session: Session, verify: bool) -> None:
+    def __init__(self, forward: Forward, session: Live, verify: bool) -> None:
         self._full, self._session, self._verify = forward, session, verify
         floats = (p.dtype for p in session.anatomy.denoiser.parameters() if p.is_floating_point())
         self._floor = max(1e-5, 2 * torch.finfo(next(floats, torch.float32)).eps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.clock import Run, StepClock
 
-from .calibration import Sample
+from .protocols import Sample
 from .region import tensors
 
 _SKETCH = 16384

@@ -3,11 +3,11 @@
 from fastdiff.registry import Registry
 
 METHODS = {
-    "cfg": "fastdiff.parallel.cfg:CFG",
-    "patch": "fastdiff.parallel.patch:Patch",
-    "distrifusion": "fastdiff.parallel.distrifusion:DistriFusion",
-    "pcpp": "fastdiff.parallel.pcpp:PCPP",
-    "parastep": "fastdiff.parallel.parastep:ParaStep",
-    "ulysses": "fastdiff.parallel.ulysses:Ulysses",
+    "cfg": "fastdiff.parallel.methods.cfg:CFG",
+    "patch": "fastdiff.parallel.methods.patch:Patch",
+    "distrifusion": "fastdiff.parallel.methods.distrifusion:DistriFusion",
+    "pcpp": "fastdiff.parallel.methods.pcpp:PCPP",
+    "parastep": "fastdiff.parallel.methods.parastep:ParaStep",
+    "ulysses": "fastdiff.parallel.methods.ulysses:Ulysses",
 }
 REGISTRY = Registry("parallel", METHODS)

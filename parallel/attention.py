@@ -103,10 +103,8 @@ def _attend(
     text = layout.text(key.shape[-2])
     begin = text if layout.text_first else 0
     own = slice(begin, begin + key.shape[-2] - text)
-    if split.method.heads:
-        from .ulysses import attend
-
-        return attend(split, exchange, layout, own, query, key, value, options)
+    if split.method.attend is not None:
+        return split.method.attend(split, exchange, layout, own, query, key, value, options)
     both = torch.cat([key[..., own, :], value[..., own, :]], -1)
     parts = _context(split, exchange, layout, both)
     keys = [part[..., : key.shape[-1]] for part in parts]

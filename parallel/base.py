@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from fastdiff.errors import BadConfig
 from fastdiff.method import Method
@@ -33,6 +35,7 @@ class ParallelMethod(Method):
     )
 
     heads: ClassVar[bool] = False  # whether attention is shared out by heads, not by what it may see
+    attend: ClassVar[Callable[..., Tensor] | None] = None  # what computes split self-attention, if not full attention
     own_axis: ClassVar[str] = "patch"
 
     @model_validator(mode="after")

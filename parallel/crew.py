@@ -19,9 +19,9 @@ from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus
-from .cfg import split_guidance
 from .mesh import join
-from .parastep import Cycle
+from .methods.cfg import split_guidance
+from .methods.parastep import Cycle
 from .split import Forward
 from .tokens import split_tokens
 from .unet import split_decoder, split_unet

@@ -27,8 +27,8 @@ from fastdiff.recorder import Recorder
 
 from .base import ParallelMethod
 from .bus import Bus, Pending, Traffic
-from .cfg import split_guidance
 from .mesh import Topology
+from .methods.cfg import split_guidance
 from .tokens import split_tokens
 from .unet import split_unet
 

@@ -10,9 +10,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-import fastdiff
 from fastdiff import strip
-from fastdiff.caching.cachequant import CacheQuant
+from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
@@ -20,6 +19,7 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
+from fastdiff.version import __version__
 
 from .attention import install_backend
 from .cachequant import correct_fed_layers
@@ -152,7 +152,7 @@ class Accelerated:
             **{part: str(table and table.get("method")) for part, table in dumped.items()},
             **settings,
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
-            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {fastdiff.__version__}",
+            "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {__version__}",
         }
         return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fastdiff.caching.base import CacheMethod
-from fastdiff.caching.calibration import Calibrator, Install
+from fastdiff.caching.calibration import Drawing
 from fastdiff.caching.plan import quantization
+from fastdiff.caching.protocols import Install
 from fastdiff.caching.session import Session
 from fastdiff.clock import StepClock
 from fastdiff.config import Compile, Config, Resolved
@@ -20,8 +21,8 @@ from fastdiff.quant.calls import Calls
 from fastdiff.recorder import Recorder
 
 from .accelerate import Accelerated, put, restore
-from .cachequant import with_fed_layers
 from .families import Anatomy, anatomies
+from .fed_layers import with_fed_layers
 
 Watch = Callable[[int, int], None]
 
@@ -55,7 +56,7 @@ def calibrate(
         finally:
             handle.restore()
 
-    calibrator = Calibrator(found[0], draw)
+    calibrator = Drawing(found[0], draw)
     try:
         planned = config.model_copy(update={"cache": method.calibrated(calibrator)})
         return with_fed_layers(pipe, planned, found, lambda handle: draw_all(handle, prompts, seed, batch, watch, call))

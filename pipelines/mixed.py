@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastdiff.quant.mixed import Mixed
+from fastdiff.quant.schemes.mixed import Mixed
 
 from .calibrate import hear
 from .families import anatomies

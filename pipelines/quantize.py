@@ -24,10 +24,10 @@ from fastdiff.quant.calls import Calls, swapped
 from fastdiff.quant.flexround import FlexRound
 from fastdiff.quant.halves import halves
 from fastdiff.quant.install import QuantReport
-from fastdiff.quant.mixed import BitPlan, Mixed
 from fastdiff.quant.observe import Observer, edges_of
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import prune, within
+from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.standing import Standing
 
 from .accelerate import Accelerated, put, restore

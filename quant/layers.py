@@ -128,7 +128,7 @@ class QLayer(nn.Module):
 
     def choose_kernel(self) -> str:
         """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
-        from .kernels import choose
+        from .kernels.base import choose
 
         self._plain()
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)

@@ -37,7 +37,7 @@ from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.shapes import checker
 from fastdiff.pipelines.shapes.scenes import scenes
-from fastdiff.quant.mixed import Mixed
+from fastdiff.quant.schemes.mixed import Mixed
 from fastdiff.quant.sensitivity import FORMAT
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.caching.a_sdm import ASDM, Ranked
+from fastdiff.caching.methods.a_sdm import ASDM, Ranked
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies

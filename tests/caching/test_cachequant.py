@@ -12,9 +12,9 @@ import torch
 
 import fastdiff
 from fastdiff.affine import Affine, AffineFit, corrected
-from fastdiff.caching import cachequant
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Shadow
+from fastdiff.caching.methods import cachequant
 from fastdiff.caching.schedule import Costs, spans
 from fastdiff.caching.trace import SiteTrace
 from fastdiff.errors import BadConfig

@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff.anatomy import Anatomy, fingerprint
-from fastdiff.caching.dp import DP
+from fastdiff.caching.methods.dp import DP
 from fastdiff.caching.plan import LARGEST, Schedule
 from fastdiff.clock import Run
 from fastdiff.config import layers_of, resolve

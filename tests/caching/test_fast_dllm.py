@@ -10,7 +10,7 @@ import torch
 from diffusers import LLaDA2Pipeline
 
 import fastdiff
-from fastdiff.caching.fast_dllm import FastDLLM
+from fastdiff.caching.methods.fast_dllm import FastDLLM
 from fastdiff.caching.prefix import Verdict
 from fastdiff.errors import BadConfig, UnsupportedModel
 from tests import language, tiny

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.caching.faster_diffusion import FasterDiffusion
+from fastdiff.caching.methods.faster_diffusion import FasterDiffusion
 from fastdiff.caching.region import Region
 from fastdiff.caching.session import Session
 from fastdiff.clock import Run

@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff.caching.base import Gated
-from fastdiff.caching.easycache import EasyCache
-from fastdiff.caching.first_block import FirstBlock
-from fastdiff.caching.magcache import MagCache, Ratios
+from fastdiff.caching.methods.easycache import EasyCache
+from fastdiff.caching.methods.first_block import FirstBlock
+from fastdiff.caching.methods.magcache import MagCache, Ratios
+from fastdiff.caching.methods.seacache import SeaCache, wiener
+from fastdiff.caching.methods.teacache import TeaCache
 from fastdiff.caching.region import Memory
-from fastdiff.caching.seacache import SeaCache, wiener
-from fastdiff.caching.teacache import TeaCache
 from tests import tiny
 from tests.caching.fakes import ANYWHERE, did, run_of, step_of
 

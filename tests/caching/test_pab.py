@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import fastdiff
-from fastdiff.caching.pab import PAB
+from fastdiff.caching.methods.pab import PAB
 from fastdiff.caching.region import Region
 from fastdiff.caching.sites import attention_kind
 from fastdiff.clock import Run

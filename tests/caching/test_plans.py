@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.caching.a_sdm import Ranked
-from fastdiff.caching.cachequant import Corrected
-from fastdiff.caching.calibration import Calibrator
-from fastdiff.caching.magcache import Ratios
+from fastdiff.caching.calibration import Drawing
+from fastdiff.caching.methods.a_sdm import Ranked
+from fastdiff.caching.methods.cachequant import Corrected
+from fastdiff.caching.methods.magcache import Ratios
+from fastdiff.caching.methods.teacache import Rescaling
 from fastdiff.caching.plan import Plan, Schedule, quantization
-from fastdiff.caching.teacache import Rescaling
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.calibrate import calibrate
@@ -100,7 +100,7 @@ def test_the_origin_of_a_plan_is_that_of_its_run():
     (anatomy,) = anatomies(pipe)
     run = Run(1, (900.0, 500.0), (0.9, 0.5), True, "Solver", 3.5, (4, 8, 8))
     with_integers(pipe)
-    made = Plan(**Calibrator(anatomy, lambda install: None, quantization(anatomy)).origin(run))
+    made = Plan(**Drawing(anatomy, lambda install: None, quantization(anatomy)).origin(run))
     assert (made.scheduler, made.guidance_scale, made.shape) == ("Solver", 3.5, (4, 8, 8))
     assert (made.sigmas, made.quantization) == ((0.9, 0.5), "int8")
     assert made.fits(run) and made.differences(run, anatomy) == []

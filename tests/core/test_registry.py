@@ -16,7 +16,10 @@ from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.method import Method
 from fastdiff.registry import ROOMS, Registry, names, registry
 
-TABLE = {"static": "fastdiff.caching.static:Static", "deepcache": "fastdiff.caching.deepcache:DeepCache"}
+TABLE = {
+    "static": "fastdiff.caching.methods.static:Static",
+    "deepcache": "fastdiff.caching.methods.deepcache:DeepCache",
+}
 
 
 class Mine(CacheMethod):

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.anatomy import fingerprint
-from fastdiff.caching.cachequant import Corrected
-from fastdiff.caching.calibration import Calibrator
-from fastdiff.caching.magcache import Ratios
+from fastdiff.caching.calibration import Drawing
+from fastdiff.caching.methods.cachequant import Corrected
+from fastdiff.caching.methods.magcache import Ratios
 from fastdiff.caching.plan import Plan, Schedule
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.quantize import calibrate_ranges
 from fastdiff.quant.build import layers_of
-from fastdiff.quant.mixed import BitPlan
-from fastdiff.quant.w8a8 import W8A8
+from fastdiff.quant.schemes.mixed import BitPlan
+from fastdiff.quant.schemes.w8a8 import W8A8
 from tests import tiny
 from tests.tiny import FAMILIES, TRANSFORMERS, UNETS
 
@@ -143,7 +143,7 @@ def origin(name: str) -> dict[str, Any]:
         runs: list[Any] = []
         handle.clock.on_start.append(runs.append)
         tiny.run(pipe, name, steps=STEPS)
-    return Calibrator(anatomies(pipe)[0], lambda install: None).origin(runs[0])
+    return Drawing(anatomies(pipe)[0], lambda install: None).origin(runs[0])
 
 
 def _schedule(*steps: int) -> Callable[[], dict[str, dict[str, Any]]]:

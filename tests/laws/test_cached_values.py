@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.caching.first_block import FirstBlock
+from fastdiff.caching.methods.first_block import FirstBlock
 from tests import tiny
 from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
 

@@ -11,13 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fastdiff
-from fastdiff.caching.ab_cache import ABCache
 from fastdiff.caching.base import CacheMethod, every
-from fastdiff.caching.deepcache import DeepCache
-from fastdiff.caching.first_block import FirstBlock
+from fastdiff.caching.methods.ab_cache import ABCache
+from fastdiff.caching.methods.deepcache import DeepCache
+from fastdiff.caching.methods.first_block import FirstBlock
+from fastdiff.caching.methods.static import Static
 from fastdiff.caching.predictors import PREDICTORS, combine, weights
 from fastdiff.caching.region import Memory, Region
-from fastdiff.caching.static import Static
 from fastdiff.clock import Run, Step
 from fastdiff.errors import BadConfig
 from tests import tiny

@@ -71,6 +71,7 @@ def test_the_package_imports_nothing_of_its_own():
     live = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert {t for node in live for t in imports(Path("__init__.py"), "fastdiff", node)} <= {
         "__future__",
+        "fastdiff.version",
         "importlib",
         "typing",
     }

@@ -120,7 +120,7 @@ CHILDREN = """
         process.start()
         module, file, same = here.recv()
         process.join()
-        assert same and module == "fastdiff.caching.static", module
+        assert same and module == "fastdiff.caching.methods.static", module
         print(file)
 """
 

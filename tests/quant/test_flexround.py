@@ -15,7 +15,7 @@ from fastdiff.quant.build import Found
 from fastdiff.quant.flexround import FlexRound, _moments, learn
 from fastdiff.quant.layers import Recipe
 from fastdiff.quant.packing import FORMATS
-from fastdiff.quant.w4a16 import W4A16
+from fastdiff.quant.schemes.w4a16 import W4A16
 from tests import tiny
 from tests.quant.test_prune import PROMPTS, arguments
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels_cuda import IntMM, ScaledMM
+from fastdiff.quant.kernels.cuda import IntMM, ScaledMM
 from fastdiff.quant.layers import Recipe, reference
 
 needs_triton = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(
 _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from fastdiff.quant.triton_program import product
+from fastdiff.quant.kernels.triton_program import product
 
 sizes = dict.fromkeys(("M", "N", "K", "groups"), "i32")
 floats = {"x": "*bf16", "q": "*u8", "fine": "*fp16", "y": "*fp32"}
@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels_triton import TritonW4
+from fastdiff.quant.kernels.triton import TritonW4
 from fastdiff.quant.layers import Recipe, reference
 
 torch.manual_seed(0)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastdiff.errors import BackendUnavailable, UnknownName, UnsupportedModel
-from fastdiff.quant import kernels
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels_cpu import OneDNN
+from fastdiff.quant.kernels import base as kernels
+from fastdiff.quant.kernels.cpu import OneDNN
 from fastdiff.quant.layers import QConv2d, QLinear, Recipe, reference
 from fastdiff.quant.packing import FORMATS
 

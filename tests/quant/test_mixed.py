@@ -13,7 +13,7 @@ from fastdiff.pipelines.calibrate import hear
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.quant.build import layers_of
-from fastdiff.quant.mixed import BitPlan, Mixed
+from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import rounded, sensitivities, stored, together, weights
 from tests import tiny
 from tests.quant.test_prune import PROMPTS, arguments

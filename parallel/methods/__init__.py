@@ -1,0 +1,1 @@
+"""Parallel methods, one file each."""

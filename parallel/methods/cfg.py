@@ -1,0 +1,156 @@
+"""Classifier-free guidance on two devices: one computes the conditional, one the unconditional half (xDiT,
+https://arxiv.org/abs/2411.01738, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastdiff.anatomy import NO_BATCH, Anatomy, named
+from fastdiff.clock import Run, StepClock
+from fastdiff.errors import FastdiffError, UnsupportedModel
+from fastdiff.parallel.base import ParallelMethod
+from fastdiff.parallel.bus import Bus
+from fastdiff.parallel.split import Forward
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+
+
+class CFG(ParallelMethod):
+    """The two halves of classifier-free guidance on two ranks, exact; more ranks split each half into patches.
+
+    Formula: e = e_u + g (e_c - e_u), where one half of the ranks computes e_c (with the prompt), the other e_u
+    (without), and each sends its own; g is `guidance_scale`.
+    """
+
+    method: Literal["cfg"] = "cfg"
+    cfg: Literal[2] = 2
+
+
+def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet, recorder: Recorder) -> None:
+    """Outermost patch of a denoiser. Raises UnsupportedModel where the halves cannot be told apart."""
+    family = anatomy.family
+    if family.guidance == "none" or not family.batches:
+        raise UnsupportedModel(
+            f"cfg = 2 has nothing to share out: a {family.name} denoiser has no two halves of guidance"
+        )
+    ways = _Calls if family.guidance == "calls" else _Batch
+    way = ways(anatomy, bus, clock, recorder)
+    patches.wrap_forward(anatomy.denoiser, way.shared)
+
+
+class _Batch:
+    """Both halves come in one batch: each rank takes its half of every input."""
+
+    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
+        self.by_name, self.bus, self.clock, self.recorder = named(anatomy.denoiser), bus, clock, recorder
+        self.place = bus.topology.place("cfg")
+
+    def shared(self, forward: Forward) -> Forward:
+        @wraps(forward)
+        def half_forward(*args: Any, **kwargs: Any) -> Any:
+            given = self.by_name(args, kwargs)
+            count = len(next(value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1))
+            if self.clock.now is None or self.bus.alone or count % 2:
+                if self.clock.now is not None and count % 2:
+                    self.recorder.note(f"a batch of {count} has no two halves: both ranks of cfg compute all of it")
+                return forward(*args, **kwargs)
+            half = count // 2
+            begin = self.place * half
+
+            def take(leaf: Tensor) -> Tensor:
+                return leaf[begin : begin + half] if leaf.ndim and len(leaf) == count else leaf
+
+            for name, value in given.items():
+                if not any(part in name for part in NO_BATCH):
+                    given[name] = pytree.tree_map_only(Tensor, take, value)
+            return pytree.tree_map_only(Tensor, self._whole, forward(**given))
+
+        return half_forward
+
+    def _whole(self, output: Tensor) -> Tensor:
+        return torch.cat(self.bus.gather("output", "the other half of guidance", output, "cfg", [output.shape] * 2))
+
+
+class _Calls:
+    """The halves are two calls a step: each rank computes one of them, and fills in the other's result at the second
+    call, before the pipeline looks at either. How many calls a step has is learned at the first, which all compute."""
+
+    def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
+        self.bus, self.clock, self.recorder = bus, clock, recorder
+        self.place = bus.topology.place("cfg")
+        self.calls = 0
+        self._empty: Any = None
+        self._missed: Callable[[], Any] | None = None
+        clock.on_start.append(self._start)
+        clock.on_tick.append(self._tick)
+
+    def _start(self, run: Run) -> None:
+        self.calls, self._empty = 0, None
+
+    def _tick(self, index: int) -> None:
+        if index == 0 and self.calls != 2 and not self.bus.alone:
+            self.recorder.note(
+                f"cfg = 2 shares nothing out: the denoiser is called {self.calls} times a step, not twice"
+            )
+        if self._empty is not None:
+            raise FastdiffError(
+                f"step {index} made one call of the denoiser where the first made {self.calls}; set parallel.cfg = 1"
+            )
+
+    def shared(self, forward: Forward) -> Forward:
+        @wraps(forward)
+        def one_forward(*args: Any, **kwargs: Any) -> Any:
+            step = self.clock.now
+            if self.bus.alone and self._empty is not None:
+                return self._rescue(forward, args, kwargs)
+            if step is None or self.bus.alone or step.index == 0 or self.calls != 2:
+                if step is not None and step.index == 0:
+                    self.calls = step.branch + 1
+                return forward(*args, **kwargs)
+            if step.branch == 0:
+                if self.place == 0:
+                    self._empty = forward(*args, **kwargs)
+                else:
+                    self.recorder.elsewhere()
+                    self._missed = lambda: forward(*args, **kwargs)
+                    self._empty = pytree.tree_map_only(Tensor, lambda x: torch.full_like(x, torch.nan), self._last)
+                return self._empty
+            return self._both(forward, args, kwargs)
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            output = one_forward(*args, **kwargs)
+            self._last = output
+            return output
+
+        return wraps(forward)(kept)
+
+    def _both(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        first, self._empty = self._empty, None
+        if self.place == 0:
+            self.recorder.elsewhere()
+        own = first if self.place == 0 else forward(*args, **kwargs)
+        ours, spec = pytree.tree_flatten(own)
+        told = [
+            self.bus.gather("output", "the other half of guidance", leaf, "cfg", [leaf.shape] * 2)
+            if isinstance(leaf, Tensor) else [leaf, leaf] for leaf in ours
+        ]  # fmt: skip
+        if self.place == 1:
+            for leaf, pair in zip(pytree.tree_leaves(first), told, strict=True):
+                if isinstance(leaf, Tensor):
+                    leaf.copy_(pair[0])
+        return pytree.tree_unflatten([pair[1] for pair in told], spec)
+
+    def _rescue(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        """The other rank is lost in the second call: compute what it would have given, too."""
+        first, self._empty = self._empty, None
+        if first is not None and self.place == 1 and self._missed is not None:
+            for leaf, value in zip(pytree.tree_leaves(first), pytree.tree_leaves(self._missed()), strict=True):
+                if isinstance(leaf, Tensor):
+                    leaf.copy_(value)
+        return forward(*args, **kwargs)

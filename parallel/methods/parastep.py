@@ -1,0 +1,180 @@
+"""ParaStep: Communication-Efficient Diffusion Denoising Parallelization. Paper: https://arxiv.org/abs/2505.14741."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import Run, StepClock
+from fastdiff.errors import PeerLost
+from fastdiff.parallel.base import ParallelMethod
+from fastdiff.parallel.bus import Bus
+from fastdiff.parallel.recompute import Call, recompute
+from fastdiff.parallel.split import Forward
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+
+
+class ParaStep(ParallelMethod):
+    """Each rank computes another step of a cycle, on latents that the last known output predicts.
+
+    At the end of a cycle all ranks show what they computed and repeat the solver's steps with it, so that multistep
+    solvers remember the true outputs (the authors broadcast the latents alone). In between a pipeline's callbacks see
+    predicted latents. `order` = 2 predicts by the line through the last two outputs instead of reusing the last.
+
+    Formula: in a cycle of p steps from step i on, rank k computes e_(i+k) = f(x'_(i+k)), where the solver made x' of
+    x_i with e' = e_(i-1); with order 2, e' = e_a + (t - t_a) (e_a - e_b) / (t_a - t_b) for the last known steps b, a.
+    """
+
+    method: Literal["parastep"] = "parastep"
+    warmup_steps: int = Field(5, ge=1, description="steps at the start that every rank computes")
+    order: Literal[1, 2] = Field(1, description="known outputs that a prediction uses")
+
+    own_axis: ClassVar[str] = "step"
+
+
+class Cycle:
+    """The step axis of one pipeline: a place in the solver's step, and one in each denoiser's forward."""
+
+    def __init__(
+        self, method: ParallelMethod, bus: Bus, clock: StepClock, recorder: Recorder, lost: Callable[[PeerLost], None]
+    ) -> None:
+        self.lost = lost  # raises, or lets this rank go on alone
+        self.warmup, self.order = max(1, method.warmup_steps), getattr(method, "order", 1)
+        self.bus, self.clock, self.recorder = bus, clock, recorder
+        self.place, self.length = bus.topology.place("step"), bus.topology.step
+        self._start(None)
+        clock.on_start.append(self._start)
+        clock.solve = self._solve
+
+    def _start(self, run: Run | None) -> None:
+        self.known: list[tuple[float, Tensor]] = []  # time and output (guidance applied) of the newest true steps
+        self._passed: list[tuple[tuple, dict, Tensor, list[Call]]] = []  # each step of the cycle: what the solver got
+        self._calls: list[Call] = []  # of the denoiser in this step
+        self._before: dict[str, Any] = {}
+
+    def attach(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        patches.wrap_forward(anatomy.denoiser, self._computing)
+
+    def _computing(self, forward: Forward) -> Forward:
+        last: dict[int, Any] = {}
+
+        @wraps(forward)
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            step = self.clock.now
+            if step is None or self.bus.alone or self._turn(step.index) or step.branch not in last:
+                output = forward(*args, **kwargs)
+                if step is None:
+                    return output
+                last[step.branch] = output
+            else:
+                self.recorder.elsewhere()
+                output = pytree.tree_map_only(Tensor, torch.clone, last[step.branch])  # the solver's own is replaced
+            self._calls.append((forward, args, kwargs, output))
+            return output
+
+        return computed
+
+    def own(self, run: Run) -> list[int]:
+        """The steps that this rank computes."""
+        return [index for index in range(run.total) if self._turn(index)]
+
+    def _turn(self, index: int) -> bool:
+        return index < self.warmup or (index - self.warmup) % self.length == self.place
+
+    def _solve(self, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        run, index = self.clock.run, self.clock.index
+        assert run is not None
+        output, args, kwargs = _output(args, kwargs)
+        calls, self._calls = self._calls, []
+        if index < self.warmup or (self.bus.alone and not self._passed):
+            self._learn(run, index, output)
+            return method(output, *args, **kwargs)
+        place = (index - self.warmup) % self.length
+        if place == 0:
+            self._passed, self._before = [], self._state(method)
+        self._passed.append((args, kwargs, output, calls))
+        if place == self.place:
+            self._mine = output
+        ends = place == self.length - 1 or index == run.total - 1
+        if not ends and not self.bus.alone:  # in the middle of a cycle a layer may have lost a rank
+            return method(self._mine if place == self.place else self._predicted(run, index), *args, **kwargs)
+        return self._replay(method, run, index - place, output)
+
+    def _replay(self, method: Callable[..., Any], run: Run, begin: int, like: Tensor) -> Any:
+        """The cycle's steps again, with the outputs of all ranks; without them, with what this rank alone computes."""
+        count = len(self._passed)
+        own = self._mine if self.place < count else torch.zeros_like(like)
+        told: list[Tensor] | None = None
+        try:
+            if not self.bus.alone:
+                told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+        except PeerLost as error:
+            self.lost(error)
+        vars(method.__self__).update(self._before)  # type: ignore[attr-defined]
+        result: Any = None
+        passed, self._passed = self._passed, []
+        for k, (args, kwargs, output, calls) in enumerate(passed):
+            given = latents = _sample(method, args, kwargs)
+            if result is not None:
+                latents = result[0] if isinstance(result, tuple) else result.prev_sample
+                args, kwargs = _with_sample(method, args, kwargs, latents)
+            if told is not None:
+                output = told[k]
+            elif k or self.place:  # the first step's latents were no guess
+                again = recompute(calls, given, output, latents)
+                if again is None:
+                    self.recorder.note(f"step {begin + k}, which was lost with a rank, stayed a guess")
+                    again = own if k == self.place else self._predicted(run, begin + k)
+                output = again
+            result = method(output, *args, **kwargs)
+            self._learn(run, begin + k, output)
+        return result
+
+    def _state(self, method: Callable[..., Any]) -> dict[str, Any]:
+        """What the solver remembers, without what is patched on it."""
+        state = vars(method.__self__)  # type: ignore[attr-defined]
+        return {name: copy.copy(value) for name, value in state.items() if not callable(value)}
+
+    def _learn(self, run: Run, index: int, output: Tensor) -> None:
+        self.known = [*self.known[-1:], (run.coordinates("timestep")[index], output)]
+
+    def _predicted(self, run: Run, index: int) -> Tensor:
+        """The output of a step that another rank computes: the last known one, or on a line with the one before."""
+        (time, value), at = self.known[-1], run.coordinates("timestep")[index]
+        if self.order == 1 or len(self.known) < 2:
+            return value
+        before, older = self.known[0]
+        return value + (at - time) / (time - before) * (value - older)
+
+
+def _output(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["model_output"], args, {name: value for name, value in kwargs.items() if name != "model_output"}
+
+
+def _sample_place(method: Callable[..., Any]) -> int:
+    """Where the latents are among a solver's arguments, without the output."""
+    import inspect
+
+    return list(inspect.signature(method).parameters).index("sample") - 1
+
+
+def _sample(method: Callable[..., Any], args: tuple, kwargs: dict) -> Tensor:
+    return kwargs["sample"] if "sample" in kwargs else args[_sample_place(method)]
+
+
+def _with_sample(method: Callable[..., Any], args: tuple, kwargs: dict, latents: Tensor) -> tuple[tuple, dict]:
+    if "sample" in kwargs:
+        return args, {**kwargs, "sample": latents}
+    place = _sample_place(method)
+    return (*args[:place], latents, *args[place + 1 :]), kwargs

@@ -1,0 +1,1 @@
+"""What computes quantized layers, one file a library."""

@@ -1,0 +1,137 @@
+"""Which code computes a quantized layer: the fastest that this device has and that proves itself on the layer.
+
+A kernel packs a layer's weight and is then called with it; `refuses` says why it cannot. When it packs, its result on a
+small input is compared with the reference, dequantized float32: integer instructions that saturate, or a library that
+is wrong for one shape, are found here. What fails is passed over, and the reason is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import BackendUnavailable, UnknownName
+from fastdiff.quant.layers import QConv2d, QLayer, reference
+
+from .cpu import OneDNN
+from .cuda import IntMM, ScaledMM
+from .torchao import TorchAO
+from .triton import TritonW4
+
+TOLERANCE = 2e-2  # of a half-precision result; float32 ones must agree within a hundredth of it
+
+
+class Kernel(Protocol):
+    """`replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def replaces_q(self) -> bool: ...
+
+    def refuses(self, layer: QLayer) -> str | None: ...
+
+    def pack(self, layer: QLayer) -> Any: ...
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor: ...
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor: ...
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
+
+
+class Reference:
+    """Dequantizes the weight at each call: works everywhere, saves memory, never time."""
+
+    name, replaces_q = "reference", False
+
+    def refuses(self, layer: QLayer) -> str | None:
+        return None
+
+    def pack(self, layer: QLayer) -> None:
+        return None
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
+        return reference(layer, x)
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor:
+        return reference(layer, x)
+
+
+KERNELS: Sequence[Kernel] = (
+    ScaledMM(), TritonW4(), IntMM(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127), TorchAO(), Reference(),
+)  # fmt: skip
+AUTOMATIC = tuple(kernel.name for kernel in KERNELS if kernel.name != "torchao")
+
+
+def kernel_named(name: str) -> Kernel:
+    known = {kernel.name: kernel for kernel in KERNELS}
+    if name not in known:
+        raise UnknownName("kernel", name, ["auto", *known])
+    return known[name]
+
+
+def choose(layer: QLayer) -> tuple[Kernel, Any, str]:
+    """The kernel, the packed weight, and what was passed over and why.
+
+    Raises BackendUnavailable where the recipe asks for one kernel and that does not work here.
+    """
+    asked = layer.recipe.kernel
+    wanted = [kernel_named(name) for name in (AUTOMATIC if asked == "auto" else (asked,))]
+    said: list[str] = []
+    for kernel in wanted:
+        reason = kernel.refuses(layer)
+        if reason is None:
+            packed, reason = _proved(kernel, layer)
+            if reason is None:
+                return kernel, packed, "; ".join(said)
+            said.append(f"{kernel.name}: {reason}")
+        elif asked != "auto":
+            said.append(f"{kernel.name} {reason}")
+    raise BackendUnavailable(f"{'; '.join(said)}; set quant.kernel to auto, or to reference, which works everywhere")
+
+
+def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
+    """The packed weight and None, or the reason why the kernel cannot be trusted with this layer."""
+    if isinstance(kernel, Reference):
+        return None, None
+    bucket, layer.present.bucket = layer.present.bucket, None  # the verdict is the same whenever it is asked for
+    try:
+        packed = kernel.pack(layer)
+        for x in _samples(layer):
+            found, wanted = kernel(layer, packed, x).float(), kernel.expected(layer, x).float()
+            rounded = x.dtype != torch.float32 or isinstance(kernel, TorchAO)  # which rounds weights once more
+            order = 2 if rounded else torch.inf
+            error = float(torch.dist(found, wanted, order) / wanted.flatten().norm(order).clamp_min(1e-12))
+            if not error <= (TOLERANCE if rounded else TOLERANCE / 100):
+                return None, f"is wrong by {error:.1%}"
+        if kernel.replaces_q:
+            given = {name: t for name, t in layer.tensors().items() if name != "q"}
+            if not torch.equal(kernel.unpack(layer, packed, given), layer.q):
+                return None, "does not give the weight back"
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:  # torchao asserts
+        return None, f"fails: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
+    finally:
+        layer.present.forget()
+        layer.present.bucket = bucket
+    return packed, None
+
+
+def _samples(layer: QLayer) -> Iterator[Tensor]:
+    """Small inputs: normal ones, and ones at the top of their range, where sums saturate if they ever do."""
+    device = layer.tensors()["q"].device
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(layer, QConv2d):
+        sides = [(size - 1) * dilation + 4 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape: tuple[int, ...] = (1, layer.in_channels, *sides)
+    else:
+        shape = (17, layer.matrix_shape[1])
+    yield torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    yield (layer.highest / layer.smoothed(torch.ones(shape, device=device))).to(dtype)

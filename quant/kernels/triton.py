@@ -1,0 +1,61 @@
+"""4-bit weights on NVIDIA GPUs: a Triton product that unpacks them on the way, so that memory holds 4 bits.
+
+Each program makes a tile [BM, BN] of y = x w^T and goes along the inputs a group at a time, so that a tile of weights
+has one scale for each output. W4A16 dequantizes the tile to the type of x and sums in float32; W4A8 unpacks it to
+8-bit integers and sums in int32. Compiled for GPUs and run in Triton's interpreter by the tests; never run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.quant.activations import rows_of
+from fastdiff.quant.layers import QLayer, as_output, as_product
+from fastdiff.quant.packing import Integers, group_of, power_of_two
+
+from .cuda import Product, lacks_cuda, scaled, signed
+
+_TILE = 64
+
+
+class TritonW4(Product):
+    """W4A16 and W4A8 of linear layers, and of convolutions of one pixel."""
+
+    name = "triton"
+
+    def refuses(self, layer: QLayer) -> str | None:
+        smallest = {("int4", "none"): 16, ("dual4", "int8"): 32}.get((layer.recipe.format, layer.recipe.activations))
+        if smallest is None:
+            return "computes grouped 4-bit weights only"
+        size = group_of(layer.matrix_shape[1], layer.recipe.group)[0]
+        if size < smallest or size > 128 or size != power_of_two(size):
+            return f"needs groups of {'16, ' * (smallest == 16)}32, 64 or 128, not {size}"
+        return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
+
+    def pack(self, layer: QLayer) -> Tensor | None:
+        """The weight stays as it is; for a zero point, its sums over the inputs."""
+        tensors, form = layer.tensors(), layer.format
+        return form.eight_bits(tensors, layer.matrix_shape[1]).sum(-1).float() if isinstance(form, Integers) else None
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
+        from .triton_program import product
+
+        (outputs, inputs), tensors = layer.matrix_shape, layer.tensors()
+        size, groups = group_of(inputs, layer.recipe.group)
+        levels = None if packed is None else layer.levels(x, 255)
+        if levels is None:
+            rows, fine, kind = rows_of(layer.smoothed(x)).contiguous(), tensors["scale"], torch.float32
+        else:
+            rows, fine, kind = signed(levels), tensors["group"], torch.int32
+        y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
+        sizes = (len(rows), outputs, inputs, groups)
+        grid = (-(-len(rows) // _TILE), -(-outputs // _TILE))
+        product[grid](rows, tensors["q"], fine, y, *sizes, levels is not None, _TILE, _TILE, size)
+        if levels is not None:
+            y = scaled(y, levels, tensors["scale"], packed)
+        if layer.bias is not None:
+            y += layer.bias
+        return as_output(y.to(x.dtype), x)
