@@ -17,7 +17,7 @@ from fastdiff.affine import corrected
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.clock import StepClock
 from fastdiff.patch import PatchSet
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 
 from .families import Anatomy
 

@@ -13,7 +13,7 @@ from fastdiff.affine import Affine, AffineFit, corrected
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.clock import StepClock
 from fastdiff.config import Config, Resolved
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 
 from .accelerate import Accelerated, put
 from .families import Anatomy

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from fastdiff.errors import BadConfig, BadModel, FastdiffError, UnsupportedModel
 from fastdiff.quant.activations import Present
+from fastdiff.quant.build import made
 from fastdiff.quant.calibration import Origin
 from fastdiff.quant.install import QuantReport
-from fastdiff.quant.layers import QConv2d, QLayer, QLinear, Recipe
+from fastdiff.quant.layer import QLayer
 from fastdiff.quant.prune import PrunePlan
+from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.standing import Standing, standing
 
 from .quantizing import print_of
@@ -152,12 +154,9 @@ def _empty(folder: Path, library: str, name: str) -> nn.Module:
 def _layer(
     folder: Path, name: str, like: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], present: Present
 ) -> QLayer:
-    if isinstance(like, nn.Conv2d):
-        layer: QLayer = QConv2d(like, recipe, tensors, present)
-    elif isinstance(like, nn.Linear):
-        layer = QLinear((like.out_features, like.in_features), recipe, tensors, present)
-    else:
+    if not isinstance(like, nn.Conv2d | nn.Linear):
         raise BadModel(f"{name} of {str(folder)!r} is described as quantized, but is a {type(like).__name__}")
+    layer = made(like, recipe, tensors, present)
     try:
         fits = "q" in tensors and layer.matrix().shape == layer.matrix_shape
     except (KeyError, RuntimeError, IndexError):

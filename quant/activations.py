@@ -1,4 +1,4 @@
-"""Activations as 8-bit levels: value = (level - zero) * scale. Channels are the last dimension of all that is here.
+"""Activations as 8-bit levels: value = (level - zero) * scale, of rows [n, channels].
 
 Ranges are static, one for each bucket of timesteps, so that no pass over the tensor is needed and all ranks of a patch
 split agree; or dynamic: symmetric for each token of a linear layer, as in ViDiT-Q (https://arxiv.org/abs/2406.02540),
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHUNK = 1 << 17  # elements that stay in a core's cache from one pass to the next
 
@@ -59,17 +59,28 @@ class Present:
         return {**self.__dict__, "_last": (), "clocked": False}
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """[n, channels] of a sequence or picture [b, channels, h, w]; a view where the memory format allows."""
-    if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+def rows_of(x: Tensor, layer: nn.Module) -> Tensor:
+    """What a layer is given as [n, channels]; a view where the memory format allows.
+
+    Channels come first in the pictures [b, channels, h, w] or [channels, h, w] of a convolution, and last for any other
+    layer: the layer tells, as a shape of four dimensions may be either.
+    """
+    if isinstance(layer, nn.Conv2d):
+        x = batched(x).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     return x.reshape(-1, x.shape[-1])
 
 
-def picture(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows as a picture [b, channels, h, w], channels last in memory."""
-    batch, _, height, width = like.shape
+def shaped(rows: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+    """Rows [n, c] in the shape of x, a batch, with c channels; pictures are channels last in memory."""
+    if not isinstance(layer, nn.Conv2d):
+        return rows.view(*x.shape[:-1], -1)
+    batch, _, height, width = x.shape
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def batched(x: Tensor) -> Tensor:
+    """A picture [channels, h, w] as a batch of one."""
+    return x[None] if x.ndim == 3 else x
 
 
 def fixed(rows: Tensor, low: float, high: float, top: int, inverse: Tensor | None = None) -> Levels:

@@ -11,9 +11,9 @@ from torch import nn
 
 from fastdiff.method import Method
 
-from .layers import Activations, Recipe
-from .packing import Rounding
 from .prune import PruneOption
+from .recipe import Activations, Recipe
+from .rounding import Rounding
 
 KEPT = (
     "conv_in*", "conv_out*", "*time_emb*", "*time_text_embed*", "*timestep_embed*", "*add_embedding*", "*pos_embed*",

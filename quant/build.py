@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from fastdiff.errors import UnsupportedModel
 
 from .activations import Present
 from .base import QuantMethod
-from .layers import QConv2d, QLayer, QLinear, Recipe
+from .kernels.choice import choose
+from .layer import QLayer
+from .layers import QConv2d, QLinear
 from .packing import Tensors, format_named
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,14 @@ def build(
     )
     optional = {"smooth": smooth, "low": low, "high": high, "bias": _detached(layer.bias)}
     tensors = {**packed, **extra, **{name: t for name, t in optional.items() if t is not None}}
-    if isinstance(layer, nn.Conv2d):
-        return QConv2d(layer, recipe, tensors, present).eval()
-    return QLinear((layer.out_features, layer.in_features), recipe, tensors, present).eval()
+    return made(layer, recipe, tensors, present)
+
+
+def made(like: nn.Linear | nn.Conv2d, recipe: Recipe, tensors: Tensors, present: Present) -> QLayer:
+    """A quantized layer of these buffers, with the settings of the float one."""
+    kind: Any = QConv2d if isinstance(like, nn.Conv2d) else QLinear
+    layer: QLayer = kind(like, recipe, tensors, present, choose)
+    return layer.eval()
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .activations import rows_of
+from .activations import batched, rows_of
 from .build import Found
 from .calls import Calls
-from .layers import Recipe
-from .packing import FORMATS, Int4, Int8, Tensors, best_scale, in_groups, to_integers
+from .packing import FORMATS, Int4, Int8, Tensors
+from .recipe import Recipe
+from .rounding import best_scale, in_groups, to_integers
 
 _ROWS = 512  # of each call, for the second moments of convolutions and long sequences
 
@@ -120,6 +121,6 @@ def _moments(layer: nn.Linear | nn.Conv2d, calls: Calls) -> Tensor | None:
 def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """What each output value is a product of: [m, k]."""
     if isinstance(layer, nn.Linear):
-        return rows_of(x)
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        return rows_of(x, layer)
+    patches = F.unfold(batched(x), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     return patches.transpose(1, 2).flatten(0, 1)

@@ -15,8 +15,9 @@ from fastdiff.errors import UnsupportedModel
 from .activations import Present
 from .base import QuantMethod
 from .build import Found, build, chosen
-from .layers import QLayer, Recipe
+from .layer import QLayer
 from .packing import Tensors
+from .recipe import Recipe
 
 Put = Callable[[nn.Module, str, nn.Module], None]  # parent, name of the child, what comes in its place
 Learned = Callable[[Found, Recipe], "Callable[[torch.Tensor, Recipe], Tensors] | None"]

@@ -114,7 +114,7 @@ class Observer:
             else:
                 self._last = (weakref.ref(inputs[0]), name)
                 self.partners.setdefault(name, name)
-            rows = rows_of(x).float().cpu()
+            rows = rows_of(x, layer).float().cpu()
             if not bool(rows.isfinite().all()):
                 raise UnsupportedModel(
                     f"{name} was given NaN or infinity in calibration; calibrate in float32, or add it to quant.skip"

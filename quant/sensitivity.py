@@ -16,7 +16,8 @@ from fastdiff.patch import PatchSet
 
 from .build import Found
 from .calls import Calls
-from .packing import Rounding, format_named
+from .packing import format_named
+from .rounding import Rounding
 
 FORMAT = {4: "int4", 5: "int4", 8: "int8", 16: "half"}  # of a number of bits
 _FINE = 16  # weights that share a scale, in 5 bits a weight

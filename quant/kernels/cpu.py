@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.quant.activations import picture
-from fastdiff.quant.layers import QConv2d, QLayer, as_output, as_product, reference
-from fastdiff.quant.packing import Integers
+from fastdiff.quant.activations import shaped
+from fastdiff.quant.layer import QLayer
+from fastdiff.quant.layers import QConv2d
+from fastdiff.quant.packing import Integers, Tensors
+from fastdiff.quant.reference import reference
 
 _OPERATORS = ("qlinear_pointwise", "qlinear_prepack", "qconv2d_pointwise", "qconv_prepack")
 
@@ -44,7 +46,7 @@ class OneDNN:
         tensors = layer.tensors()
         integers, scale = layer.format.eight_bits(tensors, layer.matrix_shape[1]), tensors["scale"]
         zeros = torch.zeros(len(scale), dtype=torch.int32)
-        if isinstance(layer, QConv2d) and not as_product(layer):
+        if isinstance(layer, QConv2d) and not layer.is_product:
             weight = integers.view(layer.weight_shape)
             # with a zero point: else oneDNN adds what that needs to a copy of the weight at each call
             packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 1, *_geometry(layer), None)
@@ -52,7 +54,7 @@ class OneDNN:
             packed = torch.ops.onednn.qlinear_prepack(integers, None)
         return packed, scale, zeros
 
-    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor:
         assert isinstance(layer.format, Integers)
         dense = packed[0].to_dense()
         integers = dense.reshape(layer.matrix_shape) if dense.ndim == 4 else dense.t().contiguous()
@@ -66,7 +68,7 @@ class OneDNN:
         by_row = levels.scale if isinstance(levels.scale, Tensor) else None  # which the operator does not take
         tail = (weight, scale, zeros, None if by_row is not None else layer.bias)
         if isinstance(layer, QConv2d) and weight.ndim == 4:
-            q, geometry = picture(levels.q, x), _geometry(layer)
+            q, geometry = shaped(levels.q, x, layer), _geometry(layer)
             y = torch.ops.onednn.qconv2d_pointwise(
                 q, levels.scale, levels.zero, *tail, *geometry, 1.0, 0, torch.float32, "none", [], ""
             )
@@ -77,7 +79,7 @@ class OneDNN:
         )
         if by_row is not None:
             y = y.mul_(by_row) if layer.bias is None else torch.addcmul(layer.bias, y, by_row)
-        return as_output(y, x).to(x.dtype)
+        return shaped(y, x, layer).to(x.dtype)
 
     def expected(self, layer: QLayer, x: Tensor) -> Tensor:
         return reference(layer, x, self.top)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.quant.activations import Levels, rows_of
-from fastdiff.quant.layers import QLayer, as_output, as_product, reference
-from fastdiff.quant.packing import Integers
+from fastdiff.quant.activations import Levels, rows_of, shaped
+from fastdiff.quant.layer import QLayer
+from fastdiff.quant.layers import QConv2d
+from fastdiff.quant.packing import Integers, Tensors
+from fastdiff.quant.reference import reference
 
 
 def lacks_cuda(layer: QLayer, capability: tuple[int, int]) -> str | None:
@@ -26,12 +28,17 @@ def lacks_cuda(layer: QLayer, capability: tuple[int, int]) -> str | None:
     return None
 
 
+def lacks_convolutions(layer: QLayer) -> str | None:
+    real = isinstance(layer, QConv2d) and not layer.is_product
+    return "has no convolutions but those of a pixel" if real else None
+
+
 class Product:
     """What kernels of matrix products share: they keep the plain `q`."""
 
     replaces_q = False
 
-    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor:
         raise NotImplementedError
 
     def expected(self, layer: QLayer, x: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ class ScaledMM(Product):
             return "computes 8-bit floats only"
         if any(size % 16 for size in layer.matrix_shape):
             return f"needs sizes in multiples of 16, not {layer.matrix_shape}"
-        return lacks_cuda(layer, (9, 0)) or (None if as_product(layer) else "has no convolutions")
+        return lacks_cuda(layer, (9, 0)) or lacks_convolutions(layer)
 
     def pack(self, layer: QLayer) -> tuple[Tensor, Tensor]:
         """The weight [inputs, outputs], column-major as the product wants it, and its scales [1, outputs]."""
@@ -56,13 +63,13 @@ class ScaledMM(Product):
         return tensors["q"].t(), tensors["scale"][None, :].contiguous()
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
-        rows = rows_of(layer.smoothed(x))
+        rows = rows_of(layer.smoothed(x), layer)
         scale = (rows.abs().amax(-1, keepdim=True).float() / 448).clamp_min(1e-12)
         eight = (rows.float() / scale).to(torch.float8_e4m3fn)
         y = torch._scaled_mm(eight, packed[0], scale, packed[1], out_dtype=torch.bfloat16, use_fast_accum=True)
         if layer.bias is not None:
             y = y + layer.bias.to(y.dtype)
-        return as_output(y.to(x.dtype), x)
+        return shaped(y.to(x.dtype), x, layer)
 
 
 class IntMM(Product):
@@ -75,7 +82,7 @@ class IntMM(Product):
             return "computes 8-bit weights with 8-bit activations only"
         if any(size % 8 for size in layer.matrix_shape):
             return f"needs sizes in multiples of 8, not {layer.matrix_shape}"
-        return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
+        return lacks_cuda(layer, (8, 0)) or lacks_convolutions(layer)
 
     def pack(self, layer: QLayer) -> tuple[Tensor, Tensor, Tensor]:
         """The weight [inputs, outputs], the scales of its outputs and, for the zero point, the sums over its inputs."""
@@ -93,7 +100,7 @@ class IntMM(Product):
         y = scaled(torch._int_mm(padded, weight)[: len(rows)], levels, scale, sums)
         if layer.bias is not None:
             y = y + layer.bias
-        return as_output(y.to(x.dtype), x)
+        return shaped(y.to(x.dtype), x, layer)
 
 
 def signed(levels: Levels) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdiff.quant.layers import QConv2d, QLayer
+from fastdiff.quant.layer import QLayer
+from fastdiff.quant.layers import QConv2d
 
 from .cuda import Product
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.quant.activations import rows_of
-from fastdiff.quant.layers import QLayer, as_output, as_product
-from fastdiff.quant.packing import Integers, group_of, power_of_two
+from fastdiff.quant.activations import rows_of, shaped
+from fastdiff.quant.layer import QLayer
+from fastdiff.quant.packing import Integers
+from fastdiff.quant.rounding import group_of, power_of_two
 
-from .cuda import Product, lacks_cuda, scaled, signed
+from .cuda import Product, lacks_convolutions, lacks_cuda, scaled, signed
 
 _TILE = 64
 
@@ -33,7 +34,7 @@ class TritonW4(Product):
         size = group_of(layer.matrix_shape[1], layer.recipe.group)[0]
         if size < smallest or size > 128 or size != power_of_two(size):
             return f"needs groups of {'16, ' * (smallest == 16)}32, 64 or 128, not {size}"
-        return lacks_cuda(layer, (8, 0)) or (None if as_product(layer) else "has no convolutions but those of a pixel")
+        return lacks_cuda(layer, (8, 0)) or lacks_convolutions(layer)
 
     def pack(self, layer: QLayer) -> Tensor | None:
         """The weight stays as it is; for a zero point, its sums over the inputs."""
@@ -47,7 +48,7 @@ class TritonW4(Product):
         size, groups = group_of(inputs, layer.recipe.group)
         levels = None if packed is None else layer.levels(x, 255)
         if levels is None:
-            rows, fine, kind = rows_of(layer.smoothed(x)).contiguous(), tensors["scale"], torch.float32
+            rows, fine, kind = rows_of(layer.smoothed(x), layer).contiguous(), tensors["scale"], torch.float32
         else:
             rows, fine, kind = signed(levels), tensors["group"], torch.int32
         y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
@@ -58,4 +59,4 @@ class TritonW4(Product):
             y = scaled(y, levels, tensors["scale"], packed)
         if layer.bias is not None:
             y += layer.bias
-        return as_output(y.to(x.dtype), x)
+        return shaped(y.to(x.dtype), x, layer)

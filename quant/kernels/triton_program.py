@@ -1,4 +1,4 @@
-"""The Triton program of `kernels_triton`; apart because importing it needs Triton."""
+"""The Triton program of `kernels/triton.py`; apart because importing it needs Triton."""
 
 # mypy: ignore-errors
 

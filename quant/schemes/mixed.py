@@ -15,8 +15,8 @@ from fastdiff.quant.allocate import Allocation, allocate
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import Found, layers_of
 from fastdiff.quant.calls import Calls
-from fastdiff.quant.layers import Recipe
 from fastdiff.quant.plans import from_file
+from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.sensitivity import FORMAT, sensitivities, stored, stored_as, together
 
 Bits = Literal[4, 5, 8, 16]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from fastdiff.quant.base import QuantMethod
-from fastdiff.quant.layers import Activations
+from fastdiff.quant.recipe import Activations
 
 
 class W4A8(QuantMethod):

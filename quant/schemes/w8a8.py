@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from fastdiff.quant.base import QuantMethod
-from fastdiff.quant.layers import Activations
+from fastdiff.quant.recipe import Activations
 
 
 class W8A8(QuantMethod):

@@ -8,7 +8,7 @@ import torch
 from fastdiff.caching.session import Session
 from fastdiff.clock import StepClock
 from fastdiff.errors import BadConfig
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 from tests import tiny
 from tests.laws.rows import (
     ONCE,

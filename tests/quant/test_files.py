@@ -12,7 +12,7 @@ import fastdiff
 from fastdiff.errors import BadConfig, BadModel, UnsupportedModel
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.quantized_files import INDEX, save
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 from tests import tiny
 from tests.tiny import arguments
 
@@ -113,7 +113,7 @@ def test_a_large_layer_is_a_quarter_and_an_eighth():
 
     from fastdiff.quant.activations import Present
     from fastdiff.quant.build import build
-    from fastdiff.quant.layers import Recipe
+    from fastdiff.quant.recipe import Recipe
 
     layer = nn.Linear(1024, 1024)
     before = 4 * (1024 * 1024 + 1024)

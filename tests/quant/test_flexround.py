@@ -13,8 +13,8 @@ from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.quantize import learned_by, quantize
 from fastdiff.quant.build import Found
 from fastdiff.quant.flexround import FlexRound, _moments, learn
-from fastdiff.quant.layers import Recipe
 from fastdiff.quant.packing import FORMATS
+from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.schemes.w4a16 import W4A16
 from tests import tiny
 from tests.quant.test_prune import PROMPTS, arguments

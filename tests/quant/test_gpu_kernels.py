@@ -15,7 +15,8 @@ from torch import nn
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
 from fastdiff.quant.kernels.cuda import IntMM, ScaledMM
-from fastdiff.quant.layers import Recipe, reference
+from fastdiff.quant.recipe import Recipe
+from fastdiff.quant.reference import reference
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="4-bit GPU kernels NOT CHECKED: pip install 'fastdiff[triton]'"
@@ -47,7 +48,8 @@ from torch import nn
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
 from fastdiff.quant.kernels.triton import TritonW4
-from fastdiff.quant.layers import Recipe, reference
+from fastdiff.quant.recipe import Recipe
+from fastdiff.quant.reference import reference
 
 torch.manual_seed(0)
 kernel, worst = TritonW4(), 0.0

@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff.affine import AffineFit, corrected
 from fastdiff.caching.trace import SiteTrace
 from fastdiff.pipelines.calibrate import calibrate
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 from tests import tiny
 from tests.quant.test_prune import PROMPTS, arguments
 from tests.state import differences, snapshot

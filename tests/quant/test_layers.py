@@ -13,10 +13,12 @@ from torch import nn
 from fastdiff.errors import BackendUnavailable, UnknownName, UnsupportedModel
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels import base as kernels
+from fastdiff.quant.kernels import choice as kernels
 from fastdiff.quant.kernels.cpu import OneDNN
-from fastdiff.quant.layers import QConv2d, QLinear, Recipe, reference
+from fastdiff.quant.layers import QConv2d, QLinear
 from fastdiff.quant.packing import FORMATS
+from fastdiff.quant.recipe import Recipe
+from fastdiff.quant.reference import reference
 
 LAYERS = {
     "linear": (lambda: nn.Linear(96, 80), (2, 33, 96)),
@@ -96,7 +98,8 @@ def test_smooth_and_low_rank_stand_for_the_same_layer(name, rank):
     layer, x = made(name)
     smooth = torch.rand(x.shape[1] if x.ndim == 4 else x.shape[-1]) + 0.5
     quantized = build(layer, Recipe("int8", "int8", low_rank=rank), Present(), smooth=smooth)
-    assert off(quantized(x), layer(x)) < 0.02
+    found, halves = quantized(x), quantized.kernel_name == "onednn_7bit"  # of the levels, on machines without VNNI
+    assert off(found, layer(x)) < 0.02 * (1 + halves)
     assert off(quantized.weight.clone(), layer.weight) < 0.02
 
 
@@ -171,11 +174,10 @@ def test_static_ranges_go_by_the_bucket():
 
 @torch.no_grad()
 def test_a_shared_input_is_quantized_once(monkeypatch):
-    from fastdiff.quant import layers
+    from fastdiff.quant import layer as layers
 
     calls, made_levels = [], layers.per_token
     monkeypatch.setattr(layers, "per_token", lambda *a: calls.append(1) or made_levels(*a))
-    monkeypatch.setattr(layers.per_token, "__name__", "per_token", raising=False)
     present, x = Present(), torch.randn(4, 32)
     projections = [build(nn.Linear(32, 16), Recipe("int8", "int8"), present) for _ in range(3)]
     for projection in projections:
@@ -196,8 +198,8 @@ class Wrong(OneDNN):
 @has_onednn
 @torch.no_grad()
 def test_a_kernel_that_is_wrong_is_passed_over_and_the_reason_told(monkeypatch):
-    monkeypatch.setattr(kernels, "KERNELS", (Wrong("onednn", 255), kernels.Reference()))
-    monkeypatch.setattr(kernels, "AUTOMATIC", ("onednn", "reference"))
+    monkeypatch.setattr(kernels, "KERNELS", (Wrong("onednn_7bit", 127), kernels.Reference()))
+    monkeypatch.setattr(kernels, "AUTOMATIC", ("onednn_7bit", "reference"))
     layer, x = made("linear")
     quantized = build(layer, Recipe("int8", "int8"), Present())
     assert "wrong by 10" in quantized.choose_kernel()
@@ -210,7 +212,8 @@ import torch
 from torch import nn
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.layers import Recipe, reference
+from fastdiff.quant.recipe import Recipe
+from fastdiff.quant.reference import reference
 torch.manual_seed(0)
 for layer, shape in ((nn.Linear(96, 80), (33, 96)), (nn.Conv2d(24, 40, 1), (1, 24, 8, 8))):
     x, names = 0.9 + torch.rand(shape) / 10, set()

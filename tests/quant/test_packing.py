@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastdiff.errors import UnknownName
-from fastdiff.quant.packing import FORMATS, Dual4, format_named, from_nibbles, hadamard, nibbles
+from fastdiff.quant.packing import FORMATS, Dual4, format_named
+from fastdiff.quant.rounding import from_nibbles, hadamard, nibbles
 
 # relative squared error of normal weights, g64: what the formats promise
 PROMISED = {"int8": 1e-4, "int4": 9.5e-3, "dual4": 9e-3, "normal4": 1e-2, "float8": 1e-3, "half": 1e-6}

@@ -7,7 +7,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 import fastdiff
 from fastdiff.errors import BackendUnavailable, BadConfig, NotReversible, UnknownName, UnsupportedModel
-from fastdiff.quant.layers import QLayer, QLinear
+from fastdiff.quant.layer import QLayer
+from fastdiff.quant.layers import QLinear
 from fastdiff.quant.packing import FORMATS
 from fastdiff.registry import registry
 from tests import tiny

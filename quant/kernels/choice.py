@@ -1,20 +1,23 @@
 """Which code computes a quantized layer: the fastest that this device has and that proves itself on the layer.
 
-A kernel packs a layer's weight and is then called with it; `refuses` says why it cannot. When it packs, its result on a
-small input is compared with the reference, dequantized float32: integer instructions that saturate, or a library that
-is wrong for one shape, are found here. What fails is passed over, and the reason is told.
+When a kernel has packed a layer's weight, its result on a small input is compared with the reference, dequantized
+float32: integer instructions that saturate, or a library that is wrong for one shape, are found here. What fails is
+passed over, and the reason is told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import BackendUnavailable, UnknownName
-from fastdiff.quant.layers import QConv2d, QLayer, reference
+from fastdiff.quant.layer import Kernel, QLayer
+from fastdiff.quant.layers import QConv2d
+from fastdiff.quant.packing import Tensors
+from fastdiff.quant.reference import reference
 
 from .cpu import OneDNN
 from .cuda import IntMM, ScaledMM
@@ -22,26 +25,6 @@ from .torchao import TorchAO
 from .triton import TritonW4
 
 TOLERANCE = 2e-2  # of a half-precision result; float32 ones must agree within a hundredth of it
-
-
-class Kernel(Protocol):
-    """`replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def replaces_q(self) -> bool: ...
-
-    def refuses(self, layer: QLayer) -> str | None: ...
-
-    def pack(self, layer: QLayer) -> Any: ...
-
-    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor: ...
-
-    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor: ...
-
-    def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
 
 
 class Reference:
@@ -55,7 +38,7 @@ class Reference:
     def pack(self, layer: QLayer) -> None:
         return None
 
-    def unpack(self, layer: QLayer, packed: Any, tensors: dict[str, Tensor]) -> Tensor:
+    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor:
         raise NotImplementedError
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,209 @@
+"""A quantized layer: a module with plain buffers, in the place of a float one that it looks like.
+
+It holds no float weight: `weight` makes one when somebody asks. Buffers, by name: `q`, `scale` and others of the
+format; `bias`; `smooth` [input channels] divides the input; `down`, `up` are a low-rank residual; `low`, `high`
+[buckets + 1] are static ranges of the input (after `smooth`), the last of them that of all timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .activations import Levels, Present, fixed, per_token, ranged, rows_of
+from .packing import FORMATS, Format, Tensors
+from .recipe import Recipe
+
+
+class Kernel(Protocol):
+    """Code that computes a layer. `refuses` says why it cannot, `pack` makes what it is then called with.
+
+    `replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept. `expected` is what
+    its result must be near to.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def replaces_q(self) -> bool: ...
+
+    def refuses(self, layer: QLayer) -> str | None: ...
+
+    def pack(self, layer: QLayer) -> Any: ...
+
+    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor: ...
+
+    def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor: ...
+
+    def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
+
+
+# gives the kernel for a layer, the packed weight, and what was passed over and why
+Choose = Callable[["QLayer"], tuple[Kernel, Any, str]]
+
+
+class QLayer(nn.Module):
+    """What both kinds of quantized layer share; `present`, which tells the timestep bucket, is the whole denoiser's."""
+
+    bias: Tensor | None
+    smooth: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    q: Tensor
+
+    def __init__(self, recipe: Recipe, tensors: Tensors, present: Present, choose: Choose) -> None:
+        """tensors: the buffers by name. Set the shape before the first call, which chooses a kernel."""
+        nn.Module.__init__(self)  # not the float layer's, which would make a weight
+        self.recipe, self.present = recipe, present
+        for name in ("bias", "smooth", "low", "high", "down", "up"):
+            self.register_buffer(name, tensors.get(name))
+        self._stored = tuple(name for name in tensors if name not in self._buffers)
+        for name in self._stored:
+            self.register_buffer(name, tensors[name])
+        self._choose = choose
+        self._kernel: Kernel | None = None
+        self._packed: Any = None
+        self._ranges: list[tuple[float, float]] = []
+        self._inverse: Tensor | None = None
+        self._smooth_key: int | None = None
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.recipe.format]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Outputs, and inputs of each."""
+        raise NotImplementedError
+
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float layer with a weight [outputs, inputs]."""
+        raise NotImplementedError
+
+    def tensors(self) -> Tensors:
+        """The stored weight, without bias and options, wherever the kernel keeps it."""
+        found = {name: cast(Tensor, getattr(self, name)) for name in self._stored}
+        if self._kernel is None or not self._kernel.replaces_q:
+            return found
+        return {**found, "q": self._kernel.unpack(self, self._packed, found)}
+
+    def matrix(self) -> Tensor:
+        """The float32 weight [outputs, inputs] that the integers stand for, for an input that was smoothed."""
+        return self.format.unpack(self.tensors(), self.matrix_shape[1])
+
+    @property
+    def quantized_as(self) -> str:
+        """What tells a plan made on these weights from one made on others."""
+        eight = "" if self.recipe.activations == "none" else f" with {self.recipe.activations} activations"
+        return self.recipe.format + eight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, as they are stored."""
+        extra = [b for name, b in self._buffers.items() if b is not None and name not in self._stored]
+        return sum(t.numel() * t.element_size() for t in [*self.tensors().values(), *extra])
+
+    def forward(self, input: Tensor) -> Tensor:  # by the name that the float layers have for it
+        if self._kernel is None:
+            self.choose_kernel()
+        assert self._kernel is not None
+        y = self._kernel(self, self._packed, input)
+        return y if self.down is None else y + self._residual(input).to(y.dtype)
+
+    def levels(self, x: Tensor, top: int) -> Levels:
+        """The input as 8-bit levels 0 .. top."""
+        picture = isinstance(self, nn.Conv2d)
+        if self._ranges:
+            low, high = self._ranges[-1 if self.present.bucket is None else self.present.bucket]
+            key: tuple = (picture, low, high, top, self._smooth_key)
+            return self.present.shared(x, key, lambda: fixed(rows_of(x, self), low, high, top, self._inverse))
+        make = ranged if picture else per_token
+        return self.present.shared(
+            x, (picture, top, self._smooth_key), lambda: make(rows_of(x, self), top, self._inverse)
+        )
+
+    @property
+    def highest(self) -> float:
+        """A value of the smoothed input that is the highest level."""
+        return self._ranges[-1][1] if self._ranges else 3.0
+
+    def finite(self, x: Tensor) -> bool:
+        """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait."""
+        return not self._ranges or x.device.type != "cpu" or math.isfinite(float(x.sum()))
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        if self.smooth is None:
+            return x
+        shape = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
+        return x / self.smooth.to(x.dtype).view(shape)
+
+    def choose_kernel(self) -> str:
+        """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
+        self._plain()
+        self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
+        self._inverse = None if self.smooth is None else 1 / self.smooth
+        self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
+        self._kernel, self._packed, said = self._choose(self)
+        if self._kernel.replaces_q:
+            self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
+        return said
+
+    @property
+    def kernel_name(self) -> str:
+        return "not chosen yet" if self._kernel is None else self._kernel.name
+
+    @property
+    def weight(self) -> Tensor:
+        """A float copy of the weight. It cannot be changed in place: that would be lost."""
+        with torch.inference_mode():
+            matrix = self.matrix()
+            if self.smooth is not None:
+                matrix = matrix / self.smooth.repeat_interleave(matrix.shape[1] // len(self.smooth))
+            if self.down is not None and self.up is not None:
+                matrix = matrix + self.up.float().flatten(1) @ self.down.float().flatten(1)
+            return matrix.view(self.weight_shape)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.matrix_shape
+
+    def _residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _plain(self) -> None:
+        """Back to plain buffers, without a kernel."""
+        self.q = self.tensors()["q"]
+        self._kernel = self._packed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
+        """Moves to another device; never changes the type of a buffer, as `pipe.to(dtype)` would."""
+        self._plain()
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}q"] = self.tensors()["q"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: plain tensors, without what a kernel packed."""
+        buffers = {**self._buffers, "q": self.tensors()["q"]}
+        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_packed": None}
+
+    def extra_repr(self) -> str:
+        outputs, inputs = self.matrix_shape
+        return f"{inputs} -> {outputs}, {self.recipe.format}, activations {self.recipe.activations}, {self.kernel_name}"
+
+
+def _pairs(low: Tensor, high: Tensor) -> list[tuple[float, float]]:
+    return list(zip(low.tolist(), high.tolist(), strict=True))
