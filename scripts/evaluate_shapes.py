@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 import fastdiff
-from fastdiff.bench import Settings, metrics, output
+from fastdiff import output
+from fastdiff.bench import Settings, metrics
 from fastdiff.bench.measure import draw, to_bytes
 from fastdiff.bench.render import Tile, contact_sheet
 from fastdiff.bench.row import command, environment, model_name

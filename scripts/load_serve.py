@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command
 from fastdiff.machine import cpu_name, package_version
 

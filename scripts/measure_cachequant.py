@@ -26,7 +26,8 @@ import typer
 from torch import nn
 
 import fastdiff
-from fastdiff.bench import metrics, output
+from fastdiff import output
+from fastdiff.bench import metrics
 from fastdiff.bench.measure import draw, to_bytes
 from fastdiff.bench.row import command, environment
 from fastdiff.config import Config

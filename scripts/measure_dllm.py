@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command, environment
 from fastdiff.machine import package_version
 from tests.language import MASK, BlockLM, pipeline, prompt

@@ -29,7 +29,7 @@ from measure_cachequant import Study
 from torch import nn
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command, environment
 from fastdiff.config import Config
 from fastdiff.pipelines.families import anatomies

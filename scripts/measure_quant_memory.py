@@ -22,9 +22,9 @@ import torch
 import typer
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command, environment
-from fastdiff.quant.layers import QLayer
+from fastdiff.quant.layer import QLayer
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "quant-memory.json"
 SCHEMES = {"w8a16": 3.9, "w8a8": 3.9, "w4a16": 7.0, "w4a8": 7.0}  # and what we hope to divide by

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command
 from fastdiff.config import presets
 from fastdiff.pipelines.loading import CALL_DEFAULTS

@@ -16,7 +16,7 @@ import torch
 import typer
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import command, environment
 from fastdiff.pipelines.loading import embedded
 

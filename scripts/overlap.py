@@ -23,7 +23,7 @@ import torch.distributed as dist
 import typer
 
 import fastdiff
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.bench.row import environment
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "parallel-overlap.json"

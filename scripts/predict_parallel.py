@@ -20,8 +20,8 @@ import torch
 import typer
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
+from fastdiff import output
 from fastdiff.anatomy import Anatomy
-from fastdiff.bench import output
 from fastdiff.bench.row import command
 from fastdiff.parallel.planner import A100, Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call

@@ -1,7 +1,8 @@
 """Benchmarks: every row against the unaccelerated image of the same seed, and against simply taking fewer steps."""
 
 from .measure import Observer, run
-from .plan import Contender, Prompts, Settings, contenders, prompts_for, rivals, sources
+from .plan import Contender, Settings, contenders, rivals, sources
+from .prompts import Prompts, prompts_for
 from .row import Row
 
 __all__ = [

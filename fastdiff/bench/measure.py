@@ -18,9 +18,10 @@ from fastdiff.errors import NotReversible, UnsupportedModel
 from fastdiff.pipelines.shapes import checker
 
 from .metrics import psnr, ssim
-from .peers import Running
-from .plan import Contender, Prompts, Settings, fewer_steps, other_solvers
+from .peer import Running
+from .plan import Contender, Settings, fewer_steps, other_solvers
 from .probe import Probe
+from .prompts import Prompts
 from .row import Row, environment, model_name
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peers import DiffusersCache, FasterCache, Fitted, Peer, Pyramid, TaylorSeer
+from .peer import DiffusersCache, FasterCache, Fitted, Peer, Pyramid, TaylorSeer
+from .prompts import prompts_for
 from .twin import Clock, Twin
 
 _DITS = ("StableDiffusion3Pipeline",)
@@ -110,8 +111,6 @@ class Ratios:
         return self.known[steps]
 
     def _measure(self, twin: Twin, steps: int) -> list[float]:
-        from .plan import prompts_for
-
         texts = list(prompts_for(twin.pipe, self.captions, 0, held_out=False).texts)
         magnitudes: list[Tensor] = []
         entered: list[Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .peers import DiffusersCache, FasterCache, Fitted, Peer, Pyramid, TaylorSeer
+from .peer import DiffusersCache, FasterCache, Fitted, Peer, Pyramid, TaylorSeer
 from .twin import Twin
 
 _UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

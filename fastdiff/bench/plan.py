@@ -1,4 +1,4 @@
-"""What a benchmark measures: contenders, prompts, settings."""
+"""What a benchmark measures: contenders and settings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,11 @@ from fastdiff.patch import PatchSet
 from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded_name
-from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
-from .peers import Peer, Running, peers_for
+from .peer import Peer, Running
+from .peers import peers_for
 from .row import Kind
 from .solvers import TITLES, check_name, solver
-
-_PROMPTS = (
-    "a red fox in the snow, photograph",
-    "a lighthouse on a cliff at sunset",
-    "portrait of an old fisherman, soft light",
-    "two cats asleep on a striped sofa",
-)
 
 
 class Settings(_Frozen):
@@ -50,17 +43,6 @@ class Settings(_Frozen):
         if guidance_scale is None:
             guidance_scale = usual.get("guidance_scale")
         return cls(steps=steps or usual["num_inference_steps"], guidance_scale=guidance_scale, **others)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What to draw; with `scenes`, the images can be marked."""
-
-    texts: tuple[str, ...]
-    scenes: tuple[Scene, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 @dataclass(frozen=True)
@@ -178,25 +160,3 @@ def fewer_steps(
         counts = [counts[round(k)] for k in np.linspace(0, len(counts) - 1, min(8, len(counts)))]
         found += [Contender(f"{n} steps {title}", "fewer_steps", n, scheduler=scheduler) for n in counts]
     return found
-
-
-def prompts_for(pipe: Any, count: int, seed: int, file: Path | None = None, *, held_out: bool = True) -> Prompts:
-    """Captions for an embedded model, else the file's lines or built-in prompts, repeated up to `count`.
-
-    held_out: captions the embedded model has not been trained on; others are for calibration.
-    """
-    if file is None and embedded_name(pipe):
-        found = scenes(seed, count, held_out=held_out)
-        return Prompts(tuple(scene.caption for scene in found), tuple(found))
-    lines = _lines(file) if file is not None else _PROMPTS
-    return Prompts(tuple(lines[k % len(lines)] for k in range(count)))
-
-
-def _lines(file: Path) -> Sequence[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"prompts file {str(file)!r} cannot be read: {error}") from None
-    if not lines:
-        raise BadConfig(f"prompts file {str(file)!r} holds no prompt; write one a line")
-    return lines

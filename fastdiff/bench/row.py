@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +64,10 @@ class Row(BaseModel):
     error: str | None = None  # why there is no result
     environment: dict[str, Any]
     command: str
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    return json.dumps([row.model_dump(mode="json") for row in rows], indent=2, allow_nan=False)
 
 
 def model_name(pipe: Any) -> str:

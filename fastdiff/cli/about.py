@@ -11,8 +11,7 @@ from typing import Any
 from fastdiff import __version__
 from fastdiff.machine import cpu_name, package_version
 from fastdiff.registry import names, registry
-
-from .console import print_table
+from fastdiff.studio.console import print_table
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "pillow")
 OPTIONAL = (

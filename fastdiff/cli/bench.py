@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import FirstSeed, ModelName, PromptLines
+
 if TYPE_CHECKING:
     from fastdiff.bench import Row
 
@@ -37,15 +39,15 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="section.key=value
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    model: ModelName = "shapes-unet",
     preset: Presets = None,
     config: Annotated[list[Path] | None, typer.Option(help="Config file, or folder of them; repeatable.")] = None,
     set_: Sets = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Inference steps. Default: the pipeline's own.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Images that the quality is measured on.")] = 32,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of the built-in ones.")] = None,
+    prompt_file: PromptLines = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls a row.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Image k has seed + k.")] = 0,
+    seed: FirstSeed = 0,
     guidance_scale: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call while measuring quality.")] = 8,
     peers: Peers = False,
@@ -71,8 +73,7 @@ def bench(
 
     import fastdiff
     from fastdiff.bench import Settings, contenders, prompts_for, rivals, run, sources
-
-    from .console import quiet
+    from fastdiff.studio.console import quiet
 
     quiet()
     layers = sources(preset or [], config or [], set_ or [])
@@ -99,7 +100,7 @@ def bench(
 def _check_outputs(
     json: Path | None, plot: Path | None, sheet: Path | None, verdict: Path | None, overwrite: bool
 ) -> None:
-    from fastdiff.bench import output
+    from fastdiff import output
     from fastdiff.errors import BadConfig
 
     for file, kinds in ((plot, _PLOT_TYPES), (sheet, _SHEET_TYPES)):
@@ -116,9 +117,11 @@ def _write(
     sheet: Path | None,
     to_stdout: bool,
 ) -> None:
-    from fastdiff.bench import output, render
+    from fastdiff import output
+    from fastdiff.bench import render
+    from fastdiff.bench.row import as_json
 
-    text = output.as_json(rows)
+    text = as_json(rows)
     if json is not None:
         output.write(json, lambda part: part.write_text(text + "\n", encoding="utf-8"))
     if plot is not None:
@@ -133,7 +136,8 @@ def _write(
 def _judge(rows: Sequence[Row], file: Path | None, shown: bool) -> None:
     import json
 
-    from fastdiff.bench import output, verdict
+    from fastdiff import output
+    from fastdiff.bench import verdict
 
     found = verdict.verdict(rows)
     if file is not None:

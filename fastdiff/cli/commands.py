@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from .jobs import Asked
-    from .studio import Order
+from .options import ConfigFile, Dtype, Json, Model, Preset, Sets
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="shapes-unet, shapes-dit, a directory or a hub id.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="Named settings: lossless, balanced or fast.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a .toml or .json file.")]
+if TYPE_CHECKING:
+    from fastdiff.studio.drawing import Order
+    from fastdiff.studio.wanted import Asked
+
 Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)]
 PromptFile = Annotated[
     Path | None, typer.Option(help="One prompt a line, or .jsonl with a `prompt` in each line; - is stdin.")
@@ -38,7 +35,6 @@ Engine = Annotated[
     str | None, typer.Option(help="ray spreads a job over a Ray cluster (extra: ray). Default: this process.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="With --engine ray; default: one for each GPU, or CPU.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def _version(wanted: bool) -> None:
@@ -85,30 +81,30 @@ def generate(
 
     With --prompt-file and a directory this is a job: broken off and started again, it draws what is missing.
     """
-    from . import jobs
+    from fastdiff.studio import wanted
 
-    made = jobs.replayed(from_image, model) if from_image else None
-    flags = jobs.given(
+    made = wanted.replayed(from_image, model) if from_image else None
+    flags = wanted.given(
         steps=steps, guidance_scale=guidance_scale, width=width, height=height, negative_prompt=negative_prompt
     )
-    lasting = prompt_file is not None and jobs.is_folder(output)
-    jobs.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every, timeline))
-    asked = jobs.listed(prompts or [], prompt_file, jobs.base(made, flags), seeds or [], count, lasting=lasting)
-    drawable = jobs.drawable(asked, strict=not lasting)
-    targets = jobs.targets(output, drawable)
+    lasting = prompt_file is not None and wanted.is_folder(output)
+    wanted.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every, timeline))
+    asked = wanted.listed(prompts or [], prompt_file, wanted.base(made, flags), seeds or [], count, lasting=lasting)
+    drawable = wanted.drawable(asked, strict=not lasting)
+    targets = wanted.targets(output, drawable)
     name = model or (made.model if made else "shapes-unet")
 
-    from . import settings  # from here on torch is needed
+    from fastdiff.studio import settings  # from here on torch is needed
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
     if timeline is not None:
-        from .timeline import check_timeline
+        from fastdiff.studio.timeline import check_timeline
 
         check_timeline(timeline, layers, overwrite=overwrite)
 
-    from . import studio
+    from fastdiff.studio import drawing
 
-    order = studio.Order(
+    order = drawing.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
         metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline,
     )  # fmt: skip
@@ -117,16 +113,16 @@ def generate(
 
 def _carry_out(order: Order, asked: list[Asked] | None, workers: int | None, devices: int | None) -> int | None:
     """Draw the pictures of an order, or `asked` as a job; in this process, on a cluster, or in one for each device."""
-    from . import ranks, settings, studio
+    from fastdiff.studio import drawing, ranks, settings
 
-    work: tuple[Any, ...] = studio.draw, order
+    work: tuple[Any, ...] = drawing.draw, order
     if asked is not None:
-        from fastdiff.jobs import batch
+        from fastdiff.jobs import batch, log
 
-        work = batch.run, batch.Batch(order, order.targets[0].parent, asked, workers)
+        work = batch.run, log.Batch(order, order.targets[0].parent, asked, workers)
     if devices is None or devices == 1 or ranks.launched():
         return work[0](work[1])
-    settings.early(order.layers, studio.described(order.model), order.model)  # a mistake starts nothing
+    settings.early(order.layers, drawing.described(order.model), order.model)  # a mistake starts nothing
     return ranks.launch(devices, settings.timeout(order.layers), *work)
 
 

@@ -27,8 +27,7 @@ def demo(
 ) -> None:
     """Draw in the browser, the same picture with and without fastdiff."""
     from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError
-
-    from .console import say, warn
+    from fastdiff.studio.console import say, warn
 
     user, colon, password = (auth or "").partition(":")
     if auth is not None and not (user and colon and password):

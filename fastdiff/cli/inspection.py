@@ -15,8 +15,7 @@ from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import read
 from fastdiff.patch import PatchSet
 from fastdiff.registry import registry
-
-from .console import print_table, quiet, say, waiting
+from fastdiff.studio.console import print_table, say
 
 _WIDEST = 40  # characters of a value in the table; a plan has thousands, which --json shows
 
@@ -53,12 +52,11 @@ def _resolve(layers: Sequence[Layer], model: str | None) -> Resolved:
     if model is None:
         return resolve(layers)
     from fastdiff.pipelines.families import anatomies
-
-    from .studio import described
+    from fastdiff.studio.drawing import described, opened
 
     family = described(model)
     if family is None:
-        family = anatomies(_load(model))[0].family
+        family = anatomies(opened(model))[0].family
     return resolve(layers, family, model)
 
 
@@ -90,18 +88,11 @@ def _origins(resolved: Resolved) -> list[tuple[str, ...]]:
     return rows
 
 
-def _load(model: str) -> Any:
-    from fastdiff.pipelines.loading import load
-
-    quiet()
-    with waiting(f"loading {model}"):
-        return load(model)
-
-
 def _show_model(model: str, as_json: bool) -> None:
     from fastdiff.pipelines.families import anatomies
+    from fastdiff.studio.drawing import opened
 
-    pipe = _load(model)
+    pipe = opened(model)
     modules = [m for m in pipe.components.values() if hasattr(m, "parameters")]
     denoisers = [_describe(anatomy) for anatomy in anatomies(pipe)]
     found = {

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .options import Json, ModelName, StepCount
+
 if TYPE_CHECKING:
     from fastdiff.parallel.planner import Plan, Prediction
 
@@ -18,11 +20,11 @@ NOTE = (
 def plan(
     devices: Annotated[int, typer.Option(min=2, help="Devices that share one picture.")],
     link: Annotated[float, typer.Option(metavar="GBPS", help="Gigabytes a second that each device can send.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    model: ModelName = "shapes-unet",
     size: Annotated[
         int | None, typer.Option(metavar="PX", min=1, help="Sides of the picture. Default: the pipeline's own.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's own.")] = None,
+    steps: StepCount = None,
     latency: Annotated[float, typer.Option(metavar="US", min=0, help="Microseconds of a message.")] = 20.0,
     memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of each device. Default: as here; a CPU's is shared.")
@@ -31,7 +33,7 @@ def plan(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as generate takes it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict step time, speed-up and memory of each parallel method, and recommend one.
 
@@ -44,14 +46,12 @@ def plan(
             raise BadConfig(f"{name} {value:g}: give a number above 0")
     import torch
 
-    from fastdiff.pipelines.loading import call_defaults, load
+    from fastdiff.pipelines.loading import call_defaults
     from fastdiff.pipelines.plan import plan_parallel
+    from fastdiff.studio.console import waiting
+    from fastdiff.studio.drawing import opened
 
-    from .console import quiet, waiting
-
-    quiet()
-    with waiting(f"loading {model}"):
-        pipe: Any = load(model, dtype=getattr(torch, dtype) if dtype else None)
+    pipe = opened(model, getattr(torch, dtype) if dtype else None)
     pipe.set_progress_bar_config(disable=True)
     with waiting("measuring"):
         found = plan_parallel(
@@ -71,7 +71,7 @@ def plan(
 def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
     import json
 
-    from .console import print_table, say
+    from fastdiff.studio.console import print_table, say
 
     best = found.best
     if as_json:

@@ -8,40 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calibrate import (
-    FirstSeed,
-    GuidanceScale,
-    ModelName,
-    PerCall,
-    PromptLines,
-    SchedulerName,
-    StepCount,
-    arguments,
-    loaded,
-    progress,
-)
-from .commands import ConfigFile, Json, Preset, Sets
+from .calibration import Calibration, calibrating, progress
+from .options import Json
 
 if TYPE_CHECKING:
+    from fastdiff.config import Layer
     from fastdiff.quant.base import QuantMethod
     from fastdiff.quant.install import QuantReport
 
 
+@calibrating
 def quantize(
+    asked: Calibration,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A directory; or FILE.safetensors: ranges; or FILE.json: a plan.")
     ],
-    model: ModelName = "shapes-unet",
-    preset: Preset = None,
-    config: ConfigFile = None,
-    sets: Sets = None,
     prompts: Annotated[int, typer.Option(min=0, help="Images to calibrate on; 0 finds ranges at each call.")] = 8,
-    prompt_file: PromptLines = None,
-    steps: StepCount = None,
-    guidance_scale: GuidanceScale = None,
-    scheduler: SchedulerName = None,
-    seed: FirstSeed = 0,
-    batch: PerCall = 4,
     predict: Annotated[
         bool,
         typer.Option("--predict/--no-predict", help="Measure each layer alone, too: what errors should add up to."),
@@ -57,39 +39,31 @@ def quantize(
     its activations are written, for --set quant.ranges=FILE; with .json only what is planned: what quant.prune=0.03
     removes, for --set quant.prune=FILE, or the bits of quant.method=mixed, for --set quant.plan=FILE.
     """
-    from . import settings
+    layers: list[Layer] = [("quantize", {"quant": {"method": "w8a8"}}), *asked.layers]
 
-    layers = [
-        ("quantize", {"quant": {"method": "w8a8"}}),
-        *settings.layers(preset, config, None, None, sets or [], None),
-    ]
-
-    from fastdiff.bench import output as files
-    from fastdiff.bench import prompts_for
+    from fastdiff import output as files
     from fastdiff.pipelines import quantize as work
     from fastdiff.pipelines.quantized_files import save
 
     only = {".safetensors": "ranges", ".json": "plans"}.get(output.suffix)
     files.check([report, *([output] if only else [])], overwrite)
     _check(output, only, prompts)
-    pipe, resolved = loaded(model, layers, scheduler)
-    call = arguments(pipe, steps, guidance_scale)
-    texts = prompts_for(pipe, prompts, seed, prompt_file, held_out=False).texts if prompts else []
+    pipe, resolved = asked.loaded(layers)
+    call = asked.call(pipe)
+    texts = asked.texts(pipe, prompts)
     with progress() as watch:
-        told = {"seed": seed, "batch": batch, "watch": watch, **call}
         if only:
-            _write_only(output, pipe, work.method_of(pipe, resolved), texts, told)
+            _write_only(output, pipe, work.method_of(pipe, resolved), texts, call | {"watch": watch})
             return
-        done = work.quantize(pipe, resolved, texts, predict=predict, compiled=compiled, **told)
+        done = work.quantize(pipe, resolved, texts, predict=predict, compiled=compiled, watch=watch, **call)
     save(pipe, output, done)
     _tell(output, done, report, as_json)
 
 
 def _write_only(output: Path, pipe: Any, method: QuantMethod, texts: Sequence[str], told: dict[str, Any]) -> None:
-    from fastdiff.bench import output as files
+    from fastdiff import output as files
     from fastdiff.pipelines import quantize as work
-
-    from .console import say
+    from fastdiff.studio.console import say
 
     if output.suffix == ".safetensors":
         files.write(output, work.calibrate_ranges(pipe, method, texts, **told).save)
@@ -114,10 +88,9 @@ def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -
     import json
     import shutil
 
-    from fastdiff.bench import output as files
+    from fastdiff import output as files
     from fastdiff.pipelines.quantized_files import REPORT
-
-    from .console import say
+    from fastdiff.studio.console import say
 
     if report is not None:
         files.write(report, lambda part: shutil.copyfile(output / REPORT, part))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .commands import Dtype, Sets
+from .options import Dtype, ModelName, Sets
 
 if TYPE_CHECKING:
     from fastdiff.config import Layer
@@ -27,7 +27,7 @@ Engine = Annotated[str, typer.Option(help="local, or ray: replicas on a Ray clus
 
 
 def serve(
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")] = "shapes-unet",
+    model: ModelName = "shapes-unet",
     preset: Presets = None,
     config: Configs = None,
     sets: Sets = None,
@@ -46,8 +46,7 @@ def serve(
 ) -> None:
     """Serve one model over HTTP, with the image API of OpenAI."""
     from fastdiff.errors import BadConfig, UnknownName
-
-    from .console import say, warn
+    from fastdiff.studio.console import say, warn
 
     if engine not in ("local", "ray"):
         raise UnknownName("engine", engine, ("local", "ray"))
@@ -83,8 +82,7 @@ def serve(
 def shelf(presets: list[str], configs: list[Path], sets: list[str]) -> dict[str, list[Layer]]:
     """The layers of each name that clients may ask for; of none, the preset `balanced`."""
     from fastdiff.errors import BadConfig
-
-    from . import settings
+    from fastdiff.studio import settings
 
     found: dict[str, list[Layer]] = {}
     asked = [(name, name, None) for name in presets] + [(path.stem, None, path) for path in configs]

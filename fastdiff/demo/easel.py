@@ -11,14 +11,14 @@ from typing import Any
 
 from PIL import Image
 
-from fastdiff.cli.previews import Palette
-from fastdiff.cli.settings import early
-from fastdiff.cli.studio import Drawn, Studio, described
 from fastdiff.clock import Step
 from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling
 from fastdiff.pipelines.loading import embedded
 from fastdiff.report import RunReport
+from fastdiff.studio.drawing import Drawn, Studio, described
+from fastdiff.studio.previews import Palette
+from fastdiff.studio.settings import early
 
 from .order import Order
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastdiff.cli.studio import described
 from fastdiff.config import METHOD_KINDS, Config, Layer, layers_of, resolve
 from fastdiff.errors import BadConfig
 from fastdiff.images import Replay, Sampling, sentence
 from fastdiff.registry import registry
+from fastdiff.studio.drawing import described
 
 EXACT = 2**53  # whole numbers that a browser can hold
 

@@ -9,21 +9,18 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from fastdiff.cli.console import say
-from fastdiff.cli.studio import Drawn, Order, Studio
 from fastdiff.errors import FastdiffError
 from fastdiff.images import Sampling
+from fastdiff.studio.console import say
+from fastdiff.studio.drawing import Drawn, Order, Studio, attempt
 
-from .batch import attempt
-
-if TYPE_CHECKING:
-    from .batch import Log
-    from .manifest import Item
+from .log import Log
+from .manifest import Item
 
 _TRIES = 3  # a picture that takes its worker down that often is given up
 _LOOK_AGAIN = 0.5  # seconds

@@ -18,10 +18,10 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastdiff.bench import output
-from fastdiff.cli.jobs import Asked, file_name, make_folder
+from fastdiff import output
 from fastdiff.errors import FastdiffError
 from fastdiff.images import Sampling, numbered, read
+from fastdiff.studio.wanted import Asked, file_name, make_folder
 
 CLAIMS = ".claims"
 

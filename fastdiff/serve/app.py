@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import fastdiff
-from fastdiff.cli.studio import Studio
 from fastdiff.config import Layer
 from fastdiff.errors import FastdiffError
 from fastdiff.images import Sampling, sentence
+from fastdiff.studio.drawing import Studio
 
 from .desk import Desk, Ticket
 from .door import Door

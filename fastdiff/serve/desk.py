@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastdiff.cli.previews import Palette
-from fastdiff.cli.studio import Drawn, Studio
 from fastdiff.clock import Step
 from fastdiff.config import Layer
 from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling, encode
 from fastdiff.pipelines.loading import call_defaults
+from fastdiff.studio.drawing import Drawn, Studio
+from fastdiff.studio.previews import Palette
 
 from .meters import Meters
 from .protocol import Limits, Problem

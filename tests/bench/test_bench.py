@@ -11,10 +11,12 @@ import typer
 from typer.testing import CliRunner
 
 import fastdiff
-from fastdiff.bench import Contender, Observer, Prompts, Settings, contenders, output, prompts_for, render, run, sources
+from fastdiff import output
+from fastdiff.bench import Contender, Observer, Prompts, Settings, contenders, prompts_for, render, run, sources
 from fastdiff.bench.metrics import PSNR_CAP
 from fastdiff.bench.plan import fewer_steps
 from fastdiff.bench.probe import Probe
+from fastdiff.bench.row import as_json
 from fastdiff.cli.bench import bench
 from fastdiff.config import Config
 from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError, UnknownName, UnsupportedModel
@@ -94,7 +96,7 @@ def test_a_failing_row_says_why_and_the_others_live(measured):
 
 def test_rows_are_valid_json_with_the_promised_keys(measured):
     _, rows, _ = measured
-    read = json.loads(output.as_json(list(rows.values())))
+    read = json.loads(as_json(list(rows.values())))
     promised = {
         "name", "steps", "computed_steps", "latency_s", "speedup", "psnr", "ssim", "psnr_converged", "prompt_accuracy",
         "peak_memory_mb", "config",

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.bench import Prompts, Settings, plan, run
-from fastdiff.bench.peers import Fitted, Peer, peers_for
+from fastdiff.bench import Prompts, Settings, plan, prompts_for, run
+from fastdiff.bench.peer import Fitted, Peer
+from fastdiff.bench.peers import peers_for
 from fastdiff.bench.peers_dit import Ratios
 from fastdiff.bench.probe import Probe
 from fastdiff.bench.twin import Clock, Counter, Twin
@@ -104,7 +105,7 @@ def test_ratios_are_diffusers_own_and_measured_once(capsys):
     twin = Twin(pipe)
     apply_mag_cache(twin.denoiser, MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
     generators = [torch.Generator().manual_seed(1000 + k) for k in range(2)]
-    texts = list(plan.prompts_for(pipe, 2, 0, held_out=False).texts)
+    texts = list(prompts_for(pipe, 2, 0, held_out=False).texts)
     twin.pipe(texts, num_inference_steps=STEPS, generator=generators, output_type="latent", guidance_scale=3.0)
     printed = capsys.readouterr().out.strip().splitlines()[-1]
     assert [float(x) for x in printed.strip("[]").split(",")] == pytest.approx(found, rel=1e-4)

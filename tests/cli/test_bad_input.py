@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.cli import studio
+from fastdiff.studio import drawing
 from tests.tiny import make
 
 USAGE = {
@@ -52,7 +52,7 @@ USAGE = {
         "--prompt-file /dev/zero is a device; give a file",
     ),
     "no prompt file": (["generate", "--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
-    "nothing to inspect": (["inspect", "nothing"], "unknown model 'nothing'"),
+    "no model to inspect": (["inspect", "nothing"], "unknown model 'nothing'"),
 }
 FAILURE = {
     "no model directory": (["generate", "x", "-m", "./none"], "model directory './none' does not exist"),
@@ -79,7 +79,7 @@ def test_failure(cli, case: str) -> None:
 def _no_weights_are_read(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Mistakes that can be seen without a model must not cost loading it."""
     if "model" not in case:
-        monkeypatch.setattr(studio, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(drawing, "load", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 def _expect(done, code: int, message: str) -> None:

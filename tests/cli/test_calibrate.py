@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.bench import plan as benching
+from fastdiff.bench import prompts as benching
 from fastdiff.images import read
 from fastdiff.pipelines.shapes.scenes import scenes
 

@@ -11,11 +11,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from fastdiff.cli import jobs
 from fastdiff.config import Config, layers_of, parse_set, read_file, resolve
 from fastdiff.errors import FastdiffError
 from fastdiff.images import Replay, encode, read
 from fastdiff.registry import names, registry
+from fastdiff.studio import wanted
 from tests.cli.test_images import PICTURE, made, with_chunk
 
 FUZZ = settings(
@@ -118,7 +118,7 @@ def test_prompt_file(tmp_path: Path, lines: list[str]) -> None:
     """Each line that says something is drawn or refused, by itself."""
     lines = [line.replace("\n", " ").replace("\r", " ") for line in lines]
     (tmp_path / "p.jsonl").write_bytes("\n".join(["{}", *lines]).encode("utf-8", "replace"))
-    found = jobs.listed([], tmp_path / "p.jsonl", {}, [], 1, lasting=True)
+    found = wanted.listed([], tmp_path / "p.jsonl", {}, [], 1, lasting=True)
     said = [number for number, line in enumerate(["{}", *lines], 1) if line.encode("utf-8", "replace").decode().strip()]
     assert [one.where for one in found] == [f"{tmp_path / 'p.jsonl'} line {number}: " for number in said]
     assert all((one.sampling is None) == (one.mistake is not None) for one in found)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.cli import studio
 from fastdiff.images import read
+from fastdiff.studio import drawing
 
 DEEPCACHE = ("--set", "cache.method=deepcache", "--set", "cache.interval=2")
 
@@ -38,8 +38,8 @@ def test_one_image(cli, model: str) -> None:
 
 def test_prompts_and_seeds_share_one_loaded_model(cli, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    load = studio.load
-    monkeypatch.setattr(studio, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
+    load = drawing.load
+    monkeypatch.setattr(drawing, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
     done = cli("generate", "a cat", "a dog", "-m", model, "--steps", 1, "--seed", 1, "--seed", 5, "-o", "x.png")
     assert done.files == ["x_seed_1.png", "x_seed_5.png", "x_seed_1-1.png", "x_seed_5-1.png"]
     assert [(read(Path(f)).prompt, read(Path(f)).seed) for f in done.files] == [
@@ -138,7 +138,7 @@ def test_caching_that_caches_nothing_is_said_loudly(cli, model: str) -> None:
 
 
 def test_interrupt_keeps_what_is_done(cli, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, drawn = studio.Studio._call, []
+    draw, drawn = drawing.Studio._call, []
 
     def second_is_interrupted(self, settings):
         if drawn:
@@ -146,7 +146,7 @@ def test_interrupt_keeps_what_is_done(cli, model: str, monkeypatch: pytest.Monke
         drawn.append(settings)
         return draw(self, settings)
 
-    monkeypatch.setattr(studio.Studio, "_call", second_is_interrupted)
+    monkeypatch.setattr(drawing.Studio, "_call", second_is_interrupted)
     done = cli("generate", "a cat", "-m", model, "--steps", 1, "--seed", 1, "-n", 3)
     assert done.code == 130
     assert [p.name for p in Path.cwd().iterdir()] == ["out_seed_1.png"]

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from fastdiff.cli import run, studio
+from fastdiff.cli import run
 from fastdiff.images import read
 from fastdiff.jobs.manifest import CLAIMS
+from fastdiff.studio import drawing
 
 LINES = ['{"prompt": "a cat"}', '{"prompt": "a dog", "seed": 5, "steps": 2}', '{"prompt": "a cat"}']
 
@@ -42,13 +43,13 @@ def pictures() -> dict[str, bytes]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Prompts that were really drawn."""
     drawn: list[str] = []
-    draw = studio.Studio.draw
+    draw = drawing.Studio.draw
 
     def counting(self, job, on_step_end=None):
         drawn.append(job.prompt)
         return draw(self, job, on_step_end)
 
-    monkeypatch.setattr(studio.Studio, "draw", counting)
+    monkeypatch.setattr(drawing.Studio, "draw", counting)
     return drawn
 
 
@@ -78,7 +79,7 @@ def test_restart_does_only_what_is_missing(cli, model: str, counted: list[str], 
     assert (counted, pictures()) != ([], before)
     assert counted == ["a dog"]
     assert pictures().keys() == before.keys()
-    monkeypatch.setattr(studio, "load", lambda *_, **__: pytest.fail("nothing is missing, no model is needed"))
+    monkeypatch.setattr(drawing, "load", lambda *_, **__: pytest.fail("nothing is missing, no model is needed"))
     done = cli(*command(model))
     assert (done.code, done.out) == (0, "")
     assert "3 of 3 pictures are there already" in done.err

@@ -12,7 +12,7 @@ HOMES = {  # directory in the tree -> directory in an installed copy
     "quant": "fastdiff/quant",
     "pipelines": "fastdiff/pipelines",
 }
-FRONT_DOORS = ("bench", "cli", "demo", "images", "jobs", "serve", "__main__")  # in fastdiff/
+FRONT_DOORS = ("bench", "cli", "demo", "images", "jobs", "serve", "studio", "__main__")  # in fastdiff/
 
 
 def files(directory: str, pattern: str = "*") -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastdiff.cli import ranks
+from fastdiff.studio import ranks
 
 from .failing import hangs
 from .ranks import start

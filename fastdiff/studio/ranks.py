@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+from .guard import guarded
+
 GRACE = 15.0  # seconds that ranks have to notice that rank 0, which speaks for all, has ended or does not answer
 
 
@@ -89,8 +91,6 @@ def _rank(rank: int, devices: int, folder: str, timeout: float, work: Callable[.
 
     import torch
     import torch.distributed as dist
-
-    from . import guarded
 
     def joined() -> Any:
         cuda = torch.cuda.device_count() >= devices

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.bench import output
+from fastdiff import output
 from fastdiff.errors import BadConfig
 
 if TYPE_CHECKING:

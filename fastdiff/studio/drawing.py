@@ -19,18 +19,18 @@ from PIL import Image
 import fastdiff
 from fastdiff.anatomy import Family
 from fastdiff.config import Layer, resolve
-from fastdiff.errors import BadConfig, FastdiffError, UnknownName
+from fastdiff.errors import BadConfig, FastdiffError, PeerLost, UnknownName
 from fastdiff.images import Replay, Sampling, save
 from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import FAMILIES, anatomies, denoisers
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 
 from .console import quiet, say, waiting, warn
-from .jobs import make_folder
 from .previews import Previews
 from .ranks import own_device
 from .settings import early
 from .timeline import write_timeline
+from .wanted import make_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +50,9 @@ def described(model: str) -> Family | None:
     return next((FAMILIES[name] for name in classes if name in FAMILIES), None)
 
 
-def _load(model: str, dtype: torch.dtype | None) -> Any:
+def opened(model: str, dtype: torch.dtype | None = None) -> Any:
+    """A plain pipeline, without the chatter of loading."""
+    quiet()
     with waiting(f"loading {model}"):
         return load(model, dtype=dtype)
 
@@ -113,10 +115,9 @@ class Studio:
     def __init__(self, model: str, layers: Sequence[Layer], dtype: str | None) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
-        quiet()
         early(layers, described(model), model)
         own_device()
-        self.pipe = _load(model, getattr(torch, dtype) if dtype else None)
+        self.pipe = opened(model, getattr(torch, dtype) if dtype else None)
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
         self.use(layers)
         self.known = inspect.signature(self.pipe.__call__).parameters
@@ -227,6 +228,19 @@ class Studio:
             report=self.fast.report.to_dict(),
             versions=versions(),
         )
+
+
+def attempt(studio: Studio, job: Sampling, on_step_end: Callable[..., Any] | None = None) -> Drawn | str:
+    """A picture, or the reason why there is none; what breaks the whole run is raised."""
+    try:
+        studio.check([job], None)
+        return studio.draw(job, on_step_end)
+    except PeerLost:
+        raise
+    except FastdiffError as error:
+        return str(error)
+    except Exception as error:  # whatever a pipeline raises for one prompt must not cost the others
+        return f"{type(error).__name__}: {error}"
 
 
 def announce(drawn: Drawn, path: Path, as_json: bool, out: TextIO | None = None) -> None:

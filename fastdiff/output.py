@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastdiff.errors import BadConfig, FastdiffError
-
-from .row import Row
+from .errors import BadConfig, FastdiffError
 
 
 def check(files: Iterable[Path | None], overwrite: bool) -> None:
@@ -42,7 +39,3 @@ def write(file: Path, save: Callable[[Path], object]) -> None:
         raise FastdiffError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def as_json(rows: Sequence[Row]) -> str:
-    return json.dumps([row.model_dump(mode="json") for row in rows], indent=2, allow_nan=False)

@@ -1,0 +1,112 @@
+"""What `calibrate` and `quantize` have in common: a plain pipeline, what is drawn with it, and a bar."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets, StepCount
+
+if TYPE_CHECKING:
+    from fastdiff.config import Config, Layer
+
+GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")]
+SchedulerName = Annotated[
+    str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
+]
+PerCall = Annotated[int, typer.Option(min=1, help="Images a call.")]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model, its settings, and how it is called to be calibrated. Each field is an option."""
+
+    model: ModelName = "shapes-unet"
+    preset: Preset = None
+    config: ConfigFile = None
+    sets: Sets = None
+    prompt_file: PromptLines = None
+    steps: StepCount = None
+    guidance_scale: GuidanceScale = None
+    scheduler: SchedulerName = None
+    seed: FirstSeed = 0
+    batch: PerCall = 4
+
+    @property
+    def layers(self) -> list[Layer]:
+        from fastdiff.studio import settings
+
+        return settings.layers(self.preset, self.config, None, None, self.sets or [], None)
+
+    def loaded(self, layers: list[Layer]) -> tuple[Any, Config]:
+        """A pipeline that is still plain, with the named scheduler, and the config that `layers` make for it."""
+        from fastdiff.bench import solvers
+        from fastdiff.config import resolve
+        from fastdiff.pipelines.families import anatomies
+        from fastdiff.pipelines.loading import embedded_name
+        from fastdiff.studio.drawing import described, opened
+        from fastdiff.studio.settings import early
+
+        if self.scheduler is not None:
+            solvers.check_name(self.scheduler)
+        early(layers, described(self.model), self.model)
+        pipe = opened(self.model)
+        pipe.set_progress_bar_config(disable=True)
+        if self.scheduler is not None:
+            pipe.scheduler = solvers.solver(self.scheduler, pipe.scheduler)
+        return pipe, resolve(layers, anatomies(pipe)[0].family, embedded_name(pipe)).config
+
+    def call(self, pipe: Any) -> dict[str, Any]:
+        """How the pipeline is called, with the seed and batch of the calibration. Raises BadConfig."""
+        from fastdiff.errors import BadConfig
+        from fastdiff.pipelines.loading import call_defaults
+
+        usual = call_defaults(pipe)
+        asked = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
+        for name, value in asked.items():
+            if value is not None and name not in usual:
+                raise BadConfig(f"{type(pipe).__name__} takes no {name}; leave it out")
+        given = {name: value for name, value in asked.items() if value is not None}
+        return usual | given | {"seed": self.seed, "batch": self.batch}
+
+    def texts(self, pipe: Any, count: int) -> Sequence[str]:
+        from fastdiff.bench import prompts_for
+
+        return prompts_for(pipe, count, self.seed, self.prompt_file, held_out=False).texts if count else []
+
+
+def calibrating(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first argument is a Calibration, as one that has an option for each field of it instead."""
+    shared = get_type_hints(Calibration, include_extras=True)
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def spread(**given: Any) -> None:
+        command(Calibration(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [
+        *(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=shared[f.name])
+          for f in fields(Calibration)),
+        *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+    ]  # fmt: skip
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for steps done of all; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
