@@ -12,6 +12,7 @@ HOMES = {  # directory in the tree -> directory in an installed copy
     "quant": "fastdiff/quant",
     "pipelines": "fastdiff/pipelines",
 }
+ROOMS = ("caching", "parallel", "quant")
 FRONT_DOORS = ("bench", "cli", "demo", "images", "jobs", "serve", "studio", "__main__")  # in fastdiff/
 
 
@@ -38,6 +39,14 @@ def installed_path(source: Path) -> str:
 def module_name(source: Path) -> str:
     """The dotted name under which a file of a room is imported."""
     return installed_path(source).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def layer(module: str) -> str:
+    """Layer of a module of fastdiff: core, a room's name, pipelines or front."""
+    head = [*module.split("."), ""][1]
+    if head in (*ROOMS, "pipelines"):
+        return head
+    return "front" if head in FRONT_DOORS else "core"
 
 
 def product() -> list[Path]:
