@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads of other workers need the processor
 
 import logging
 

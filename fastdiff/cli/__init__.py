@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from fastdiff import threads
 from fastdiff.studio.guard import guarded
 
 from .bench import bench
@@ -26,6 +27,7 @@ for command in (generate, bench, calibrate, quantize, plan, methods, inspect, en
 
 def main() -> NoReturn:
     """Entry point of the `fastdiff` program."""
+    threads.settle()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 from typing import Any
 
-from fastdiff import __version__
+from fastdiff import __version__, threads
 from fastdiff.machine import cpu_name, package_version
 from fastdiff.registry import names, registry
 from fastdiff.studio.console import print_table
@@ -61,8 +59,10 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": threads.processors(),
+        "cpu_quota": threads.processor_quota(),
         "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": threads.policy(),
         "cuda": torch.version.cuda,
         "cuda_devices": [f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {d.major}.{d.minor}" for d in cuda],
         "packages": {name: package_version(name) for name in (*NEEDED, *OPTIONAL)},

@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+from fastdiff import threads
+
 from .guard import guarded
 
 GRACE = 15.0  # seconds that ranks have to notice that rank 0, which speaks for all, has ended or does not answer
@@ -41,6 +43,7 @@ def launch(devices: int, timeout: float, work: Callable[..., Any], *arguments: A
     What other ranks than 0 have to say is told once they have failed, and once only. Two runs never want the same port:
     the ranks meet through a file.
     """
+    threads.settle()
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
