@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := pyproject.toml requirements/constraints.txt
 
-.PHONY: image test test-slow install lint types bench readme docs wheel
+.PHONY: image test test-slow test-machines install lint types bench readme docs wheel
 
 image: .venv/.installed
 	$(BIN)/fastdiff generate "$(PROMPT)" --preset $(PRESET) --seed $(SEED) -o out.png
@@ -21,6 +21,10 @@ test: lint types
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# The tests as other processors would run them. ROWS="default two-threads" runs these rows alone.
+test-machines: .venv/.installed-dev
+	$(BIN)/python scripts/test_machines.py $(addprefix --rows ,$(ROWS))
 
 install: .venv/.installed-dev
 

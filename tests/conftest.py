@@ -1,4 +1,4 @@
-"""One thread, no network, no progress bars: the same numbers and the same speed on every machine."""
+"""One thread unless told, no network, no progress bars: the same speed on every machine."""
 
 import os
 
@@ -11,10 +11,17 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="of torch, in every worker; see scripts/test_machines.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(autouse=True)
