@@ -47,7 +47,8 @@ class Memory:
 
     `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of the step
     before, computed or not; `drift` what an accumulating policy has gathered since the last computed step;
-    `placeholders` what each module of the region gives where it is left out.
+    `placeholders` what each module of the region gives where it is left out. `passed` counts its modules that were
+    called so far in the present call, `broken` says that one was passed over.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -69,8 +70,21 @@ class Memory:
     shadowed: bool = False
     keep: bool = True
     factors: Sequence[float] = ()
+    passed: int = 0
+    broken: bool = False
     taken: list[Any] | None = None
     ready: list[Any] | None = None
+
+    def passes(self, position: int) -> bool:
+        """A module of the region is called: whether all before it were, too. What follows a gap runs as it is."""
+        self.broken |= position != self.passed
+        self.passed += 1
+        return not self.broken
+
+    @property
+    def torn(self) -> bool:
+        """Whether some modules of the region were called, and some not."""
+        return self.broken or 0 < self.passed < len(self.placeholders)
 
 
 def tensors(leaves: Sequence[Any]) -> list[Tensor]:

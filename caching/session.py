@@ -18,6 +18,7 @@ from fastdiff.recorder import Recorder
 
 from .base import CacheMethod, Gated
 from .predictors import combine
+from .readers import Readers
 from .reading import peak
 from .region import Memory, Region, placeholder, signature, unread
 
@@ -46,6 +47,11 @@ class Session:
         self._branches: dict[int, list[Memory]] = {}
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
+        self._readers = Readers(unit for region in self.regions for unit in region.units)
+        self._whole = self._read = (
+            False  # whether the present call, or all of the run, is computed whatever was decided
+        )
+        clock.on_expect.append(self._readers.expect)
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
@@ -72,6 +78,10 @@ class Session:
 
     def _start(self, run: Run) -> None:
         self._branches, self._shapes = {}, {}
+        reason = self._readers.found()
+        self._read = reason is not None
+        if reason is not None:
+            self.recorder.note(reason)
         own = self.own(run) if self.own is not None else list(range(run.total))
         masks = [self.method.guarded_mask(run.only(own), region) for region in self.regions]
         self.masks = [_placed(mask, own, run.total) for mask in masks]
@@ -95,15 +105,35 @@ class Session:
             step = self.clock.now
             if step is None:
                 return forward(*args, **kwargs)
+            differentiable = _differentiable(args, kwargs)
+            if differentiable:
+                self.recorder.note("calls that gradients go through were computed")
+            self._whole = self._read or differentiable
             self._enter(step, args, kwargs)
             try:
-                output = inner(*args, **kwargs)
+                output = (forward if self._whole else inner)(*args, **kwargs)
+                if self._unserved():
+                    self.recorder.note(f"step {step.index} was computed: not all of what is cached was called in it")
+                    return forward(*args, **kwargs)
                 self.commit(step.index)
             finally:
                 self._current = None
             return output
 
         return stepped
+
+    def _unserved(self) -> bool:
+        """Whether a region was left out, and the end of it, which gives what is remembered, never called (a guider
+        that skips layers). Then the call is made again, in full; nothing of it is remembered."""
+        assert self._current is not None
+        missed = any(memory.skipping and memory.torn for memory in self._all())
+        if missed:
+            self._current = None
+            self.recorder.again()
+        return missed
+
+    def _all(self) -> list[Memory]:
+        return [own for first in self._current or () for own in (first, *first.again)]
 
     def _enter(self, step: Step, args: tuple, kwargs: dict) -> None:
         shape = signature(args, kwargs)
@@ -114,7 +144,7 @@ class Session:
         for number, mask in enumerate(self.masks):
             first = self._current[number]
             for memory in (first, *first.again):
-                memory.ready, memory.visits = None, 0
+                memory.ready, memory.visits, memory.passed, memory.broken, memory.skipping = None, 0, 0, False, False
                 if mask is not None:
                     self._decide(number, step, memory, mask[step.index])
                     if self.ahead and memory.skipping:
@@ -122,7 +152,7 @@ class Session:
                         memory.ready = self._combined(number, memory, step.index)
 
     def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:
-        compute = wanted or not memory.values
+        compute = wanted or self._whole or not memory.values
         if not compute:
             memory.factors = self.weigh(step.index, memory.indices)
             compute = not self._bounded(memory, step)
@@ -155,9 +185,9 @@ class Session:
         step, method = self.clock.now, self.method
         assert step is not None and isinstance(method, Gated) and region.probe is not None
         if region.probe.module is None:
-            memory.probe = region.probe.read(inputs, None)
+            memory.probe = region.probe.read(inputs, None).detach()
         compute = method.guarded(False, step.index, step.run.total, memory.cached_in_row, memory.cached)
-        compute = compute or not memory.probes
+        compute = compute or self._whole or not memory.probes
         if not compute:
             change = method.change(step, memory)
             change = change if self.agree is None else self.agree(change)
@@ -179,7 +209,7 @@ class Session:
             def probed(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
                 if self._current is not None:
-                    self._current[number].probe = read(by_name(args, kwargs), output)
+                    self._current[number].probe = read(by_name(args, kwargs), output).detach()
                 return output
 
             return probed
@@ -196,6 +226,8 @@ class Session:
                 if self._current is None:
                     return forward(*args, **kwargs)
                 memory = self._visit(number, first)
+                if not memory.passes(position):
+                    return forward(*args, **kwargs)
                 if first and gated:
                     self._gate(number, region, memory, by_name(args, kwargs))
                 if first and region.store == "residual":
@@ -219,7 +251,7 @@ class Session:
         assert self._current is not None
         memory = self._current[number]
         memory.visits += first
-        if memory.visits == 1:
+        if memory.visits <= 1:
             return memory
         if len(memory.again) < memory.visits - 1:
             memory.again.append(Memory(keep=memory.keep, placeholders=[None] * len(memory.placeholders)))
@@ -231,19 +263,23 @@ class Session:
         if region.store == "residual":
             entry = dict(zip(region.takes, memory.entry, strict=True))
             pairs = zip(leaves, region.returns, strict=True)
-            memory.taken = [leaf - entry[stream] if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
+            memory.taken = [
+                (leaf - entry[stream]).detach() if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs
+            ]
         else:
-            memory.taken = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            memory.taken = _own(leaves)
         return output
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
-        for memory in [own for first in self._current or () for own in (first, *first.again)]:
+        for memory in self._all():
             memory.entry = []
+            if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
+                memory.taken = None
             if memory.taken is None:
                 continue
             if self.ahead:  # a CUDA graph writes over what it gave
-                memory.taken = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in memory.taken]
+                memory.taken = _own(memory.taken)
             memory.indices.append(index)
             memory.values.append(memory.taken)
             if self.method.predictor != "reuse":
@@ -297,7 +333,7 @@ class Session:
             pairs = zip(leaves, region.returns, strict=True)
             leaves = [entry[stream] + leaf if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
         else:  # the caller may write into what it is given
-            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            leaves = _own(leaves)
         return pytree.tree_unflatten(leaves, memory.spec)
 
     def _at_key_steps(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,20 +342,38 @@ class Session:
 
         @wraps(forward)
         def at_key_steps(*args: Any, **kwargs: Any) -> Any:
+            if not self.clock.ours():
+                return forward(*args, **kwargs)
             index = self.clock.upcoming
             scales = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, int | float)]
             asked = [self.clock.number, signature(args, kwargs), scales]
             if index is not None and self.hidden(index) and kept[:3] == asked:
-                return kept[3]
+                return pytree.tree_map(_copied, kept[3])  # some models empty the very list that they are given
             output = forward(*args, **kwargs)
-            kept[:] = [*asked, output]
+            kept[:] = [*asked, pytree.tree_map(_copied, output)]
             return output
 
         return at_key_steps
 
     def hidden(self, index: int) -> bool:
         """Whether every region is skipped at a step, which is known before it for static methods only."""
-        return bool(self.masks) and not any(mask is None or mask[index] for mask in self.masks)
+        return bool(self.masks) and not self._read and not any(mask is None or mask[index] for mask in self.masks)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _own(leaves: list[Any]) -> list[Any]:
+    """Values that nobody else can write into, and that keep no graph alive."""
+    return [_copied(leaf) for leaf in leaves]
+
+
+def _differentiable(args: tuple, kwargs: dict) -> bool:
+    """Whether somebody wants gradients of what a call is given."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
 
 def _placed(mask: list[bool] | None, own: Sequence[int], total: int) -> list[bool] | None:

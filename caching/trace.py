@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.clock import Run, StepClock
+from fastdiff.listening import unheard
 
 from .protocols import Sample
 from .region import tensors
@@ -65,9 +66,9 @@ class Trace:
         self.run: Run | None = None
         self.solver: Any = None
         self._gram = Gram()
-        self._rows: list[Tensor] = []
+        self._rows: dict[int, Tensor] = {}  # by step: of two outputs that a solver is given, the last
         clock.on_start.append(self._start)
-        clock.on_output.append(lambda _, output: self._rows.append(self._gram.sketch(output)))
+        clock.on_output.append(lambda index, output: self._rows.__setitem__(index, self._gram.sketch(output)))
         clock.on_end.append(self._end)
 
     @property
@@ -83,13 +84,13 @@ class Trace:
             raise ValueError(
                 f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}"
             )
-        self.run, self._rows = run, []
-        self.solver = copy.deepcopy(self.clock.pipe.scheduler)
+        self.run, self._rows = run, {}
+        self.solver = unheard(self.clock.scheduler)
 
     def _end(self, run: Run) -> None:
-        rows, self._rows = self._rows, []
+        rows, self._rows = self._rows, {}
         if len(rows) == run.total:  # one cut short says nothing about the whole run
-            self._gram.add(rows)
+            self._gram.add([rows[index] for index in range(run.total)])
 
 
 class SiteTrace:

@@ -8,109 +8,60 @@ per branch: Heun has 2n - 1 of them, PNDM n + 1.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
-from itertools import pairwise
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 
+from .branches import Branches
+from .caller import loop_length, running_pipeline, uses
+from .listening import listen, unlisten
 from .patch import PatchSet
+from .places import place, span
+from .progress import WatchedBar
+from .report import UNTOLD
+from .run import Run as Run
+from .run import Step as Step
+from .run import noise_levels
 
 WATCHED = "_fastdiff_watched"  # mark on the forward of a denoiser that a clock watches
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass of the denoising loop.
-
-    `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
-    lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`. `scheduler` is its class name,
-    `guidance_scale` what the pipeline says of itself, if anything, `shape` that of the denoiser's input without the
-    batch, `late` whether the run leaves out the scheduler's first steps (img2img).
-    """
-
-    number: int
-    timesteps: tuple[float, ...]
-    sigmas: tuple[float, ...]
-    flow: bool
-    scheduler: str = ""
-    guidance_scale: float | None = None
-    shape: tuple[int, ...] = ()
-    late: bool = False
-    _axes: dict[str, tuple[float, ...]] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def total(self) -> int:
-        return len(self.timesteps)
-
-    def only(self, steps: Sequence[int]) -> Run:
-        """A run of some of the steps."""
-        timesteps, sigmas = ([axis[i] for i in steps] for axis in (self.timesteps, self.sigmas))
-        return replace(self, timesteps=tuple(timesteps), sigmas=tuple(sigmas), _axes={})
-
-    def coordinates(self, kind: str) -> tuple[float, ...]:
-        """Positions of the evaluations on one axis: step, timestep, sigma or logsnr; strictly monotone or steps."""
-        if kind not in self._axes:
-            self._axes[kind] = self._positions(kind)
-        return self._axes[kind]
-
-    def signal_and_noise(self, index: int) -> tuple[float, float]:
-        """How much signal and how much noise the latents of a step hold, x = signal * x_0 + noise * epsilon."""
-        sigma = self.sigmas[index]
-        if self.flow:
-            return 1 - sigma, sigma
-        signal = 1 / math.sqrt(1 + sigma * sigma)
-        return signal, sigma * signal
-
-    def _positions(self, kind: str) -> tuple[float, ...]:
-        steps = tuple(float(i) for i in range(self.total))
-        if kind == "step":
-            return steps
-        if kind == "timestep":
-            found = self.timesteps
-        elif kind == "sigma":
-            found = self.sigmas
-        else:
-            found = tuple(self._logsnr(s) for s in self.sigmas)
-        falls = [a > b for a, b in pairwise(found)]
-        monotone = (all(falls) or not any(falls)) and len(set(found)) == len(found)
-        return found if monotone else steps  # Heun and PNDM visit a time twice
-
-    def _logsnr(self, sigma: float) -> float:
-        sigma = min(max(sigma, 1e-4), 1 - 1e-4 if self.flow else 1e4)
-        return 2 * math.log((1 - sigma) / sigma if self.flow else 1 / sigma)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of the denoiser. `branch` counts the calls since the last `scheduler.step` (0 is cond or the batch)."""
-
-    run: Run
-    index: int
-    branch: int
+_COPIES = (
+    "the steps are taken by copies of the scheduler, each with a time of its own: nothing was cached, all is computed"
+)
+_FOREIGN = "calls of a shared denoiser by another pipeline or thread were computed, and remembered nowhere"
+_ALIKE = (
+    "calls of one step that nothing tells apart (the same text, settings and cache_context) were computed; "
+    "denoiser.cache_context(name) tells them apart"
+)
 
 
 @dataclass
 class StepClock:
-    """Attached to a pipeline's scheduler, it watches the denoisers; rooms read `now` inside a denoiser call.
+    """Attached to a pipeline's schedulers, it watches the denoisers; rooms read `now` inside a denoiser call.
 
-    `on_start` and `on_end` are told of each run (`on_end` also of one cut short), `on_call` and `on_return` of each
-    denoiser call inside a run, `on_output` of what the solver was given at a step, `on_tick` of each finished step.
-    `before_step` may replace the latents that the solver is given at a step; `solve`, if set, is called in the place of
-    the solver's step, with it and its arguments. `solved` is what it gave last.
+    `on_expect` is told that timesteps were set, `on_start` and `on_end` of each run (`on_end` also of one cut short),
+    `on_call` and `on_return` of each denoiser call inside a run, `on_output` of what the solver was given at a step,
+    `on_tick` of each finished step, `on_note` of what a user should know. `before_step` may replace the latents that
+    the solver is given at a step; `solve`, if set, is called in the place of the solver's step, with it and its
+    arguments. `solved` is what it gave last.
+
+    `now` is None, and the call has to be computed and forgotten, outside of a run, in calls of another pipeline or
+    thread, and where nothing tells the branch of a call.
     """
 
     pipe: Any
+    on_expect: list[Callable[[], None]] = field(default_factory=list)
     on_start: list[Callable[[Run], None]] = field(default_factory=list)
     on_end: list[Callable[[Run], None]] = field(default_factory=list)
     on_tick: list[Callable[[int], None]] = field(default_factory=list)
     on_call: list[Callable[[Step], None]] = field(default_factory=list)
     on_return: list[Callable[[Step], None]] = field(default_factory=list)
     on_output: list[Callable[[int, Any], None]] = field(default_factory=list)
+    on_note: list[Callable[[str], None]] = field(default_factory=list)
     before_step: list[Callable[[int, Any], Any]] = field(default_factory=list)
     solve: Callable[[Callable[..., Any], tuple, dict], Any] | None = None
     solved: Any = None
@@ -121,74 +72,103 @@ class StepClock:
         self.run: Run | None = None
         self.now: Step | None = None
         self.index = 0
+        self.repeats = False  # whether the loop calls `scheduler.step` more than once a step
+        self.scheduler: Any = None  # whose run it is, or was last
         self._number = 0
-        self._calls: dict[str, int] = {}
         self._pending = False
+        self._thread: int | None = None
         self._first_timestep: Any = None
+        self._listed: int | None = None  # how many timesteps the progress bar was given, if it was
+        self._context: str | None = None
+        self._branches: dict[str, Branches] = {}
+        self._called = self._fresh = self._copied = self._hearing = self._viewed = False
+        self._list: Any = None  # the scheduler's timesteps when the run began
+        self._ticked: Any = None  # place in the scheduler's list of the step that was taken last
         self._patches = PatchSet()
-        self._scheduler: Any = None
+        self._schedulers: list[Any] = []
+        self._lock = threading.RLock()  # two threads in one denoiser would read each other's `now`
 
     def attach(self) -> None:
-        """Listen to the pipeline's scheduler and progress bar; `detach` puts them back."""
-        self._scheduler = self.pipe.scheduler
-        self._listen("set_timesteps", lambda *_, **__: self._expect_run())
-        self._listen(
-            "step",
-            lambda output=None, *_, model_output=None, **__: self._tick(output, model_output),
-            self._with_sample,
-        )
-        if hasattr(self._scheduler, "scale_model_input"):
-            self._listen("scale_model_input", self._scaled)
+        """Listen to the pipeline's schedulers and progress bar; `detach` puts them back."""
+        self._hear()
         if hasattr(self.pipe, "progress_bar"):
             progress_bar = self.pipe.progress_bar
 
             @wraps(progress_bar)
             def watched_bar(*args: Any, **kwargs: Any) -> Any:
+                given = args[0] if args else kwargs.get("iterable")
+                self._listed = len(given) if hasattr(given, "__len__") else None
                 bar = progress_bar(*args, **kwargs)
-                return _Bar(bar, self._leave) if hasattr(bar, "__exit__") else bar
+                return WatchedBar(bar, self._leave) if hasattr(bar, "__exit__") else bar
 
             self._patches.set(self.pipe, "progress_bar", watched_bar)
 
-    def _listen(
-        self, name: str, heard: Callable[..., None], change: Callable[[tuple, dict], tuple[tuple, dict]] | None = None
-    ) -> None:
-        """Call `heard` after the scheduler's method `name`, whose arguments `change` may replace. It keeps its
-        signature, which pipelines read to see whether sigmas, eta or a generator are taken, and is a bound method, so
-        that a deep copy of the scheduler goes its own way."""
-        scheduler, method = self._scheduler, getattr(self._scheduler, name)
+    def _hear(self) -> None:
+        self._schedulers = [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
+        for scheduler in self._schedulers:
+            listen(scheduler, self._heard)
+        self.scheduler = getattr(self.pipe, "scheduler", None) or next(iter(self._schedulers), None)
 
-        @wraps(getattr(type(scheduler), name))
-        def listened(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is not scheduler:
-                return getattr(type(this), name)(this, *args, **kwargs)
-            if change is not None:
-                args, kwargs = change(args, kwargs)
-            solve = self.solve if name == "step" and self.run is not None else None
-            result = method(*args, **kwargs) if solve is None else solve(method, args, kwargs)
-            if name == "step":
-                self.solved = result
-            heard(*args, **kwargs)
-            return result
+    def _heard(self, scheduler: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of a scheduler's method, or of a copy's."""
+        if not any(scheduler is own for own in self._schedulers):
+            self._copied |= name == "step"
+            return method(*args, **kwargs)
+        if self._hearing:  # a method of the object that calls the class's own
+            return method(*args, **kwargs)
+        self._hearing = True
+        try:
+            return self._made(scheduler, name, method, args, kwargs)
+        finally:
+            self._hearing = False
 
-        self._patches.set(scheduler, name, MethodType(listened, scheduler))
+    def _made(self, scheduler: Any, name: str, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if name == "step":
+            return self._step(scheduler, method, args, kwargs)
+        result = method(*args, **kwargs)
+        if name == "set_timesteps":
+            self._expect_run(scheduler)
+        elif name == "scale_model_input" and self._pending and self._first_timestep is None:
+            self._first_timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        return result
 
-    def _with_sample(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _step(self, scheduler: Any, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if self.run is None or scheduler is not self.scheduler or self._thread != threading.get_ident():
+            return method(*args, **kwargs)
+        order = list(inspect.signature(method).parameters)
+        given = dict(zip(order, args, strict=False)) | kwargs
+        at = place(given.get("timestep"), self._list)
+        again = not self._called if None in (at, self._ticked) else at == self._ticked
+        index = self.index - 1 if again else self.index
+        self.repeats |= again
+        args, kwargs = self._with_sample(order, index, args, kwargs)
+        solve = None if again else self.solve
+        result = method(*args, **kwargs) if solve is None else solve(method, args, kwargs)
+        self.solved, self._ticked, self._called = result, at, False
+        for listener in self.on_output:
+            listener(index, given.get("model_output", next(iter(given.values()), None)))
+        if not again:
+            self._tick()
+        return result
+
+    def _with_sample(self, order: list[str], index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of scheduler.step with the latents of `before_step`, which it calls `sample`."""
-        if self.run is None or not self.before_step:
-            return args, kwargs
-        order = list(inspect.signature(type(self._scheduler).step).parameters)[1:]
         place = order.index("sample") if "sample" in order else 2  # CogVideoX's DPM solver takes more before it
         for change in self.before_step:
             if "sample" in kwargs:
-                kwargs = {**kwargs, "sample": change(self.index, kwargs["sample"])}
+                kwargs = {**kwargs, "sample": change(index, kwargs["sample"])}
             elif len(args) > place:
-                args = (*args[:place], change(self.index, args[place]), *args[place + 1 :])
+                args = (*args[:place], change(index, args[place]), *args[place + 1 :])
         return args, kwargs
 
     @property
     def upcoming(self) -> int | None:
         """The step whose denoiser calls come next, for what runs before them; None before a run's first call."""
         return self.index if self.run is not None and not self._pending else None
+
+    def ours(self) -> bool:
+        """Whether what runs now, in this thread, is the run in progress or to come."""
+        return self._ours(running_pipeline())
 
     @property
     def number(self) -> int:
@@ -201,50 +181,134 @@ class StepClock:
 
     def detach(self) -> None:
         self._patches.restore()
+        self._deafen()
         self.abandon()
+
+    def _deafen(self) -> None:
+        for scheduler in self._schedulers:
+            unlisten(scheduler, self._heard)
+        self._schedulers = []
 
     def watch(self, denoiser: torch.nn.Module, name: str, patches: PatchSet) -> None:
         """Wrap the denoiser's forward; install last, so that every other patch runs inside the step it belongs to."""
+        self._branches[name] = Branches(denoiser)
 
         def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(forward)
             def watched(*args: Any, **kwargs: Any) -> Any:
-                timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
-                try:
-                    step = self.now = self._call(name, timestep, args, kwargs)
-                    if step is None:
-                        return forward(*args, **kwargs)
-                    for callback in self.on_call:
-                        callback(step)
-                    result = forward(*args, **kwargs)
-                    for callback in self.on_return:
-                        callback(step)
-                except BaseException:
-                    self.abandon()  # whatever was remembered of this run must not reach the next one
-                    raise
-                finally:
-                    self.now = None
-                return result
+                with self._lock:
+                    return self._within(name, forward, args, kwargs)
 
-            vars(watched)[WATCHED] = True
+            vars(watched)[WATCHED] = self
             return watched
 
         patches.wrap_forward(denoiser, wrapper)
+        if hasattr(denoiser, "cache_context"):
+            patches.set(denoiser, "cache_context", self._named(denoiser.cache_context))
+
+    def _within(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+        step = None
+        try:
+            step = self._call(name, timestep, args, kwargs)
+            if step is None:
+                return forward(*args, **kwargs)
+            self.now = step if step.branch != UNTOLD else None
+            for callback in self.on_call:
+                callback(step)
+            result = forward(*args, **kwargs)
+            for callback in self.on_return:
+                callback(step)
+        except BaseException:
+            if step is not None:
+                self.abandon()  # whatever was remembered of this run must not reach the next one
+            raise
+        finally:
+            self.now = None
+        return result
+
+    def _named(self, context: Callable[..., AbstractContextManager]) -> Callable[..., AbstractContextManager]:
+        """diffusers' `cache_context`, whose name tells a branch."""
+
+        @contextmanager
+        @wraps(context)
+        def named(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            before, self._context = self._context, str(name)
+            try:
+                with context(name, *args, **kwargs) as given:
+                    yield given
+            finally:
+                self._context = before
+
+        return named
 
     def _call(self, denoiser: str, timestep: Any, args: tuple, kwargs: dict) -> Step | None:
         """The step that a call belongs to; no device synchronisation after the first call of a run."""
-        if self.pipe.scheduler is not self._scheduler:  # swapped after accelerate: listen to the new one
-            self._patches.restore()
-            self.attach()
-            if getattr(self._scheduler, "num_inference_steps", None) is not None:
-                self._expect_run()
+        self._follow()
+        if self.run is None and not self._pending:
+            return None
+        pipe = running_pipeline()
+        if not self._ours(pipe):
+            self._note(_FOREIGN)
+            return None
         if self._pending:
-            self._begin(timestep, _shape(args, kwargs))
+            self._begin(pipe, timestep, _shape(args, kwargs))
+        at = place(timestep, self._list)
+        again = self._fresh and at is not None and at == self._ticked  # one more view of a picture
+        if self.run is not None and self.index >= self.run.total and not again and not self.open_ended:
+            self.abandon()
         if self.run is None:
             return None
-        branch = self._calls.get(denoiser, 0)
-        self._calls[denoiser] = branch + 1
-        return Step(self.run, self.index, branch)
+        if pipe is None and self._viewed and at is None:  # a loop over another scheduler's list
+            self._note(_FOREIGN)
+            return None
+        if self._copied and not self._fresh:  # they step in the place of the scheduler
+            self._note(_COPIES)
+            self.abandon()
+            return None
+        self._copied, self._called = False, True
+        if self._fresh and not again:
+            self._turn()
+        branch = self._branch(denoiser, args, kwargs)
+        if branch == UNTOLD:
+            self._note(_ALIKE)
+        return Step(self.run, self.index - again, branch)
+
+    def _branch(self, denoiser: str, args: tuple, kwargs: dict) -> int:
+        return self._branches[denoiser].of(self._context, args, kwargs)
+
+    def _turn(self) -> None:
+        """The first call of a new step."""
+        self._fresh = False
+        for branches in self._branches.values():
+            branches.turn()
+
+    def _note(self, text: str) -> None:
+        for callback in self.on_note if self.run is not None else ():
+            callback(text)
+
+    def _ours(self, pipe: Any | None) -> bool:
+        """Whether a call made here and now, by this pipeline, is of the run in progress or to come."""
+        if self._thread not in (None, threading.get_ident()):
+            return False
+        return pipe is None or pipe is self.pipe or self.hears(pipe)
+
+    def hears(self, pipe: Any) -> bool:
+        """Whether a pipeline steps with one of the schedulers that this clock listens to."""
+        return uses(pipe, self._schedulers)
+
+    def _follow(self) -> None:
+        """Listen to what took a scheduler's place after `attach`."""
+        parts = [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
+        if len(parts) == len(self._schedulers) and all(a is b for a, b in zip(parts, self._schedulers, strict=True)):
+            return
+        known = self._schedulers
+        new = [part for part in parts if not any(part is old for old in known)]
+        self._deafen()
+        self._hear()
+        for scheduler in new:
+            if getattr(scheduler, "num_inference_steps", None) is not None:
+                self._expect_run(scheduler)
 
     def abandon(self) -> None:
         """Forget the run in progress, after an exception."""
@@ -255,102 +319,54 @@ class StepClock:
 
     def _leave(self) -> None:
         """The loop is left: at its end, by an interrupt, or by an exception outside the denoiser."""
-        if self.run is not None:
+        if self.run is not None and self._thread == threading.get_ident():
             self.abandon()
 
-    def _scaled(self, sample: Any = None, timestep: Any = None, *_: Any, **__: Any) -> None:
-        if self._pending and self._first_timestep is None:
-            self._first_timestep = timestep
-
-    def _expect_run(self) -> None:
+    def _expect_run(self, scheduler: Any) -> None:
+        """Whoever sets the timesteps of a scheduler begins anew with it."""
         self.abandon()
-        self._pending, self._first_timestep = True, None
+        self.scheduler, self._thread = scheduler, threading.get_ident()
+        self._pending, self._first_timestep, self._listed = True, None, None
+        for callback in self.on_expect:
+            callback()
 
-    def _begin(self, timestep: Any, shape: tuple[int, ...]) -> None:
-        scheduler = self._scheduler
+    def _begin(self, pipe: Any | None, timestep: Any, shape: tuple[int, ...]) -> None:
+        scheduler = self.scheduler
         self._pending = False
         grid = [] if self.open_ended else torch.as_tensor(scheduler.timesteps).flatten().tolist()
         listed = [float(t) for t in grid]
         if not listed and not self.open_ended:
             return
-        offset = self._offset(listed, timestep)
-        sigmas, flow = _sigmas(scheduler, listed)
+        self._list = getattr(scheduler, "timesteps", None)  # kept: a state that is put back brings another
+        length = loop_length(pipe) if pipe is not None else None
+        first = self._first_timestep if self._first_timestep is not None else timestep
+        begin, end = span(scheduler, listed, pipe, self._listed if length is None else length, first)
+        sigmas, flow = noise_levels(scheduler, listed)
         self._number += 1
-        guidance = getattr(self.pipe, "guidance_scale", None)
+        guidance = getattr(pipe or self.pipe, "guidance_scale", None)
         self.run = Run(
-            self._number, tuple(listed[offset:]), tuple(sigmas[offset:]), flow, type(scheduler).__name__,
-            float(guidance) if isinstance(guidance, int | float) else None, shape, offset > 0,
+            self._number, tuple(listed[begin:end]), tuple(sigmas[begin:end]), flow, type(scheduler).__name__,
+            float(guidance) if isinstance(guidance, int | float) else None, shape, begin > 0,
         )  # fmt: skip
-        self.index, self._calls = 0, {}
+        self.index, self._ticked, self._called, self._copied, self.repeats = 0, None, False, False, False
+        self._viewed = place(timestep, self._list) is not None
+        for branches in self._branches.values():
+            branches.begin()
+        self._turn()
         for callback in self.on_start:
             callback(self.run)
 
-    def _offset(self, listed: list[float], timestep: Any) -> int:
-        """Index of the first timestep that is used; img2img starts late in the scheduler's list."""
-        begin = getattr(self._scheduler, "begin_index", None)
-        if begin is not None:
-            return min(int(begin), len(listed) - 1)
-        first = self._first_timestep if self._first_timestep is not None else timestep
-        if first is None:
-            return 0
-        value = float(torch.as_tensor(first).flatten()[0])
-        return listed.index(value) if value in listed else 0
-
-    def _tick(self, output: Any, named_output: Any) -> None:
-        if self.run is None:
-            return
-        for listener in self.on_output:
-            listener(self.index, named_output if output is None else output)
+    def _tick(self) -> None:
+        assert self.run is not None
         for callback in self.on_tick:
             callback(self.index)
         self.index += 1
-        self._calls = {}
-        if self.index >= self.run.total and not self.open_ended:
-            self.abandon()
-
-
-class _Bar:
-    """A progress bar that tells when its loop is left, however that happens."""
-
-    def __init__(self, bar: Any, left: Callable[[], None]) -> None:
-        self._bar, self._left = bar, left
-
-    def __enter__(self) -> Any:
-        return self._bar.__enter__()
-
-    def __exit__(self, *error: Any) -> Any:
-        self._left()
-        return self._bar.__exit__(*error)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._bar
-        finally:
-            self._left()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._bar, name)
+        self._fresh = True
+        if self.index >= self.run.total and not self.open_ended and not self.repeats:
+            self.abandon()  # else the last step may be stepped again
 
 
 def _shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
     """Shape of the denoiser's input, without the batch."""
     tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
     return tuple(next(tensors, torch.empty(0)).shape[1:])
-
-
-def _sigmas(scheduler: Any, timesteps: list[float]) -> tuple[list[float], bool]:
-    """Noise level at each timestep, and whether it is a flow-matching sigma."""
-    flow = hasattr(scheduler, "scale_noise") or getattr(scheduler.config, "use_flow_sigmas", False) is True
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) >= len(timesteps):
-        found = [float(s) for s in torch.as_tensor(sigmas).flatten().tolist()[: len(timesteps)]]
-        if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: every other evaluation lies between two of its sigmas
-            between = scheduler.sigmas_interpol.tolist()
-            found[1::2] = between[1 : len(found) : 2]
-        return found, flow
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        return timesteps, flow
-    known = alphas.tolist()
-    kept = [max(known[min(max(int(t), 0), len(known) - 1)], 1e-12) for t in timesteps]
-    return [math.sqrt((1 - a) / a) for a in kept], flow

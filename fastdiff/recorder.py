@@ -23,9 +23,14 @@ class Recorder:
         clock.on_return.append(self._return)
         clock.on_tick.append(self._tick)
         clock.on_end.append(self._end)
+        clock.on_note.append(self.note)
 
     def skipped(self, *, predicted: bool = False) -> None:
         self._skipped, self._predicted = True, self._predicted or predicted
+
+    def again(self) -> None:
+        """The present call is made again in full."""
+        self._skipped = self._predicted = False
 
     def elsewhere(self) -> None:
         """The present call of the denoiser is made by another rank."""

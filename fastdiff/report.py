@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPUTED, CACHED, ABSENT = "computed", "cached", "absent"
+UNTOLD = -1  # the branch of calls that nothing tells from another one
 
 
 @dataclass
@@ -17,9 +18,9 @@ class RunReport:
     `ranks` has an entry for each rank of a parallel run (bytes sent by kind, seconds waited, age of the oldest value
     used, seconds by step), `spans` this rank's transfers and waits for a timeline.
 
-    `branches` has one list a branch, with "computed", "cached" or "absent" (not called) for each step; `predicted` the
-    steps in which a skipped value was made of several, or corrected, and not used as it was; `step_seconds` has one
-    entry a step.
+    `branches` has one list a branch (`UNTOLD` for calls that nothing tells apart), with "computed", "cached" or
+    "absent" (not called) for each step; `predicted` the steps in which a skipped value was made of several, or
+    corrected, and not used as it was; `step_seconds` has one entry a step.
     """
 
     total: int = 0
@@ -63,10 +64,10 @@ class RunReport:
         return sum(self.step_seconds)
 
     def branch_names(self) -> dict[int, str]:
-        if len(self.branches) == 1:
-            return dict.fromkeys(self.branches, "batch")
-        known = ("cond", "uncond")
-        return {b: known[b] if b < len(known) else f"call {b}" for b in self.branches}
+        told = [b for b in self.branches if b != UNTOLD]
+        known = ("cond", "uncond") if len(told) > 1 else ("batch",)
+        names = {b: known[b] if b < len(known) else f"call {b}" for b in told}
+        return names | ({UNTOLD: "untold"} if UNTOLD in self.branches else {})
 
     def saved_seconds(self) -> float:
         """Cached steps times the difference between a computed and a cached step of this very run (medians)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,22 +21,24 @@ class TextClock(StepClock):
 
     def attach(self) -> None:
         super().attach()
-        self._listen("check_block_should_continue", self._decided)
         self._blocks = 0
 
-    def _expect_run(self) -> None:
-        super()._expect_run()
+    def _expect_run(self, scheduler: Any) -> None:
+        super()._expect_run(scheduler)
         self._blocks = 0
 
-    def _decided(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the run with its last block. The scheduler's verdict is a pure function of what it is asked."""
-        scheduler: Any = type(self._scheduler)
-        if self.run is None or scheduler.check_block_should_continue(self._scheduler, *args, **kwargs):
-            return
-        self._blocks += 1
-        all_blocks = self.pipe.num_timesteps // self._scheduler.num_inference_steps
-        if self._blocks >= all_blocks or bool(kwargs["finished"].all()):
-            self.abandon()
+    def _branch(self, denoiser: str, args: tuple, kwargs: dict) -> int:
+        """One call a step; what it is given are the very tokens that change."""
+        return 0
+
+    def _made(self, scheduler: Any, name: str, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        result = super()._made(scheduler, name, method, args, kwargs)
+        if name == "check_block_should_continue" and self.run is not None and not result:
+            self._blocks += 1
+            all_blocks = self.pipe.num_timesteps // scheduler.num_inference_steps
+            if self._blocks >= all_blocks or bool(kwargs["finished"].all()):
+                self.abandon()
+        return result
 
 
 def clock_of(pipe: Any) -> StepClock:

@@ -89,7 +89,7 @@ def test_more_branches_than_two_are_numbered():
 
 
 def recorder() -> Recorder:
-    listeners = {name: [] for name in ("on_start", "on_end", "on_tick", "on_call", "on_return")}
+    listeners = {name: [] for name in ("on_start", "on_end", "on_tick", "on_call", "on_return", "on_note")}
     return Recorder(SimpleNamespace(**listeners), torch.device("cpu"))
 
 
