@@ -96,7 +96,7 @@ class StepClock:
 
             @wraps(progress_bar)
             def watched_bar(*args: Any, **kwargs: Any) -> Any:
-                given = args[0] if args else kwargs.get("iterable")
+                given: Any = args[0] if args else kwargs.get("iterable")
                 self._listed = len(given) if hasattr(given, "__len__") else None
                 bar = progress_bar(*args, **kwargs)
                 return WatchedBar(bar, self._leave) if hasattr(bar, "__exit__") else bar
@@ -203,8 +203,9 @@ class StepClock:
             return watched
 
         patches.wrap_forward(denoiser, wrapper)
-        if hasattr(denoiser, "cache_context"):
-            patches.set(denoiser, "cache_context", self._named(denoiser.cache_context))
+        context: Any = getattr(denoiser, "cache_context", None)
+        if context is not None:
+            patches.set(denoiser, "cache_context", self._named(context))
 
     def _within(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None

@@ -103,13 +103,13 @@ def _heard(ears: list[Heard], scheduler: Any, name: str, method: Callable[..., A
 
 
 def _copied(self: Any) -> Any:
-    made = type(self).__new__(type(self))
+    made = object.__new__(type(self))
     vars(made).update(vars(self))
     return made
 
 
 def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
-    made = memo[id(self)] = type(self).__new__(type(self))
+    made = memo[id(self)] = object.__new__(type(self))
     vars(made).update(copy.deepcopy(vars(self), memo))
     return made
 
@@ -120,4 +120,4 @@ def _pickled(self: Any, _protocol: Any) -> Any:
 
 
 def _plain(kind: type) -> Any:
-    return kind.__new__(kind)
+    return object.__new__(kind)

@@ -25,7 +25,7 @@ def place(timestep: Any, listed: Any) -> int | None:
         return None
     if any(step for step, count in zip(timestep.stride(), timestep.shape, strict=True) if count > 1):
         return None  # several of them in one call
-    found = timestep.storage_offset() - listed.storage_offset()
+    found = int(timestep.storage_offset() - listed.storage_offset())
     return found if 0 <= found < len(listed) else None
 
 

@@ -162,24 +162,31 @@ class Crew:
         if self.bus.alone:
             return
         if self.clock.index < run.total:
+            self._own()  # the others may be anywhere
             self.bus.abort()
             return
         self.bus.settle()
         self._report()
 
-    def _report(self) -> None:
+    def _own(self) -> dict[str, Any]:
+        """What this rank sent, into the report."""
         report, traffic = self.recorder.report, self.bus.traffic
-        solved = self.clock.solved
-        latents = solved[0] if isinstance(solved, tuple) else getattr(solved, "prev_sample", None)
         own = {
             "rank": self.bus.topology.rank, "sent": dict(traffic.sent), "messages": dict(traffic.messages),
             "waited_seconds": round(traffic.waited, 4), "oldest": traffic.oldest,
             "step_seconds": [round(s, 4) for s in report.step_seconds],
         }  # fmt: skip
+        report.ranks, report.spans = [own], list(traffic.spans)
+        report.bytes_sent = sum(traffic.sent.values())
+        return own
+
+    def _report(self) -> None:
+        solved = self.clock.solved
+        latents = solved[0] if isinstance(solved, tuple) else getattr(solved, "prev_sample", None)
+        own = self._own()
         digest = float(latents.double().sum()) if isinstance(latents, Tensor) else 0.0
         everyone = self.bus.tell((own, digest))
-        report.ranks, report.spans = [one for one, _ in everyone], list(traffic.spans)
-        report.bytes_sent = sum(traffic.sent.values())
+        self.recorder.report.ranks = [one for one, _ in everyone]
         if any(d != digest and d == d for _, d in everyone):
             self.recorder.note("the ranks ended with different latents: give each the same generator seed")
 

@@ -57,7 +57,8 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
-        def halo_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def halo_forward(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # by the name it has in the layer
+            x = input
             if not split.active:
                 return forward(x, *args, **kwargs)
             up, down = split.neighbour(-1), split.neighbour(1)
@@ -97,7 +98,8 @@ def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) 
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
-        def norm_forward(x: Tensor) -> Tensor:
+        def norm_forward(input: Tensor) -> Tensor:
+            x = input
             if not split.active:
                 return forward(x)
             wide = (x if x.dtype == torch.float64 else x.float()).contiguous()

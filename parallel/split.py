@@ -123,7 +123,8 @@ def around(
 
     @wraps(forward)
     def split_forward(*args: Any, **kwargs: Any) -> Any:
-        if split.bus.alone:
+        outside = split.clock is not None and split.clock.now is None  # another pipeline's call, or an untold one
+        if split.bus.alone or outside:
             return forward(*args, **kwargs)
         args, kwargs = change(args, kwargs)
         split.enter()

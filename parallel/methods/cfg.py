@@ -79,28 +79,52 @@ class _Batch:
 
 class _Calls:
     """The halves are two calls a step: each rank computes one of them, and fills in the other's result at the second
-    call, before the pipeline looks at either. How many calls a step has is learned at the first, which all compute."""
+    call, before the pipeline looks at either. How many calls a step has is learned at the first, which all compute.
+
+    In a step that makes one call only (guidance for a part of the run) the result is filled in before the solver."""
 
     def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
         self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place = bus.topology.place("cfg")
-        self.calls = 0
+        self.calls = self._made = 0  # in a step, and in the present one
         self._empty: Any = None
+        self._filled = False
         self._missed: Callable[[], Any] | None = None
         clock.on_start.append(self._start)
         clock.on_tick.append(self._tick)
+        clock.on_output.append(self._solved)
+        clock.before_step.append(self._alone)
 
     def _start(self, run: Run) -> None:
-        self.calls, self._empty = 0, None
+        self.calls, self._made, self._empty = 0, 0, None
 
     def _tick(self, index: int) -> None:
         if index == 0 and self.calls != 2 and not self.bus.alone:
             self.recorder.note(
                 f"cfg = 2 shares nothing out: the denoiser is called {self.calls} times a step, not twice"
             )
-        if self._empty is not None:
+        self._made = 0
+
+    def _alone(self, index: int, latents: Any) -> Any:
+        """The solver is about to be given one call's result: that of the first rank."""
+        first, self._empty = self._empty, None
+        if first is not None and self.bus.alone:
+            self._fill(first)
+        elif first is not None:
+            for leaf in pytree.tree_leaves(first):
+                if isinstance(leaf, Tensor):
+                    told = self.bus.gather("output", "the only half of guidance", leaf, "cfg", [leaf.shape] * 2)
+                    if self.place == 1:
+                        leaf.copy_(told[0])
+            self._filled = self.place == 1
+        return latents
+
+    def _solved(self, index: int, output: Any) -> None:
+        filled, self._filled = self._filled, False
+        if filled and isinstance(output, Tensor) and bool(output.isnan().any()):
             raise FastdiffError(
-                f"step {index} made one call of the denoiser where the first made {self.calls}; set parallel.cfg = 1"
+                f"step {index} made one call of the denoiser where the first made {self.calls}, and its result was "
+                "copied before it was there; set parallel.cfg = 1"
             )
 
     def shared(self, forward: Forward) -> Forward:
@@ -111,9 +135,10 @@ class _Calls:
                 return self._rescue(forward, args, kwargs)
             if step is None or self.bus.alone or step.index == 0 or self.calls != 2:
                 if step is not None and step.index == 0:
-                    self.calls = step.branch + 1
+                    self.calls += 1
                 return forward(*args, **kwargs)
-            if step.branch == 0:
+            self._made += 1
+            if self._made == 1:
                 if self.place == 0:
                     self._empty = forward(*args, **kwargs)
                 else:
@@ -149,8 +174,12 @@ class _Calls:
     def _rescue(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
         """The other rank is lost in the second call: compute what it would have given, too."""
         first, self._empty = self._empty, None
+        self._fill(first)
+        return forward(*args, **kwargs)
+
+    def _fill(self, first: Any) -> None:
+        """Compute what a lost rank would have put into the first call's result."""
         if first is not None and self.place == 1 and self._missed is not None:
             for leaf, value in zip(pytree.tree_leaves(first), pytree.tree_leaves(self._missed()), strict=True):
                 if isinstance(leaf, Tensor):
                     leaf.copy_(value)
-        return forward(*args, **kwargs)

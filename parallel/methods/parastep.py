@@ -88,19 +88,19 @@ class Cycle:
         return [index for index in range(run.total) if self._turn(index)]
 
     def _turn(self, index: int) -> bool:
-        return index < self.warmup or (index - self.warmup) % self.length == self.place
+        return index < self.warmup or self.clock.repeats or (index - self.warmup) % self.length == self.place
 
     def _solve(self, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         run, index = self.clock.run, self.clock.index
         assert run is not None
         output, args, kwargs = _output(args, kwargs)
         calls, self._calls = self._calls, []
-        if index < self.warmup or (self.bus.alone and not self._passed):
+        if index < self.warmup or self.clock.repeats or (self.bus.alone and not self._passed):
             self._learn(run, index, output)
             return method(output, *args, **kwargs)
         place = (index - self.warmup) % self.length
         if place == 0:
-            self._passed, self._before = [], self._state(method)
+            self._passed, self._before = [], self._state()
         self._passed.append((args, kwargs, output, calls))
         if place == self.place:
             self._mine = output
@@ -119,7 +119,7 @@ class Cycle:
                 told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
         except PeerLost as error:
             self.lost(error)
-        vars(method.__self__).update(self._before)  # type: ignore[attr-defined]
+        vars(self.clock.scheduler).update(self._before)
         result: Any = None
         passed, self._passed = self._passed, []
         for k, (args, kwargs, output, calls) in enumerate(passed):
@@ -139,10 +139,9 @@ class Cycle:
             self._learn(run, begin + k, output)
         return result
 
-    def _state(self, method: Callable[..., Any]) -> dict[str, Any]:
-        """What the solver remembers, without what is patched on it."""
-        state = vars(method.__self__)  # type: ignore[attr-defined]
-        return {name: copy.copy(value) for name, value in state.items() if not callable(value)}
+    def _state(self) -> dict[str, Any]:
+        """What the solver remembers."""
+        return {name: copy.copy(value) for name, value in vars(self.clock.scheduler).items()}
 
     def _learn(self, run: Run, index: int, output: Tensor) -> None:
         self.known = [*self.known[-1:], (run.coordinates("timestep")[index], output)]
