@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads of other workers need the processor
 
+import gc
 import logging
 
 import pytest
@@ -18,6 +19,12 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="of torch, in every worker; see scripts/test_machines.py")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: a collection by a test need not look at its half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

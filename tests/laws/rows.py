@@ -6,6 +6,7 @@ A new method fails `test_every_method_has_a_row` until it has a row here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
 import fastdiff
@@ -278,10 +280,26 @@ def each(pairs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("row", "name"), pairs, ids=ids)
 
 
-@cache
-def plain(name: str) -> Tensor:
+def plain(name: str, steps: int = STEPS) -> Tensor:
     """What plain diffusers makes of the standard call."""
-    return tiny.run(tiny.make(name), name, steps=STEPS)
+    return _ran(name, steps)[0]
+
+
+def used(name: str) -> DiffusionPipeline:
+    """A pipeline as after the standard call: with what that leaves in scheduler, pipeline and denoiser."""
+    ran = _ran(name, STEPS)[1]
+    pipe = tiny.make(name)
+    pipe.scheduler = copy.deepcopy(ran.scheduler)
+    vars(pipe).update({key: value for key, value in vars(ran).items() if key not in vars(pipe)})
+    if hasattr(tiny.denoiser(ran), "_diffusers_hook"):
+        HookRegistry.check_if_exists_or_initialize(tiny.denoiser(pipe))
+    return pipe
+
+
+@cache
+def _ran(name: str, steps: int) -> tuple[Tensor, DiffusionPipeline]:
+    pipe = tiny.make(name)
+    return tiny.run(pipe, name, steps=steps), pipe
 
 
 @cache

@@ -23,6 +23,7 @@ from tests.laws.rows import (
     each,
     neutral,
     plain,
+    used,
 )  # fmt: skip
 from tests.state import differences, snapshot
 from tests.tiny import FAMILIES
@@ -62,8 +63,7 @@ def test_with_nothing_enabled_no_bit_changes(name):
 
 @each([*SUPPORTED, *QUANTIZED])
 def test_restore_leaves_no_trace(row, name):
-    pipe = tiny.make(name)
-    tiny.run(pipe, name, steps=STEPS)  # so that the scheduler's end state is in the picture
+    pipe = used(name)  # so that the scheduler's end state is in the picture
     before = snapshot(pipe)
     handle = accelerate(pipe, row)
     assert differences(before, snapshot(pipe)), "accelerate patched nothing"

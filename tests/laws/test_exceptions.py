@@ -21,9 +21,9 @@ from tests.laws.rows import (
     accelerate,
     cached_afresh,
     each,
-    fresh,
     neutral,
     plain,
+    used,
 )  # fmt: skip
 from tests.state import differences, snapshot
 
@@ -78,8 +78,7 @@ def fail_while_decoding(pipe, name):
 
 @each([*ONE_A_KIND, *QUANTIZED_KINDS])  # several runs each; what is forgotten, and when, no family has a part in
 def test_after_an_exception_in_a_run_the_next_call_equals_a_fresh_one(row, name):
-    pipe = tiny.make(name)
-    tiny.run(pipe, name, steps=STEPS)
+    pipe = used(name)
     before = snapshot(pipe)
     handle = accelerate(pipe, row)
     for fail in (fail_in_callback, fail_in_denoiser):
@@ -165,7 +164,7 @@ def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, 
     with pytest.raises(error):
         neutral(pipe, row)
     assert handle.active
-    assert torch.equal(tiny.run(pipe, name, steps=STEPS), fresh(row, name))
+    assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
     assert handle.report.cached == (ROWS[row].cached if row in ROWS else 0)
     handle.restore()
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), plain(name))
