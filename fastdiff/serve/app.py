@@ -199,6 +199,10 @@ def _add_errors(app: FastAPI, meters: Meters) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         """The first mistake, with the name of the field and the value."""
+        if isinstance(error.body, bytes):  # which nobody has tried to read as JSON
+            kind = request.headers.get("content-type") or "not given"
+            why = f"the content type is {kind}; send JSON, with the header Content-Type: application/json"
+            return answer(request, Problem(415, "unsupported_media_type", why))
         found = error.errors()[0]
         if found["type"] == "json_invalid":
             why = f"the body is no JSON: {found['ctx']['error'].lower()} at character {found['loc'][1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from fastdiff.images import Guidance, Prompt, Seed, Steps
 from fastdiff.method import Settings
@@ -39,10 +39,22 @@ class Problem(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class ImageRequest(BaseModel):
-    """A request for images. What is left out stays with the model; `size` is its own with "auto"."""
+def _null_is_allowed(schema: dict[str, Any]) -> None:
+    """Says in a JSON schema what `_null_is_not_given` does: whatever may be left out may be null."""
+    about = ("title", "description", "default")
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and "anyOf" not in field:
+            kind = {key: field.pop(key) for key in list(field) if key not in about}
+            field["anyOf"] = [kind, {"type": "null"}]
+    schema["additionalProperties"] = {"type": "null"}
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class ImageRequest(BaseModel):
+    """A request for images. What is left out, or null, stays with the model; `size` is its own with "auto"."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_null_is_allowed
+    )  # fmt: skip
 
     prompt: Prompt = Field(min_length=1)
     model: str | None = Field(None, max_length=300, description="the served model's name, or nothing")
@@ -58,6 +70,12 @@ class ImageRequest(BaseModel):
     steps: Steps | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
     guidance_scale: Guidance | None = None
     preset: str | None = Field(None, validation_alias=AliasChoices("preset", "config"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, body: Any) -> Any:
+        """Also in fields of OpenAI's that this server does not have: clients fill them in."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     @property
     def sides(self) -> dict[str, int]:

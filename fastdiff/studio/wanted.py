@@ -157,6 +157,8 @@ def _parse(where: str, line: str, is_json: bool) -> dict[str, Any] | BadConfig:
         return BadConfig(f"{where}not UTF-8 text")
     except (ValueError, RecursionError) as error:
         return BadConfig(f"{where}not JSON: {getattr(error, 'msg', error)}")
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if value is not None}  # null is not given
     if not isinstance(values, dict) or "prompt" not in values:
         return BadConfig(f'{where}needs an object with a prompt, like {{"prompt": "a red circle", "seed": 1}}')
     return values

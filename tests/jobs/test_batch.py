@@ -18,7 +18,7 @@ from filelock import FileLock
 from fastdiff.cli import run
 from fastdiff.images import read
 from fastdiff.jobs.manifest import CLAIMS
-from fastdiff.studio import drawing
+from fastdiff.studio import drawing, wanted
 
 LINES = ['{"prompt": "a cat"}', '{"prompt": "a dog", "seed": 5, "steps": 2}', '{"prompt": "a cat"}']
 
@@ -272,3 +272,11 @@ def test_what_does_not_go_together(cli, arguments: list[str], message: str) -> N
     assert done.code in (1, 2)
     assert message in done.err
     assert [path.name for path in Path.cwd().iterdir()] == ["p.jsonl"]
+
+
+def test_null_in_a_line_means_not_given(tmp_path: Path) -> None:
+    """What a line leaves out comes from the flags."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "steps": null, "seed": null, "width": null}\n{"prompt": "a"}')
+    null, left_out = wanted.listed([], tmp_path / "p.jsonl", {"steps": 7}, [], 1)
+    assert null.sampling == left_out.sampling
+    assert null.sampling.steps == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import sys
@@ -39,6 +40,40 @@ def test_official_client(client) -> None:
     assert first.b64_json != second.b64_json
     assert (first.seed, first.report["computed"], first.report["cached"], first.prompt_cut) == (7, 2, 2, False)
     assert reply.size == "48x64"
+
+
+def test_null_means_not_given(client, server: Server) -> None:
+    """Clients that have a field for everything send null for what nobody filled in, also for fields we do not have."""
+    known = inspect.signature(client.images.generate).parameters.keys()
+    nothing = dict.fromkeys(known - {"prompt", "extra_headers", "extra_query", "extra_body", "timeout"})
+    assert {"n", "size", "stream", "partial_images", "quality"} <= nothing.keys()
+    own = dict.fromkeys(["negative_prompt", "guidance_scale", "preset", "config", "steps"])
+    reply = client.images.generate(prompt="a cat", **nothing, extra_body=own | {"seed": 1, "num_inference_steps": 1})
+    assert reply.data[0].b64_json == server.draw()[1]["data"][0]["b64_json"]
+
+
+def test_every_field_may_be_null(server: Server) -> None:
+    schema = server.call("/openapi.json")[1]["components"]["schemas"]["ImageRequest"]
+    fields = schema["properties"].keys() - {"prompt"}
+    for name in fields:
+        assert {"type": "null"} in schema["properties"][name]["anyOf"], name
+    assert server.draw(**(dict.fromkeys(fields) | {"steps": 1}))[0] == 200
+    status, reply = server.draw(prompt=None)
+    assert (status, reply["error"]["message"]) == (400, "prompt: field required")
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data", ""])
+def test_a_body_that_does_not_say_it_is_json(server: Server, kind: str) -> None:
+    """What curl -d sends without -H, for one."""
+    status, reply = server.call("/v1/images/generations", {"prompt": "a cat", "steps": 1}, content_type=kind)
+    said = f"the content type is {kind or 'not given'}; send JSON, with the header Content-Type: application/json"
+    assert (status, reply["error"]["code"], reply["error"]["message"]) == (415, "unsupported_media_type", said)
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/vnd.api+json"])
+def test_other_names_of_json(server: Server, kind: str) -> None:
+    body = {"prompt": "a cat", "steps": 1}
+    assert server.call("/v1/images/generations", body, content_type=kind)[0] == 200
 
 
 def test_models(client) -> None:
