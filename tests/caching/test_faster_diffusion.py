@@ -66,7 +66,8 @@ def test_decoding_in_one_batch_is_decoding_one_by_one(name):
         assert step_by_step == (most > 1 and name in ONE_BY_ONE), handle.report.notes
     assert torch.isfinite(results[0]).all()
     assert_close(*results)
-    assert counts == [(STEPS if name in ONE_BY_ONE else 2) * entry.calls, STEPS * entry.calls]
+    # two groups in a forward each, and one more for the first: it shows what holds the batch
+    assert counts == [(STEPS if name in ONE_BY_ONE else 3) * entry.calls, STEPS * entry.calls]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_so_it_is_with_a_batch_of_two_and_other_solvers(name, scheduler):
 @pytest.mark.parametrize("name", ["sd15", "wan"])
 def test_a_group_larger_than_max_parallel_takes_several_forwards(name):
     results, calls = [], 2 if name in tiny.TWO_CALLS else 1
-    for most, forwards in ((4, 3), (1, 9)):
+    for most, forwards in ((4, 4), (1, 9)):
         pipe = tiny.make(name)
         last = pipe.unet.conv_out if name == "sd15" else pipe.transformer.proj_out
         ran = executions(last)
@@ -97,7 +98,7 @@ def test_a_group_larger_than_max_parallel_takes_several_forwards(name):
         results.append(tiny.run(pipe, name, steps=9))
         assert (handle.report.computed, len(ran)) == (1, calls * forwards)
         if most == 4:
-            assert ran[::calls] == [rows * (2 // calls) for rows in (4, 4, 1)]
+            assert sorted(ran) == sorted([rows * (2 // calls) for rows in (1, 3, 4, 1)] * calls)
     assert_close(*results)
 
 
