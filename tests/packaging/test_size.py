@@ -45,7 +45,14 @@ def test_nothing_is_left_to_do(sources):
     assert not wrong, "finish it, or open an issue"
 
 
+def handed_on(tree):
+    """Values of {**os.environ, ...}: what a program that is started gets, which decides nothing here."""
+    dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    return {value for node in dicts for key, value in zip(node.keys, node.values, strict=True) if key is None}
+
+
 def long_or_global(path, tree):
+    free = handed_on(tree)
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (node.end_lineno or line) - line >= 60:
@@ -53,7 +60,7 @@ def long_or_global(path, tree):
         if isinstance(node, ast.Global):
             yield f"line {line}: global {', '.join(node.names)}"
         environment = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
-        if environment and path.as_posix() != SETS_ENVIRONMENT:
+        if environment and node not in free and path.as_posix() != SETS_ENVIRONMENT:
             yield f"line {line}: no environment variable decides behaviour"
 
 
@@ -75,7 +82,9 @@ def test_names_say_something(sources):
 def test_the_measures_measure():
     path = FILES[0]
     body = "\n".join("    pass" for _ in range(60))
-    source = f"import os\nos.environ\nclass Helper:\n    pass\ndef f():\n    global x\ndef g():\n{body}\n"
+    source = (
+        f"import os\n{{**os.environ}}, os.environ\nclass Helper:\n    pass\ndef f():\n    global x\ndef g():\n{body}\n"
+    )
     tree = ast.parse(source)
-    assert [wrong.split(":")[0] for wrong in long_or_global(path, tree)] == ["line 7", "line 2", "line 6"]
+    assert {wrong.split(":")[0] for wrong in long_or_global(path, tree)} == {"line 2", "line 6", "line 7"}
     assert list(vague(path, tree)) == ["helper"]
