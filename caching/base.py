@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step
-from fastdiff.errors import BadConfig, UnknownName
+from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.method import Method
 
 from .predictors import PREDICTORS, Axis, weights
@@ -58,6 +58,13 @@ class CacheMethod(Method):
     def regions(self, anatomy: Anatomy) -> list[Region]:
         """What a cached step leaves out. Raises UnsupportedModel, with the reason, where that is nothing."""
         raise NotImplementedError
+
+    def places(self, anatomy: Anatomy) -> list[Region]:
+        """`regions`, of a denoiser of the kind that the method is for. Raises UnsupportedModel for another kind."""
+        if self.language != (anatomy.family.kind == "language"):
+            what = "language models" if self.language else "image and video denoisers"
+            raise UnsupportedModel(f"{self.method} is for {what}; {anatomy.family.name} is none")
+        return self.regions(anatomy)
 
     def mask(self, run: Run, region: Region) -> list[bool] | None:
         """True for each step in which a region is computed; None if `change` decides."""

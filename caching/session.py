@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy, named
 from fastdiff.clock import Run, Step, StepClock
-from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
@@ -35,11 +34,8 @@ class Session:
         self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False,
         regions: Sequence[Region] = (),
     ) -> None:  # fmt: skip
-        if method.language != (anatomy.family.kind == "language"):
-            what = "language models" if method.language else "image and video denoisers"
-            raise UnsupportedModel(f"{method.method} is for {what}; {anatomy.family.name} is none")
         self.method, self.anatomy, self.clock, self.recorder = method, anatomy, clock, recorder
-        self.regions, self.ahead = list(regions) or method.regions(anatomy), ahead
+        self.regions, self.ahead = list(regions) or method.places(anatomy), ahead
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
         self.agree: Callable[[Tensor], Tensor] | None = None  # makes a reading the same on all ranks
@@ -84,6 +80,8 @@ class Session:
             self.recorder.note(reason)
         own = self.own(run) if self.own is not None else list(range(run.total))
         masks = [self.method.guarded_mask(run.only(own), region) for region in self.regions]
+        if self._read:
+            masks = [mask and [True] * len(mask) for mask in masks]
         self.masks = [_placed(mask, own, run.total) for mask in masks]
         self._needed = [_placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
         self._weigh = self.method.weigher(run)

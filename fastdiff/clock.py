@@ -28,6 +28,7 @@ from .run import Run as Run
 from .run import Step as Step
 from .run import noise_levels
 
+_TIMES = ("timestep", "timestep_ratio", "t")  # what denoisers call it
 WATCHED = "_fastdiff_watched"  # mark on the forward of a denoiser that a clock watches
 _COPIES = (
     "the steps are taken by copies of the scheduler, each with a time of its own: nothing was cached, all is computed"
@@ -82,7 +83,7 @@ class StepClock:
         self._context: str | None = None
         self._branches: dict[str, Branches] = {}
         self._called = self._fresh = self._copied = self._hearing = self._viewed = False
-        self._list: Any = None  # the scheduler's timesteps when the run began
+        self._lists: list[Any] = []  # the scheduler's timesteps when they were set, and when the run began
         self._ticked: Any = None  # place in the scheduler's list of the step that was taken last
         self._patches = PatchSet()
         self._schedulers: list[Any] = []
@@ -107,7 +108,8 @@ class StepClock:
         self._schedulers = [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
         for scheduler in self._schedulers:
             listen(scheduler, self._heard)
-        self.scheduler = getattr(self.pipe, "scheduler", None) or next(iter(self._schedulers), None)
+        own = getattr(self.pipe, "scheduler", None)
+        self.scheduler = next(iter(self._schedulers), None) if own is None else own
 
     def _heard(self, scheduler: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of a scheduler's method, or of a copy's."""
@@ -137,7 +139,7 @@ class StepClock:
             return method(*args, **kwargs)
         order = list(inspect.signature(method).parameters)
         given = dict(zip(order, args, strict=False)) | kwargs
-        at = place(given.get("timestep"), self._list)
+        at = self._place(given.get("timestep"))
         again = not self._called if None in (at, self._ticked) else at == self._ticked
         index = self.index - 1 if again else self.index
         self.repeats |= again
@@ -208,7 +210,8 @@ class StepClock:
             patches.set(denoiser, "cache_context", self._named(context))
 
     def _within(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+        named = next((kwargs[name] for name in _TIMES if name in kwargs), None)
+        timestep = args[1] if named is None and len(args) > 1 else named
         step = None
         try:
             step = self._call(name, timestep, args, kwargs)
@@ -254,7 +257,7 @@ class StepClock:
             return None
         if self._pending:
             self._begin(pipe, timestep, _shape(args, kwargs))
-        at = place(timestep, self._list)
+        at = self._place(timestep)
         again = self._fresh and at is not None and at == self._ticked  # one more view of a picture
         if self.run is not None and self.index >= self.run.total and not again and not self.open_ended:
             self.abandon()
@@ -287,6 +290,9 @@ class StepClock:
     def _note(self, text: str) -> None:
         for callback in self.on_note if self.run is not None else ():
             callback(text)
+
+    def _place(self, timestep: Any) -> int | None:
+        return next((at for listed in self._lists if (at := place(timestep, listed)) is not None), None)
 
     def _ours(self, pipe: Any | None) -> bool:
         """Whether a call made here and now, by this pipeline, is of the run in progress or to come."""
@@ -328,6 +334,7 @@ class StepClock:
         self.abandon()
         self.scheduler, self._thread = scheduler, threading.get_ident()
         self._pending, self._first_timestep, self._listed = True, None, None
+        self._lists = [scheduler.timesteps] if hasattr(scheduler, "timesteps") else []
         for callback in self.on_expect:
             callback()
 
@@ -338,7 +345,8 @@ class StepClock:
         listed = [float(t) for t in grid]
         if not listed and not self.open_ended:
             return
-        self._list = getattr(scheduler, "timesteps", None)  # kept: a state that is put back brings another
+        if all(scheduler.timesteps is not known for known in self._lists):  # cut off, or a state that was put back
+            self._lists.append(scheduler.timesteps)
         length = loop_length(pipe) if pipe is not None else None
         first = self._first_timestep if self._first_timestep is not None else timestep
         begin, end = span(scheduler, listed, pipe, self._listed if length is None else length, first)
@@ -350,7 +358,7 @@ class StepClock:
             float(guidance) if isinstance(guidance, int | float) else None, shape, begin > 0,
         )  # fmt: skip
         self.index, self._ticked, self._called, self._copied, self.repeats = 0, None, False, False, False
-        self._viewed = place(timestep, self._list) is not None
+        self._viewed = self._place(timestep) is not None
         for branches in self._branches.values():
             branches.begin()
         self._turn()

@@ -1,6 +1,6 @@
 """Where a loop begins and ends in its scheduler's list of timesteps.
 
-Told by the scheduler, by the place in its list of the timestep in use, or by the length of the loop; never by a value,
+Told by the scheduler, by the place in its list of the timestep in use, or by the length of the loop; not by a value,
 which a pipeline may scale, and which may stand in the list twice.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .caller import starts_late
@@ -49,8 +48,6 @@ def span(scheduler: Any, listed: Sequence[float], pipe: Any | None, length: int 
 
 
 def _only_place(listed: Sequence[float], first: Any) -> int | None:
-    """In a loop of one's own that is given numbers: the place of one that stands in the list once."""
-    if first is None or (isinstance(first, Tensor) and first.device.type != "cpu"):
-        return None
-    value = float(torch.as_tensor(first).flatten()[0])
-    return listed.index(value) if listed.count(value) == 1 else None
+    """In a loop of one's own that is given whole numbers, which are no part of a time: the place of one that stands in
+    the list once."""
+    return listed.index(first) if isinstance(first, int) and listed.count(first) == 1 else None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import NO_BATCH, Anatomy, named
+from fastdiff.anatomy import Anatomy
+from fastdiff.batches import Batches
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import FastdiffError, UnsupportedModel
 from fastdiff.parallel.base import ParallelMethod
@@ -48,30 +49,30 @@ class _Batch:
     """Both halves come in one batch: each rank takes its half of every input."""
 
     def __init__(self, anatomy: Anatomy, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
-        self.by_name, self.bus, self.clock, self.recorder = named(anatomy.denoiser), bus, clock, recorder
+        self.batches, self.bus, self.clock, self.recorder = Batches(anatomy), bus, clock, recorder
         self.place = bus.topology.place("cfg")
 
     def shared(self, forward: Forward) -> Forward:
         @wraps(forward)
         def half_forward(*args: Any, **kwargs: Any) -> Any:
-            given = self.by_name(args, kwargs)
-            count = len(next(value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1))
-            if self.clock.now is None or self.bus.alone or count % 2:
-                if self.clock.now is not None and count % 2:
-                    self.recorder.note(f"a batch of {count} has no two halves: both ranks of cfg compute all of it")
+            if self.clock.now is None or self.bus.alone:
                 return forward(*args, **kwargs)
-            half = count // 2
-            begin = self.place * half
-
-            def take(leaf: Tensor) -> Tensor:
-                return leaf[begin : begin + half] if leaf.ndim and len(leaf) == count else leaf
-
-            for name, value in given.items():
-                if not any(part in name for part in NO_BATCH):
-                    given[name] = pytree.tree_map_only(Tensor, take, value)
-            return pytree.tree_map_only(Tensor, self._whole, forward(**given))
+            why, count, unknown = None, self.batches.size(args, kwargs), self.batches.unknown(args, kwargs)
+            if unknown is not None:
+                why = f"not all inputs of this denoiser are known to have the batch first ({unknown})"
+            elif count % 2:
+                why = f"a batch of {count} has no two halves"
+            if why is not None:
+                self.recorder.note(f"{why}: both ranks of cfg compute all of it")
+                return forward(*args, **kwargs)
+            args, kwargs = self.batches.change(args, kwargs, self._half)
+            return pytree.tree_map_only(Tensor, self._whole, forward(*args, **kwargs))
 
         return half_forward
+
+    def _half(self, rows: Any) -> Any:
+        half = len(rows) // 2
+        return rows[self.place * half : (self.place + 1) * half]
 
     def _whole(self, output: Tensor) -> Tensor:
         return torch.cat(self.bus.gather("output", "the other half of guidance", output, "cfg", [output.shape] * 2))
