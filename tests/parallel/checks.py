@@ -500,3 +500,42 @@ def meshes(rank: int, ranks: int) -> dict:
         assert 0 < moved(result, alone) < 0.1, label
         found[label] = {"digest": digest(result)}
     return found
+
+
+def ended_early(rank: int, ranks: int) -> dict:
+    """A run that is told to end early, and one that is interrupted, are reported; a cycle of steps is not left open."""
+    pipe, out = pipeline("sdxl"), {}
+    alone = latents(pipe, "sdxl", 12, denoising_end=0.5)
+    for method in ("distrifusion", {"method": "parastep", "warmup_steps": 1, "order": 2}):
+        handle = fastdiff.accelerate(pipe, parallel=method)
+        found = latents(pipe, "sdxl", 12, denoising_end=0.5)
+        assert moved(found, alone) < 0.5 and (handle.report.steps, handle.report.total) == (6, 6)
+        assert handle.report.bytes_sent > 0 and len(handle.report.ranks) == ranks
+        assert handle.crew.cycle is None or not handle.crew.cycle._passed, "the last cycle was settled"
+        out[str(method)] = {"digest": digest(found)}
+
+    def interrupt(pipe: Any, step: int, _t: Any, given: dict) -> dict:
+        pipe._interrupt = step == 3
+        return given
+
+    handle = fastdiff.accelerate(pipe, parallel="patch")
+    latents(pipe, "sdxl", 8, callback_on_step_end=interrupt)
+    assert handle.report.steps == 4 and handle.report.bytes_sent > 0
+    pipe._interrupt = False
+    out["after"] = {"digest": digest(latents(pipe, "sdxl", 4))}
+    return out
+
+
+def guided_for_a_part(rank: int, ranks: int) -> dict:
+    """Wan calls its transformer once a step when guidance is switched off, and twice when it is on."""
+    out = {}
+    for name, scales in {"off": (4.0, 4.0, 1.0, 1.0, 4.0, 4.0), "last": (4.0, 4.0, 4.0, 4.0, 1.0, 1.0)}.items():
+
+        def switch(pipe: Any, step: int, _t: Any, given: dict, scales: tuple[float, ...] = scales) -> dict:
+            pipe._guidance_scale = scales[min(step + 1, 5)]
+            return given
+
+        out[name] = exact(
+            "wan", "cfg", steps=6, guidance_scale=scales[0], negative_prompt="bad", callback_on_step_end=switch
+        )
+    return out

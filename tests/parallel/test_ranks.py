@@ -15,7 +15,8 @@ NAMES = {
         "every_family_in_patches", "every_family_in_halves", "every_transformer_by_heads", "in_float32", "odd_rows",
         "denoisers_alone", "several_pictures", "decoded", "weights_that_came_before_and_after", "controlled",
         "picture_to_picture_and_another_size", "strangers_become_alike", "displaced", "stepping", "replayed", "cached",
-        "renewed", "counted", "still", "broken_off", "a_lost_cycle_is_computed_again", "refused",
+        "renewed", "counted", "still", "broken_off", "ended_early", "guided_for_a_part",
+        "a_lost_cycle_is_computed_again", "refused",
     ),
     3: (
         "every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted",
