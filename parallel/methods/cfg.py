@@ -36,7 +36,9 @@ class CFG(ParallelMethod):
 def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet, recorder: Recorder) -> None:
     """Outermost patch of a denoiser. Raises UnsupportedModel where the halves cannot be told apart."""
     family = anatomy.family
-    if family.guidance == "none" or not family.batches:
+    if anatomy.opaque and not anatomy.recognised:
+        raise anatomy.without("style of guidance, which cfg = 2 shares out")
+    if family.guidance == "none" or (family.guidance == "batch" and not family.batches):
         raise UnsupportedModel(
             f"cfg = 2 has nothing to share out: a {family.name} denoiser has no two halves of guidance"
         )
@@ -80,7 +82,8 @@ class _Batch:
 
 class _Calls:
     """The halves are two calls a step: each rank computes one of them, and fills in the other's result at the second
-    call, before the pipeline looks at either. How many calls a step has is learned at the first, which all compute.
+    call, before the pipeline looks at either. How many calls a step has is learned at the first in which this denoiser
+    runs (of Wan 2.2's two transformers the second begins later), which all compute.
 
     In a step that makes one call only (guidance for a part of the run) the result is filled in before the solver."""
 
@@ -88,6 +91,7 @@ class _Calls:
         self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place = bus.topology.place("cfg")
         self.calls = self._made = 0  # in a step, and in the present one
+        self._first: int | None = None  # the step of this run in which this denoiser ran first
         self._empty: Any = None
         self._filled = False
         self._missed: Callable[[], Any] | None = None
@@ -97,10 +101,10 @@ class _Calls:
         clock.before_step.append(self._alone)
 
     def _start(self, run: Run) -> None:
-        self.calls, self._made, self._empty = 0, 0, None
+        self.calls, self._made, self._empty, self._first = 0, 0, None, None
 
     def _tick(self, index: int) -> None:
-        if index == 0 and self.calls != 2 and not self.bus.alone:
+        if index == self._first and self.calls != 2 and not self.bus.alone:
             self.recorder.note(
                 f"cfg = 2 shares nothing out: the denoiser is called {self.calls} times a step, not twice"
             )
@@ -134,8 +138,10 @@ class _Calls:
             step = self.clock.now
             if self.bus.alone and self._empty is not None:
                 return self._rescue(forward, args, kwargs)
-            if step is None or self.bus.alone or step.index == 0 or self.calls != 2:
-                if step is not None and step.index == 0:
+            if step is not None and self._first is None:
+                self._first = step.index
+            if step is None or self.bus.alone or step.index == self._first or self.calls != 2:
+                if step is not None and step.index == self._first:
                     self.calls += 1
                 return forward(*args, **kwargs)
             self._made += 1
