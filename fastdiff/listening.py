@@ -71,7 +71,13 @@ def _listening(base: type) -> type:
         "__module__": base.__module__, "__qualname__": base.__qualname__,
         "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _pickled,
     }  # fmt: skip
-    return type(base)(base.__name__, (base,), body)
+    return _same(base)(base.__name__, (base,), body)
+
+
+def _same(base: type) -> type:
+    """Classes that are equal to `base`: some pipelines ask for the very type."""
+    body = {"__eq__": lambda kind, other: other is base or other is kind, "__hash__": lambda kind: hash(base)}
+    return type("_Same", (type(base),), body)
 
 
 def _told(name: str, plain: Callable[..., Any], ears: list[Heard]) -> Callable[..., Any]:
