@@ -32,15 +32,18 @@ class Affine(Settings):
 
 
 class AffineFit:
-    """Least squares y = a x + b for each channel, from running sums; a is pulled towards 1 by `ridge`."""
+    """Least squares y = a x + b for each channel, from running sums; a is pulled towards 1 by `ridge`.
 
-    def __init__(self, ridge: float) -> None:
-        self.ridge = ridge
+    axis: the dimension of channels; None goes by the number of dimensions.
+    """
+
+    def __init__(self, ridge: float, axis: int | None = None) -> None:
+        self.ridge, self.axis = ridge, axis
         self.count = 0
         self.sums: Tensor | None = None  # x, y, xx, xy by channel
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        rows, wanted = channel_rows(x), channel_rows(y)
+        rows, wanted = channel_rows(x, self.axis), channel_rows(y, self.axis)
         sums = torch.stack([rows.sum(0), wanted.sum(0), (rows * rows).sum(0), (rows * wanted).sum(0)])
         self.count += len(rows)
         self.sums = sums if self.sums is None else self.sums + sums
@@ -55,16 +58,24 @@ class AffineFit:
         return scale, y - scale * x
 
 
-def corrected(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * value + shift, with channels as the second dimension of maps and the last of token sequences."""
+def corrected(value: Tensor, scale: Tensor, shift: Tensor, axis: int | None = None) -> Tensor:
+    """scale * value + shift along the dimension of channels, `axis`.
+
+    Where nobody knows it: the second dimension of four or more, as of maps, and the last of fewer, as of tokens.
+    """
     shape = [1] * value.ndim
-    shape[1 if value.ndim > 3 else -1] = -1
+    shape[_guessed(value) if axis is None else axis] = -1
     return (value.float() * scale.float().view(shape) + shift.float().view(shape)).to(value.dtype)
 
 
-def channel_rows(value: Tensor) -> Tensor:
-    moved = value.movedim(1, -1) if value.ndim > 3 else value
+def channel_rows(value: Tensor, axis: int | None = None) -> Tensor:
+    """[n, channels] in float64; `axis` as of `corrected`."""
+    moved = value.movedim(_guessed(value) if axis is None else axis, -1)
     return moved.reshape(-1, moved.shape[-1]).double()
+
+
+def _guessed(value: Tensor) -> int:
+    return 1 if value.ndim > 3 else -1
 
 
 def encoded(numbers: Tensor) -> str:

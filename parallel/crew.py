@@ -16,6 +16,7 @@ from fastdiff.clock import Run, StepClock
 from fastdiff.errors import BadConfig, PeerLost
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
+from fastdiff.weights import absent
 
 from .base import ParallelMethod
 from .bus import Bus
@@ -203,12 +204,14 @@ def _compare(alike: Mapping[str, str], bus: Bus) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Names, shapes and a sample of the values of all weights, in a short number."""
+    """Names, shapes and, where they are here, a sample of the values of all weights, in a short number."""
     import zlib
 
-    total = 0
+    total, here = 0, absent(module) is None
     for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor) and not tensor.is_meta:
+        if isinstance(tensor, Tensor):
+            total = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total)
+        if isinstance(tensor, Tensor) and here:
             some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].double().cpu()
-            total = zlib.crc32(some.numpy().tobytes(), zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total))
+            total = zlib.crc32(some.numpy().tobytes(), total)
     return f"{total:08x}"

@@ -17,6 +17,7 @@ from fastdiff.affine import corrected
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.clock import StepClock
 from fastdiff.patch import PatchSet
+from fastdiff.quant.activations import channels_of
 from fastdiff.quant.layer import QLayer
 
 from .families import Anatomy
@@ -40,8 +41,8 @@ def _correct(
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
-        def fed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = forward(x, *args, **kwargs)
+        def fed(*args: Any, **kwargs: Any) -> Tensor:
+            y = forward(*args, **kwargs)
             step = clock.now
             if step is None or step.index not in table or method.plan is None or not method.plan.fits(step.run):
                 return y
@@ -49,7 +50,7 @@ def _correct(
                 scale, shift = (t.to(y.device) for t in table[step.index])
                 bias = 0 if layer.bias is None else layer.bias.to(y.device)
                 folded[step.index] = scale, shift + (1 - scale) * bias
-            return corrected(y, *folded[step.index])
+            return corrected(y, *folded[step.index], channels_of(layer))
 
         return fed
 

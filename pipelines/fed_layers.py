@@ -13,6 +13,7 @@ from fastdiff.affine import Affine, AffineFit, corrected
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.clock import StepClock
 from fastdiff.config import Config, Resolved
+from fastdiff.quant.activations import channels_of, given_to
 from fastdiff.quant.layer import QLayer
 
 from .accelerate import Accelerated, put
@@ -59,21 +60,21 @@ def _heard(
     last, served = method.regions(anatomy)[0].units[-1], [False]
 
     def hook(path: str) -> Callable[..., Tensor | None]:
-        def ended(layer: QLayer, inputs: tuple, y: Tensor) -> Tensor | None:
+        def ended(layer: QLayer, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             step = clock.now
             if step is None or step.index in computed or not served[0]:
                 return None
             with torch.no_grad():
-                truth = floats[path](inputs[0])
-            shape = (-1, 1, 1) if y.ndim > 3 else (-1,)
-            bias: Any = 0 if layer.bias is None else layer.bias.view(shape)
-            fit = fits.setdefault(path, {}).setdefault(step.index, AffineFit(method.ridge))
+                truth = floats[path](given_to(args, kwargs))
+            axis = channels_of(layer)
+            bias: Any = 0 if layer.bias is None else layer.bias.view(-1, *[1] * (-axis - 1))
+            fit = fits.setdefault(path, {}).setdefault(step.index, AffineFit(method.ridge, axis))
             fit.add(y - bias, truth - bias)
-            return corrected(y - bias, *fit.solve()) + bias
+            return corrected(y - bias, *fit.solve(), axis) + bias
 
         return ended
 
-    hooks: list[Any] = [layer.register_forward_hook(hook(path)) for path, layer in quantized.items()]
+    hooks: list[Any] = [layer.register_forward_hook(hook(path), with_kwargs=True) for path, layer in quantized.items()]
     hooks.append(last.register_forward_hook(lambda *_: served.__setitem__(0, True)))
     hooks.append(anatomy.denoiser.register_forward_pre_hook(lambda *_: served.__setitem__(0, False)))
     try:

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from fastdiff.errors import BadModel, UnknownName
 
-from .quantized_files import align, is_quantized, load_components
+from .quantized_parts import align, is_quantized, load_components
 
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -56,16 +57,23 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | N
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source = _source(str(model))
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-    quantized = is_quantized(Path(source))
+    quantized, kind = is_quantized(Path(source)), DiffusionPipeline
     if quantized:
         options |= load_components(Path(source), dtype)
+        kind = _kind(Path(source))
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **options)
+        pipe = kind.from_pretrained(source, **options)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
         raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
     if quantized:
         align(pipe)
     return pipe.to(device)
+
+
+def _kind(folder: Path) -> Any:
+    """The pipeline's own class: the base class does not take components that are optional in it, but reads them."""
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    return getattr(diffusers, name, DiffusionPipeline)
 
 
 def _source(model: str) -> str:

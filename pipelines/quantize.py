@@ -126,7 +126,7 @@ def quantize(
         done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
     for name, present in done.presents.items():
         origin = done.calibration.origin if done.calibration else None
-        Standing(method.model_dump(mode="json"), present, origin).attach(pipe.components[name])
+        Standing(method.model_dump(mode="json"), present, origin).attach(parts[name])
     report = done.report
     if calls is not None:
         report.output_error, report.predicted_error = calls.error() ** 0.5, predicted

@@ -19,10 +19,13 @@ from fastdiff.quant.calibration import Calibration, Origin
 from fastdiff.quant.install import Learned, Put, QuantReport, quantize_model
 from fastdiff.quant.observe import noise_share
 from fastdiff.quant.prune import PrunePlan
+from fastdiff.quant.reversible import stand_in
 from fastdiff.quant.standing import standing
 from fastdiff.recorder import Recorder
+from fastdiff.weights import foreign, require
 
 from .families import Anatomy
+from .wrapped import bare, unwrapped
 
 Watch = Callable[[int, int], None]
 
@@ -70,6 +73,8 @@ class Quantized:
             said.append(
                 f"speed: no for {slow} layers, whose weights are made float at each call: they save memory only"
             )
+        if report.patched:
+            said.append(f"{report.patched} layers have a forward or hooks that somebody put on them, and stay float")
         passed = Counter(layer.said for layer in report.layers if layer.said)
         return [*said, *(f"{count} layers passed over {reason}" for reason, count in passed.most_common(3))]
 
@@ -90,11 +95,12 @@ def follow(present: Present, origin: Origin | None, clock: StepClock, patches: P
 
 
 def targets(pipe: Any, method: QuantMethod, found: list[Anatomy]) -> dict[str, nn.Module]:
-    """The components that a method names, by name.
+    """The components that a method names, by name; of wrapped ones what is inside.
 
-    Raises UnknownName for one that is not there, UnsupportedModel for one that another library has quantized.
+    Raises UnknownName for one that is not there, UnsupportedModel for one that is compiled or quantized, or whose
+    weights are elsewhere.
     """
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = {name: bare(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     denoisers = {anatomy.component: anatomy.denoiser for anatomy in found}
     kinds: dict[str, Mapping[str, nn.Module]] = {
         "denoiser": denoisers,
@@ -108,19 +114,18 @@ def targets(pipe: Any, method: QuantMethod, found: list[Anatomy]) -> dict[str, n
             raise UnknownName(f"component of {type(pipe).__name__}", name, [*kinds, *modules])
         chosen |= part
     for name, module in chosen.items():
+        if name in modules:
+            unwrapped(name, pipe.components[name])
+        require(module, name)
         refuse_quantized(name, module)
     return chosen
 
 
 def refuse_quantized(name: str, module: nn.Module) -> None:
     """Two quantizations of one weight make no sense; what another library quantized runs as it is."""
-    own = getattr(getattr(module, "hf_quantizer", None), "quantization_config", None)
-    own = own or getattr(getattr(module, "config", None), "quantization_config", None)
-    if own is not None:
-        kind = getattr(own, "quant_method", None) or (own.get("quant_method") if isinstance(own, dict) else None)
+    if (whose := foreign(module)) is not None:
         raise UnsupportedModel(
-            f"{name} is quantized already, by {getattr(kind, 'value', kind) or type(own).__name__}; it runs as it is "
-            "with the other levers: leave out `quant`"
+            f"{name} is quantized already, {whose}; it runs as it is with the other levers: leave out `quant`"
         )
     if standing(module) is not None:
         raise UnsupportedModel(f"{name} is quantized already, by fastdiff; leave out `quant`, or load the float model")
@@ -188,14 +193,9 @@ def installed(
     """Quantize a live pipeline reversibly: the float layers come back with the patches."""
 
     def put(parent: nn.Module, name: str, instead: nn.Module) -> None:
-        floats, own = parent._modules[name], instead._apply
-
-        def both(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-            floats._apply(fn)  # type: ignore[union-attr]  # so that restore() puts back what is where the rest went
-            return own(fn, recurse)
-
+        if "state_dict" not in vars(instead):  # a layer that is held in two places is put twice
+            stand_in(instead, parent.get_submodule(name))
         patches.replace(parent, name, instead)
-        instead._apply = both  # type: ignore[method-assign]
 
     done = quantize_parts(pipe, method, found, put)
     done.listen(clock, recorder, patches)

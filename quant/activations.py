@@ -8,7 +8,7 @@ one asymmetric range for the input of a convolution.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,17 @@ def shaped(rows: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         return rows.view(*x.shape[:-1], -1)
     batch, _, height, width = x.shape
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def channels_of(layer: nn.Module) -> int:
+    """The dimension of what a layer takes and gives that holds its channels."""
+    return -3 if isinstance(layer, nn.Conv2d) else -1
+
+
+def given_to(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Linear or Conv2d is called with, by place or by name."""
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
 
 
 def batched(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import UnsupportedModel
+from fastdiff.weights import hooks
 
 from .activations import Present
 from .base import QuantMethod
@@ -30,7 +31,10 @@ class Found:
 
 
 def layers_of(root: nn.Module) -> Iterator[Found]:
-    """Every float Linear and Conv2d that pads with zeros, by name, once however often it is held."""
+    """Every float Linear and Conv2d that pads with zeros, by name, once however often it is held.
+
+    But not those that somebody patched: what was put on a layer would be lost with it.
+    """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in root.modules():
         for name, child in parent.named_children():
@@ -38,9 +42,17 @@ def layers_of(root: nn.Module) -> Iterator[Found]:
     for name, layer in root.named_modules():
         if type(layer) not in (nn.Linear, nn.Conv2d) or id(layer) not in places:
             continue
+        if patched(layer):
+            continue
         if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             continue
         yield Found(name, layer, tuple(places[id(layer)]))
+
+
+def patched(layer: nn.Module) -> bool:
+    """Whether a layer has a forward or hooks of its own, other than those that load its weight."""
+    own = vars(layer)
+    return not any(hooks(layer)) and bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def chosen(method: QuantMethod, root: nn.Module) -> list[tuple[Found, Recipe]]:

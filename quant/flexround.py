@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .activations import batched, rows_of
+from .activations import batched, given_to, rows_of
 from .build import Found
 from .calls import Calls
 from .packing import FORMATS, Int4, Int8, Tensors
@@ -104,12 +104,12 @@ def _moments(layer: nn.Linear | nn.Conv2d, calls: Calls) -> Tensor | None:
     total: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = _rows(layer, inputs[0].detach()).float()
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows = _rows(layer, given_to(args, kwargs).detach()).float()
         chosen = rows[torch.randperm(len(rows), generator=generator)[:_ROWS].to(rows.device)]
         total[:] = [(total[0] if total else 0) + chosen.T @ chosen / len(chosen)]
 
-    handle = layer.register_forward_pre_hook(hook)
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for _ in calls.outputs():
             pass

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from fastdiff.errors import UnsupportedModel
+from fastdiff.weights import hooks
 
 from .activations import Present
 from .base import QuantMethod
-from .build import Found, build, chosen
+from .build import Found, build, chosen, patched
 from .layer import QLayer
 from .packing import Tensors
 from .recipe import Recipe
@@ -46,6 +47,7 @@ class QuantReport:
     method: str
     layers: list[LayerReport] = field(default_factory=list)
     kept: int = 0
+    patched: int = 0
     static: int = 0
     output_error: float | None = None
     predicted_error: float | None = None
@@ -99,7 +101,7 @@ def quantize_model(
     wanted = chosen(method, root)
     if not wanted:
         raise UnsupportedModel(f"quant.skip and quant.keep leave nothing of {component} to quantize")
-    _refuse_offloaded(wanted, component)
+    _refuse_hooked(root, wanted, component)
     for number, (found, recipe) in enumerate(wanted, 1):
         known = dict((ranges or {}).get(found.name, {})) if recipe.activations == "int8" else {}
         try:
@@ -113,24 +115,26 @@ def quantize_model(
             put(parent, name, layer)
         if watch is not None:
             watch(number, len(wanted))
-    report.kept += sum(type(module) in (nn.Linear, nn.Conv2d) for module in root.modules())
+    floats = [module for module in root.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    report.kept += len(floats)
+    report.patched += sum(map(patched, floats))
 
 
 def _report(component: str, found: Found, layer: QLayer, said: str) -> LayerReport:
     weight = found.layer.weight.detach()
     tensors = [weight] if found.layer.bias is None else [weight, found.layer.bias]
     before = sum(t.numel() * t.element_size() for t in tensors)
-    error = float((layer.weight - weight).norm() / weight.norm().clamp_min(1e-12))
+    exact = weight.float()
+    error = float((layer.float_weight(torch.float32) - exact).norm() / exact.norm().clamp_min(1e-12))
     recipe = layer.recipe
     return LayerReport(
         component, found.name, recipe.format, recipe.activations, layer.kernel_name, before, layer.nbytes, error, said
     )
 
 
-def _refuse_offloaded(wanted: list[tuple[Found, Recipe]], component: str) -> None:
-    """Hooks that load a layer's weight when it is called would be lost with the layer."""
-    for found, _ in wanted:
-        if "_hf_hook" in vars(found.layer) or found.layer.weight.is_meta:
-            raise UnsupportedModel(
-                f"layers of {component} are offloaded one by one; quantize first, then enable offloading"
-            )
+def _refuse_hooked(root: nn.Module, wanted: list[tuple[Found, Recipe]], component: str) -> None:
+    """What brings a layer's weight to the device when it is called would be lost with the layer, or bring the old."""
+    streams = any(getattr(getattr(h, "group", None), "stream", None) for part in root.modules() for h in hooks(part))
+    if streams or any(any(hooks(found.layer)) for found, _ in wanted):
+        how = "with a stream" if streams else "one by one"
+        raise UnsupportedModel(f"layers of {component} are offloaded {how}; quantize first, then enable offloading")

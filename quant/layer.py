@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from .activations import Levels, Present, fixed, per_token, ranged, rows_of
+from .activations import Levels, Present, channels_of, fixed, per_token, ranged, rows_of
+from .lazy import LazyWeight
 from .packing import FORMATS, Format, Tensors
 from .recipe import Recipe
 
@@ -57,11 +58,21 @@ class QLayer(nn.Module):
     down: Tensor | None
     up: Tensor | None
     q: Tensor
+    float_kind: ClassVar[type[nn.Module]]
 
-    def __init__(self, recipe: Recipe, tensors: Tensors, present: Present, choose: Choose) -> None:
-        """tensors: the buffers by name. Set the shape before the first call, which chooses a kernel."""
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Called with sizes, as by adapters that build a layer of the kind they find, it makes a float layer."""
+        if kwargs or (args and isinstance(args[0], int)):
+            return cls.float_kind(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self, recipe: Recipe, tensors: Tensors, present: Present, choose: Choose, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        """tensors: the buffers by name; dtype: what `weight` has. Set the shape before the first call, which chooses a
+        kernel."""
         nn.Module.__init__(self)  # not the float layer's, which would make a weight
-        self.recipe, self.present = recipe, present
+        self.recipe, self.present, self.dtype = recipe, present, dtype
         for name in ("bias", "smooth", "low", "high", "down", "up"):
             self.register_buffer(name, tensors.get(name))
         self._stored = tuple(name for name in tensors if name not in self._buffers)
@@ -70,6 +81,8 @@ class QLayer(nn.Module):
         self._choose = choose
         self._kernel: Kernel | None = None
         self._packed: Any = None
+        self._home: torch.device | None = None  # where it was packed
+        self._proved: dict[torch.device, Kernel] = {}
         self._ranges: list[tuple[float, float]] = []
         self._inverse: Tensor | None = None
         self._smooth_key: int | None = None
@@ -92,7 +105,8 @@ class QLayer(nn.Module):
         found = {name: cast(Tensor, getattr(self, name)) for name in self._stored}
         if self._kernel is None or not self._kernel.replaces_q:
             return found
-        return {**found, "q": self._kernel.unpack(self, self._packed, found)}
+        home = {name: t.to(self._home) for name, t in found.items()}
+        return {**found, "q": self._kernel.unpack(self, self._packed, home).to(self.q.device)}
 
     def matrix(self) -> Tensor:
         """The float32 weight [outputs, inputs] that the integers stand for, for an input that was smoothed."""
@@ -111,7 +125,7 @@ class QLayer(nn.Module):
         return sum(t.numel() * t.element_size() for t in [*self.tensors().values(), *extra])
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that the float layers have for it
-        if self._kernel is None:
+        if self._kernel is None or self._home != self.q.device:  # offloading moves buffers without a word
             self.choose_kernel()
         assert self._kernel is not None
         y = self._kernel(self, self._packed, input)
@@ -141,8 +155,7 @@ class QLayer(nn.Module):
     def smoothed(self, x: Tensor) -> Tensor:
         if self.smooth is None:
             return x
-        shape = (-1, 1, 1) if isinstance(self, nn.Conv2d) else (-1,)
-        return x / self.smooth.to(x.dtype).view(shape)
+        return x / self.smooth.to(x.dtype).view(-1, *[1] * (-channels_of(self) - 1))
 
     def choose_kernel(self) -> str:
         """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
@@ -150,8 +163,14 @@ class QLayer(nn.Module):
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
-        self._kernel, self._packed, said = self._choose(self)
-        if self._kernel.replaces_q:
+        kernel, said = self._proved.get(self.q.device), ""
+        if kernel is None:
+            kernel, packed, said = self._choose(self)
+        else:
+            packed = kernel.pack(self)
+        self._kernel, self._packed = kernel, packed
+        self._home, self._proved[self.q.device] = self.q.device, kernel
+        if kernel.replaces_q:
             self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
 
@@ -161,14 +180,20 @@ class QLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A float copy of the weight. It cannot be changed in place: that would be lost."""
-        with torch.inference_mode():
-            matrix = self.matrix()
-            if self.smooth is not None:
-                matrix = matrix / self.smooth.repeat_interleave(matrix.shape[1] // len(self.smooth))
-            if self.down is not None and self.up is not None:
-                matrix = matrix + self.up.float().flatten(1) @ self.down.float().flatten(1)
-            return matrix.view(self.weight_shape)
+        """The float weight, of the type that the float layer's would have now. Its numbers are made when they are used,
+        and cannot be changed."""
+        if torch.compiler.is_compiling():  # a graph holds plain tensors
+            return self.float_weight()
+        return LazyWeight(self.float_weight, self.weight_shape, self.dtype, self.q.device)
+
+    def float_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What the stored tensors stand for, in the shape of the float layer's weight and, by default, its type."""
+        matrix = self.matrix()
+        if self.smooth is not None:
+            matrix = matrix / self.smooth.repeat_interleave(matrix.shape[1] // len(self.smooth))
+        if self.down is not None and self.up is not None:
+            matrix = matrix + self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return matrix.view(self.weight_shape).to(dtype or self.dtype)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -183,7 +208,12 @@ class QLayer(nn.Module):
         self._kernel = self._packed = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
-        """Moves to another device; never changes the type of a buffer, as `pipe.to(dtype)` would."""
+        """Moves to another device; never changes the type of a buffer, as `pipe.to(dtype)` would: that is the type of
+        the float weight."""
+        asked = fn(torch.empty(0, dtype=self.dtype, device=self.q.device))
+        self.dtype = asked.dtype
+        if asked.device == self.q.device:
+            return self
         self._plain()
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -195,10 +225,20 @@ class QLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}q"] = self.tensors()["q"]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        if f"{prefix}q" not in state_dict and f"{prefix}weight" in state_dict:
+            args[-1].append(f"{prefix}weight is quantized here: load float weights first, and quantize them")
+            return
+        self._plain()
+        self._proved.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
         buffers = {**self._buffers, "q": self.tensors()["q"]}
-        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_packed": None}
+        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_packed": None, "_proved": {}}
 
     def extra_repr(self) -> str:
         outputs, inputs = self.matrix_shape

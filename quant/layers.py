@@ -16,11 +16,13 @@ from .recipe import Recipe
 class QLinear(QLayer, nn.Linear):  # type: ignore[misc, override]
     """y = x W^T + b for x [..., inputs]."""
 
+    float_kind = nn.Linear
+
     def __init__(
         self, like: nn.Linear, recipe: Recipe, tensors: Tensors, present: Present, choose: Choose
     ) -> None:  # fmt: skip
         """like: a Linear, or a QLinear, whose sizes it takes over."""
-        QLayer.__init__(self, recipe, tensors, present, choose)
+        QLayer.__init__(self, recipe, tensors, present, choose, like.weight.dtype)
         self.out_features, self.in_features = like.out_features, like.in_features
 
     @property
@@ -38,11 +40,13 @@ class QLinear(QLayer, nn.Linear):  # type: ignore[misc, override]
 class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
     """A convolution of x [b, channels, h, w] or [channels, h, w], padded with zeros; `padding` is read at each call."""
 
+    float_kind = nn.Conv2d
+
     def __init__(
         self, like: nn.Conv2d, recipe: Recipe, tensors: Tensors, present: Present, choose: Choose
     ) -> None:  # fmt: skip
         """like: a Conv2d, or a QConv2d, whose settings it takes over."""
-        QLayer.__init__(self, recipe, tensors, present, choose)
+        QLayer.__init__(self, recipe, tensors, present, choose, like.weight.dtype)
         for name in _CONV:
             setattr(self, name, getattr(like, name))
 

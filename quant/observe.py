@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import UnsupportedModel
 
-from .activations import rows_of
+from .activations import channels_of, given_to, rows_of
 from .base import QuantMethod
 from .build import Found
 from .packing import Tensors
@@ -71,7 +71,7 @@ class Observer:
         self.seen: dict[str, Seen] = {f.name: Seen() for f in layers}
         self.partners: dict[str, str] = {}  # of each layer, the first that was given the same tensor
         self._generator = torch.Generator().manual_seed(0)
-        self._last: tuple[Any, str] | None = None
+        self._last: tuple[Any, str, int] | None = None  # a tensor, the first layer it was given to, its channels
         self._share = 1.0
 
     def listen(self, clock: StepClock) -> None:
@@ -90,8 +90,10 @@ class Observer:
     @contextmanager
     def watching(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Looks at the layers, and at what the denoiser is told of the time."""
-        hooks: list[Any] = [f.layer.register_forward_pre_hook(self._hook(f.name)) for f in self.layers]
-        hooks += [f.layer.register_forward_hook(_finite(f.name)) for f in self.layers]
+        hooks: list[Any] = []
+        for f in self.layers:
+            hooks.append(f.layer.register_forward_pre_hook(self._hook(f.name), with_kwargs=True))
+            hooks.append(f.layer.register_forward_hook(_finite(f.name)))
         if denoiser is not None:
             hooks.append(denoiser.register_forward_hook(self._timed, with_kwargs=True))
         try:
@@ -106,13 +108,14 @@ class Observer:
         if time is not None and self.bucket is not None:
             self.times[time] = self._share
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
-        def look(layer: nn.Module, inputs: tuple) -> None:
-            x = inputs[0].detach()
-            if self._last is not None and self._last[0]() is inputs[0]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = given_to(args, kwargs)
+            x = given.detach()
+            if self._last is not None and self._last[0]() is given and self._last[2] == channels_of(layer):
                 self.partners.setdefault(name, self._last[1])
             else:
-                self._last = (weakref.ref(inputs[0]), name)
+                self._last = (weakref.ref(given), name, channels_of(layer))
                 self.partners.setdefault(name, name)
             rows = rows_of(x, layer).float().cpu()
             if not bool(rows.isfinite().all()):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdiff.affine import AffineFit, channel_rows
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.errors import BadModel
+from fastdiff.weights import require
 
 from .calls import Calls, swapped
 from .components import Component, components
@@ -32,6 +33,7 @@ def prune(
     rank: of the map that repairs, on top of a scale and a shift by channel. patience: the search ends after so many
     components in a row that cost too much. Fits are sequential: each sees the model without what went before.
     """
+    require(anatomy.denoiser, anatomy.component)
     fitted, judged = calls.halves()
     forms = _forms(anatomy, judged, components(anatomy))
     table = _sensitivities(anatomy, judged, forms, watch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import BadModel
 from fastdiff.patch import PatchSet
+from fastdiff.weights import require
 
 from .build import Found
 from .calls import Calls
@@ -53,6 +54,7 @@ def sensitivities(
     Each is a mean over `calls`, made again with that weight in the layer's place; only one rounded weight is held at a
     time. Raises BadModel, naming the layer, where an output is not finite.
     """
+    require(calls.anatomy.denoiser, calls.anatomy.component)
     table: dict[str, dict[int, float]] = {}
     for number, (name, found) in enumerate(layers.items(), 1):
         table[name] = {}

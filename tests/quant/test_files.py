@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff.errors import BadConfig, BadModel, UnsupportedModel
 from fastdiff.pipelines.quantize import quantize
-from fastdiff.pipelines.quantized_files import INDEX, save
+from fastdiff.pipelines.quantized_files import save
+from fastdiff.pipelines.quantized_parts import INDEX
 from fastdiff.quant.layer import QLayer
 from tests import tiny
 from tests.tiny import arguments

@@ -271,7 +271,7 @@ def test_nan_weights_are_refused():
 def test_the_float_copy_of_a_weight_cannot_be_changed():
     """A LoRA that is fused into it would be lost without a word."""
     quantized = build(nn.Linear(8, 8), Recipe("int8"), Present())
-    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+    with pytest.raises(RuntimeError, match="cannot be changed"):
         quantized.weight.add_(1)
     assert isinstance(quantized, QLinear) and isinstance(quantized, nn.Linear)
     assert issubclass(QConv2d, nn.Conv2d)

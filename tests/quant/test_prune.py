@@ -15,7 +15,8 @@ from fastdiff.pipelines.calibrate import hear
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.pipelines.quantize import quantize
-from fastdiff.pipelines.quantized_files import load_components, save
+from fastdiff.pipelines.quantized_files import save
+from fastdiff.pipelines.quantized_parts import load_components
 from fastdiff.quant.calls import swapped
 from fastdiff.quant.components import components
 from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed

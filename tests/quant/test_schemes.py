@@ -114,14 +114,6 @@ def test_nan_weights_are_named():
         fastdiff.accelerate(pipe, quant="w8a16")
 
 
-def test_what_another_library_quantized_is_left_alone():
-    pipe = tiny.make(SMALL)
-    pipe.unet.register_to_config(quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(UnsupportedModel, match="by bitsandbytes; it runs as it is"):
-        fastdiff.accelerate(pipe, quant="w8a8")
-    fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2}).restore()
-
-
 def test_a_model_that_is_quantized_already_is_refused():
     pipe = tiny.make(SMALL)
     fastdiff.accelerate(pipe, quant=few("w8a16"))
