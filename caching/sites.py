@@ -16,6 +16,7 @@ from .region import Probe, Region
 from .unet import unet_inner, unet_parts
 
 Site: TypeAlias = Literal["auto", "output", "stack", "inner"]
+_LATENTS = ("hidden_states", "sample", "latents", "x")  # what a denoiser calls its noisy latents
 _FEED_FORWARD = ("ff", "ff_context", "ffn", "mlp", "feed_forward", "ff_i", "ff_t", "txt_mlp", "img_mlp")
 
 
@@ -25,13 +26,20 @@ def model_output(anatomy: Anatomy, probe: Probe | None = None) -> Region:
 
 
 def latent_probe(anatomy: Anatomy) -> Probe:
-    """The latents that enter the denoiser: its first argument, whatever its forward calls it."""
-    return Probe(_first(anatomy.denoiser))
+    """The latents that enter the denoiser. Raises UnsupportedModel where nothing tells which argument they are: what
+    stays the same at every step would be taken for latents that do not move, and every step left out."""
+    first = next(iter(parameters(anatomy.denoiser)), "")
+    name = anatomy.family.latents or (first if anatomy.recognised or first in _LATENTS else "")
+    if not name:
+        raise UnsupportedModel(
+            f"which argument of {type(anatomy.denoiser).__name__} holds the latents is not described "
+            "(Family.latents = its name describes it); take a method that does not look at them, such as ab_cache"
+        )
+    return Probe(_reading(name))
 
 
-def _first(module: nn.Module) -> Any:
-    """Reads a module's first argument, as one tensor where it is a list of them (Z-Image)."""
-    name = parameters(module)[0]
+def _reading(name: str) -> Any:
+    """Reads an argument of a module, as one tensor where it is a list of them (Z-Image)."""
 
     def read(inputs: dict[str, Any], _output: Any) -> Tensor:
         leaves = [leaf.detach() for leaf in pytree.tree_leaves(inputs[name]) if isinstance(leaf, Tensor)]
@@ -41,9 +49,10 @@ def _first(module: nn.Module) -> Any:
 
 
 def at(site: Site, anatomy: Anatomy, *, live: int = 1, branch: int = 0, probe: Probe | None = None) -> Region:
-    """The region a setting names; "auto" is the block stack of a transformer, the inside of a UNet."""
+    """The region a setting names; "auto" is the block stack of a transformer, the inside of a UNet, and all of a
+    denoiser whose inside nobody described."""
     if site == "auto":
-        site = "stack" if anatomy.family.kind == "transformer" else "inner"
+        site = "output" if anatomy.opaque else "stack" if anatomy.family.kind == "transformer" else "inner"
     if site == "output":
         return model_output(anatomy, probe)
     if site == "stack":
@@ -55,8 +64,7 @@ def stack_blocks(anatomy: Anatomy) -> list[nn.Module]:
     """Transformer blocks in call order. Raises UnsupportedModel where there are none."""
     blocks = anatomy.blocks
     if anatomy.family.kind != "transformer" or not blocks:
-        name = anatomy.family.name
-        raise UnsupportedModel(f"{name} has no stack of transformer blocks; take a method without, such as ab_cache")
+        raise anatomy.without("stack of transformer blocks")
     return blocks
 
 
@@ -120,15 +128,16 @@ def attention_input(anatomy: Anatomy) -> Probe:
         raise UnsupportedModel(
             f"the first block of {anatomy.family.name} has no attention layer that fastdiff recognises"
         )
-    return Probe(_first(found[0]), found[0])
+    return Probe(_reading(parameters(found[0])[0]), found[0])
 
 
 def attention_layers(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Attention layers by path, in the order of the modules; they hold their projections or a processor."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in root.named_modules():
+        own = path.rpartition(".")[2]
         attends = any(hasattr(module, name) for name in ("to_q", "to_qkv", "to_query")) or (
-            hasattr(module, "processor") and "attn" in path.rpartition(".")[2]
+            hasattr(module, "processor") and ("attn" in own or "attention" in own)
         )
         if attends and path and not any(path.startswith(f"{outer}.") for outer, _ in found):
             found.append((path, module))
@@ -137,6 +146,8 @@ def attention_layers(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def sublayers(anatomy: Anatomy) -> list[Region]:
     """Each attention and feed-forward layer of the blocks by itself; kind is self, cross, temporal or ff."""
+    if anatomy.opaque:
+        raise anatomy.without("blocks, and the attention layers in them")
     out: list[Region] = []
     for root, prefix in _roots(anatomy):
         for path, module in attention_layers(root):

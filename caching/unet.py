@@ -16,6 +16,8 @@ LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion
 
 
 def _unet(anatomy: Anatomy, lacks: str) -> Any:
+    if anatomy.opaque:
+        raise anatomy.without(lacks)
     if anatomy.family.kind != "unet":
         raise UnsupportedModel(f"{anatomy.family.name} is no UNet, it has no {lacks}")
     return anatomy.denoiser

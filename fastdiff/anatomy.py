@@ -45,6 +45,8 @@ class Family:
     long_skips: whether blocks are given what much earlier blocks gave.
     tokens: where the text is in the attention of a transformer's blocks: "apart" (in cross-attention, or in one stream
     with the picture), or before or after the picture's tokens in joint attention; None if that is not known.
+    latents: name of the argument that holds the noisy latents; "" where the name of the first one tells.
+    closed: why no stack can say what is inside; methods that leave out the whole denoiser work nevertheless.
     defaults: fields of methods that suit this family, by method name; the weakest layer of a config.
     """
 
@@ -56,13 +58,16 @@ class Family:
     batches: bool = True
     long_skips: bool = False
     tokens: Literal["apart", "text_first", "text_last"] | None = None
+    latents: str = ""
+    closed: str = ""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A live denoiser with its family. `recognised` is False where the structure was guessed; `companions` are modules
-    whose output the denoiser is given at each step, a ControlNet for example."""
+    """A live denoiser with its family. `recognised` is False where nobody described it: its structure was guessed, or
+    nothing is known of its inside. `companions` are modules whose output the denoiser is given at each step, a
+    ControlNet for example."""
 
     denoiser: nn.Module
     family: Family
@@ -84,10 +89,29 @@ class Anatomy:
                 return stack
         raise UnsupportedModel(f"{type(block).__name__} is in no block stack of {self.family.name}")
 
+    @property
+    def opaque(self) -> bool:
+        """Whether nothing is known of the inside: no stack, and no parts of a UNet."""
+        return self.family.kind == "transformer" and not self.family.stacks
+
+    def without(self, need: str) -> UnsupportedModel:
+        """The refusal of a method that needs what this denoiser does not have, or what nobody told of it."""
+        name = self.family.name
+        if self.recognised or not self.opaque:
+            why = f": {self.family.closed}" if self.family.closed else ""
+            return UnsupportedModel(
+                f"{name} has no {need}{why}; take a method that leaves out the whole model, such as ab_cache"
+            )
+        return UnsupportedModel(
+            f"{name} is not described: nobody told fastdiff of its {need}. Take a method that leaves out the whole "
+            f"model, such as ab_cache, or describe it:\n\n{stub(self.denoiser)}"
+        )
+
 
 def parameters(module: nn.Module) -> list[str]:
-    """Names of what a module's forward takes, in order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    """Names of what a module's forward takes, in order; of the one inside, where torch.compile has wrapped it."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return list(inspect.signature(type(inner).forward).parameters)[1:]
 
 
 def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
@@ -101,19 +125,17 @@ def named(module: nn.Module) -> Callable[[tuple, dict], dict[str, Any]]:
 
 
 def recognise(denoiser: nn.Module, component: str, families: Mapping[str, Family]) -> Anatomy:
-    """The anatomy of a denoiser: by class name along its bases, else by structure, else UnsupportedModel."""
+    """The anatomy of a denoiser: by class name along its bases, else by structure, else of a closed box."""
     for cls in type(denoiser).__mro__:
         if cls.__name__ in families:
             return Anatomy(denoiser, families[cls.__name__], component)
+    name = type(denoiser).__name__
     if _is_unet(denoiser):
-        return Anatomy(denoiser, Family(type(denoiser).__name__, "unet"), component, recognised=False)
+        return Anatomy(denoiser, Family(name, "unet"), component, recognised=False)
     lists = _lists(denoiser)
-    if len(lists) == 1 and (stack := _stack(*lists[0])):
-        return Anatomy(denoiser, Family(type(denoiser).__name__, "transformer", (stack,)), component, recognised=False)
-    raise UnsupportedModel(
-        f"{type(denoiser).__name__} is not described and has no block stack that fastdiff recognises. Describe it:\n\n"
-        + stub(denoiser)
-    )
+    stack = _stack(*lists[0]) if len(lists) == 1 else None
+    known = Family(name, "transformer", (stack,)) if stack else Family(name, "transformer", batches=False)
+    return Anatomy(denoiser, known, component, recognised=False)
 
 
 def _is_unet(denoiser: Any) -> bool:

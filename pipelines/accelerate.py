@@ -15,7 +15,7 @@ from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
-from fastdiff.errors import BadConfig, UnsupportedModel
+from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
@@ -28,6 +28,7 @@ from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
+from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
     from fastdiff.parallel.crew import Crew
@@ -48,7 +49,7 @@ class Accelerated:
 
     def _listen(self) -> None:
         self.clock = clock_of(self.pipe)
-        self._recorder = Recorder(self.clock, self.pipe.device)
+        self._recorder = Recorder(self.clock)
 
     @property
     def report(self) -> RunReport:
@@ -83,6 +84,7 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
+            self._uncached = self._left_out(found)
             self.crew = self._meet(found)
             if self.crew is not None:
                 patches.call(lambda: None, self.crew.bus.abort)
@@ -104,6 +106,24 @@ class Accelerated:
             raise BadConfig("8-bit layers on a CPU do not compile (oneDNN packs them); leave out compile or quant")
         self.quantized = done
 
+    def _left_out(self, found: list[Anatomy]) -> set[str]:
+        """Denoisers that the cache method cannot work on, where there is another one on which it can; said aloud."""
+        refused: dict[str, FastdiffError] = {}
+        method: Any = self.config.cache
+        for anatomy in found if method is not None else ():
+            try:
+                method.places(anatomy)
+            except FastdiffError as error:
+                refused[anatomy.component] = error
+        first = refused.get(found[0].component)
+        if first is not None and (len(refused) == len(found) or isinstance(first, BadConfig)):
+            raise first
+        for name, why in refused.items():
+            note = f"the {name} is not cached: {str(why).splitlines()[0]}"
+            warnings.warn(note, stacklevel=5)
+            self.clock.on_start.append(lambda _, note=note: self._recorder.note(note))  # type: ignore[misc]
+        return set(refused)
+
     def _install_on(self, anatomy: Anatomy, patches: PatchSet) -> None:
         config = self.config
         if config.attention.backend is not None:
@@ -112,6 +132,7 @@ class Accelerated:
         crew = self.crew
         outside = crew.inside(anatomy, patches) if crew is not None else None
         session = self._session(anatomy, whole)
+        self._refuse_graphs(anatomy, session)
         if config.compile.enabled and session is not None:
             check_cache(session, config.compile)
         if config.compile.enabled and not whole:
@@ -156,8 +177,17 @@ class Accelerated:
         }
         return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
 
+    def _refuse_graphs(self, anatomy: Anatomy, session: Session | None) -> None:
+        """Blocks that were compiled already keep their graphs, where nothing in them is patched."""
+        regions = session.regions if session is not None else ()
+        touched = [module for region in regions for module in region.units]
+        touched += [region.probe.module for region in regions if region.probe and region.probe.module is not None]
+        if self.crew is not None and self.crew.bus.topology.patch > 1:
+            touched += anatomy.denoiser.modules()
+        refuse_compiled(anatomy.component, anatomy.denoiser, touched)
+
     def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
-        if self.config.cache is None:
+        if self.config.cache is None or anatomy.component in self._uncached:
             return None
         return Session(self.config.cache, anatomy, self.clock, self._recorder, ahead=ahead)  # type: ignore[arg-type]
 
@@ -190,13 +220,17 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
     BackendUnavailable for what this machine cannot run; the pipeline is then as it was.
     """
     found = anatomies(pipe)
-    for anatomy in found:
-        if not anatomy.recognised:
-            name = type(anatomy.denoiser).__name__
-            warnings.warn(f"{name} is not described; fastdiff goes by its structure", stacklevel=2)
+    for name, goes in {type(a.denoiser).__name__: _goes(a) for a in found if not a.recognised}.items():
+        warnings.warn(f"{name} is not described; fastdiff {goes}", stacklevel=2)
     handle = Accelerated(pipe, resolve_for(pipe, config, levers, found[0]))
     put(handle, found)
     return handle
+
+
+def _goes(anatomy: Anatomy) -> str:
+    if anatomy.opaque:
+        return "treats it as a whole, and refuses what needs its inside"
+    return "goes by its structure"
 
 
 def put(handle: Accelerated, found: list[Anatomy]) -> None:
@@ -205,7 +239,7 @@ def put(handle: Accelerated, found: list[Anatomy]) -> None:
     previous = vars(pipe).get(HANDLE)
     if previous is not None:
         previous.restore()
-    _refuse_shared(found)
+    _refuse_shared(pipe, found)
     try:
         handle.install(found)
     except BaseException:
@@ -220,12 +254,16 @@ def resolve_for(pipe: DiffusionPipeline, config: Source, levers: Mapping[str, An
     return resolve(layers, anatomy.family, embedded_name(pipe))
 
 
-def _refuse_shared(found: list[Anatomy]) -> None:
+def _refuse_shared(pipe: Any, found: list[Anatomy]) -> None:
     for anatomy in found:
-        if hasattr(current_forward(anatomy.denoiser), WATCHED):
+        clock = getattr(current_forward(anatomy.denoiser), WATCHED, None)
+        if clock is not None:
+            fast = (
+                "it has the same scheduler and is fast here too" if clock.hears(pipe) else "its calls here are computed"
+            )
             raise UnsupportedModel(
-                f"this {anatomy.component} is shared with a pipeline that is accelerated already; it is fast here too. "
-                "To change its settings, restore() the other handle first"
+                f"this {anatomy.component} is shared with a pipeline that is accelerated already; {fast}. To give it "
+                "settings for this pipeline, restore() the other handle first"
             )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from fastdiff.anatomy import JOINT, Anatomy, Family, Stack, recognise
-from fastdiff.errors import BadConfig, UnsupportedModel
+from fastdiff.errors import BadConfig
 
 from .language import language_model
+from .parts import companions
+from .parts import denoisers as denoisers
 
 
 class Families(Mapping[str, Family]):
@@ -41,86 +43,179 @@ _TEXT_LAST = {
     "returns": ("hidden_states", "encoder_hidden_states"),
 }
 _BLOCKS = (Stack("transformer_blocks"),)
+_WAN = (Stack("blocks"),)
 _JOINT = (Stack("transformer_blocks", **JOINT),)
 _JOINT_THEN_SINGLE = (*_JOINT, Stack("single_transformer_blocks", **JOINT))
 _TEXT_LAST_BLOCKS = (Stack("transformer_blocks", **_TEXT_LAST),)
+_TEXT_LAST_TWICE = (*_TEXT_LAST_BLOCKS, Stack("single_transformer_blocks", **_TEXT_LAST))
 # Double blocks carry two streams, single blocks one: both streams in one tensor. A region that begins in one stack and
 # ends in the other has no residual, so only the longer stack is described; the double blocks before it always run.
 _SINGLE_ONLY = (Stack("single_transformer_blocks"),)
+_ONE_X = {"takes": ("x",), "returns": ("x",)}
+_FILLS = "its blocks fill a store of keys and values that later calls read"
 
-KNOWN = {
+
+def _transformer(name: str, stacks: tuple[Stack, ...] = (), **facts: Any) -> Family:
+    return Family(name, "transformer", stacks, **facts)
+
+
+def _two(stream: str, other: str, path: str) -> tuple[Stack, ...]:
+    """Blocks that take and return two streams, the picture's first."""
+    return (Stack(path, (stream, other), (stream, other)),)
+
+
+UNETS = {
     "UNet2DConditionModel": Family("unet2d", "unet"),
+    "UNet2DModel": Family("unet2d_plain", "unet", guidance="none"),
+    "UNet3DConditionModel": Family("unet3d", "unet"),
+    "I2VGenXLUNet": Family("i2vgenxl", "unet"),
     "UNetSpatioTemporalConditionModel": Family("svd", "unet"),
     "UNetMotionModel": Family("animatediff", "unet"),
     "AudioLDM2UNet2DConditionModel": Family("audioldm2", "unet"),
-    "SD3Transformer2DModel": Family("sd3", "transformer", _JOINT, tokens="text_last"),
-    "FluxTransformer2DModel": Family("flux", "transformer", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"),
-    "Flux2Transformer2DModel": Family("flux2", "transformer", _SINGLE_ONLY, guidance="none", tokens="apart"),
-    "ChromaTransformer2DModel": Family("chroma", "transformer", _SINGLE_ONLY, guidance="calls", tokens="apart"),
-    "BriaTransformer2DModel": Family("bria", "transformer", _JOINT_THEN_SINGLE, tokens="text_first"),
-    "OvisImageTransformer2DModel": Family(
-        "ovis", "transformer", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"
-    ),
-    "QwenImageTransformer2DModel": Family("qwenimage", "transformer", _JOINT, guidance="calls", tokens="text_first"),
-    "AuraFlowTransformer2DModel": Family("auraflow", "transformer", _SINGLE_ONLY, tokens="apart"),
-    # Each single block is given other text, appended and cut off outside the block: the residual holds for the picture.
-    "HiDreamImageTransformer2DModel": Family("hidream", "transformer", (Stack("single_stream_blocks"),), batches=False),
-    "PixArtTransformer2DModel": Family("pixart", "transformer", _BLOCKS, tokens="apart"),
-    "DiTTransformer2DModel": Family("dit", "transformer", _BLOCKS, tokens="apart"),
-    "SanaTransformer2DModel": Family("sana", "transformer", _BLOCKS),
-    "PriorTransformer": Family("prior", "transformer", _BLOCKS, split=(), batches=False),
-    "HunyuanDiT2DModel": Family("hunyuandit", "transformer", (Stack("blocks"),), long_skips=True),
-    "CogView3PlusTransformer2DModel": Family("cogview3plus", "transformer", _TEXT_LAST_BLOCKS, tokens="text_first"),
-    "CogView4Transformer2DModel": Family(
-        "cogview4", "transformer", _TEXT_LAST_BLOCKS, guidance="calls", tokens="text_first"
-    ),
-    # Refiners before `layers` prepare each stream alone; they always run.
-    "Lumina2Transformer2DModel": Family("lumina2", "transformer", (Stack("layers"),), guidance="calls", tokens="apart"),
-    "ZImageTransformer2DModel": Family(
-        "zimage", "transformer", (Stack("layers", takes=("x",), returns=("x",)),), tokens="apart"
-    ),
-    "WanTransformer3DModel": Family("wan", "transformer", (Stack("blocks"),), guidance="calls", tokens="apart"),
-    "SkyReelsV2Transformer3DModel": Family(
-        "skyreels", "transformer", (Stack("blocks"),), guidance="calls", tokens="apart"
-    ),
-    "CogVideoXTransformer3DModel": Family("cogvideox", "transformer", _TEXT_LAST_BLOCKS, tokens="text_first"),
-    "HunyuanVideoTransformer3DModel": Family(
-        "hunyuanvideo",
-        "transformer",
-        (*_TEXT_LAST_BLOCKS, Stack("single_transformer_blocks", **_TEXT_LAST)),
-        guidance="calls",
-    ),
-    "LTXVideoTransformer3DModel": Family("ltx", "transformer", _BLOCKS, tokens="apart"),
-    "MochiTransformer3DModel": Family("mochi", "transformer", _TEXT_LAST_BLOCKS),
-    "AllegroTransformer3DModel": Family("allegro", "transformer", _BLOCKS, tokens="apart"),
-    # Blocks of two lists take turns, which no Stack says: no method that needs a stack works here.
-    "LatteTransformer3DModel": Family("latte", "transformer"),
-    "StableAudioDiTModel": Family("stableaudio", "transformer", _BLOCKS, split=()),
 }
+IMAGES = {
+    "SD3Transformer2DModel": _transformer("sd3", _JOINT, tokens="text_last"),
+    "FluxTransformer2DModel": _transformer("flux", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"),
+    "Flux2Transformer2DModel": _transformer("flux2", _SINGLE_ONLY, guidance="none", tokens="apart"),
+    # Blocks of each stream alone come before; they always run.
+    "Flux3Transformer2DModel": _transformer(
+        "flux3", (Stack("single_transformer_blocks", **JOINT),), guidance="calls", batches=False
+    ),
+    "ChromaTransformer2DModel": _transformer("chroma", _SINGLE_ONLY, guidance="calls", tokens="apart"),
+    "BriaTransformer2DModel": _transformer("bria", _JOINT_THEN_SINGLE, tokens="text_first"),
+    # Each block is given other text in half of its channels, outside the block: only the picture's residual is read.
+    "BriaFiboTransformer2DModel": _transformer("bria_fibo", _SINGLE_ONLY),
+    # Refiners and what makes tokens of the text come before; they always run.
+    "BriaFibo2Transformer2DModel": _transformer(
+        "bria_fibo2", (Stack("layers", **_ONE_X),), guidance="calls", batches=False
+    ),
+    "OvisImageTransformer2DModel": _transformer("ovis", _JOINT_THEN_SINGLE, guidance="calls", tokens="text_first"),
+    "LongCatImageTransformer2DModel": _transformer("longcat", _JOINT_THEN_SINGLE, guidance="calls"),
+    "QwenImageTransformer2DModel": _transformer("qwenimage", _JOINT, guidance="calls", tokens="text_first"),
+    "QwenImage21Transformer2DModel": _transformer("qwenimage21", _BLOCKS, guidance="calls", batches=False),
+    "NucleusMoEImageTransformer2DModel": _transformer("nucleusmoe", _BLOCKS, guidance="calls"),
+    "AuraFlowTransformer2DModel": _transformer("auraflow", _SINGLE_ONLY, tokens="apart"),
+    # Each single block is given other text, appended and cut off outside the block: the residual holds for the picture.
+    "HiDreamImageTransformer2DModel": _transformer("hidream", (Stack("single_stream_blocks"),), batches=False),
+    "HunyuanImageTransformer2DModel": _transformer("hunyuanimage", _TEXT_LAST_TWICE, guidance="calls"),
+    "PixArtTransformer2DModel": _transformer("pixart", _BLOCKS, tokens="apart"),
+    "DiTTransformer2DModel": _transformer("dit", _BLOCKS, tokens="apart"),
+    "SanaTransformer2DModel": _transformer("sana", _BLOCKS),
+    "Transformer2DModel": _transformer("transformer2d", _BLOCKS),
+    "UVit2DModel": _transformer("uvit", (Stack("transformer_layers"),), latents="input_ids"),
+    "PriorTransformer": _transformer("prior", _BLOCKS, split=(), batches=False),
+    "HunyuanDiT2DModel": _transformer("hunyuandit", (Stack("blocks"),), long_skips=True),
+    "CogView3PlusTransformer2DModel": _transformer("cogview3plus", _TEXT_LAST_BLOCKS, tokens="text_first"),
+    "CogView4Transformer2DModel": _transformer("cogview4", _TEXT_LAST_BLOCKS, guidance="calls", tokens="text_first"),
+    "GlmImageTransformer2DModel": _transformer("glmimage", _TEXT_LAST_BLOCKS, guidance="calls", batches=False),
+    "LuminaNextDiT2DModel": _transformer("lumina", (Stack("layers"),)),
+    # Refiners before `layers` prepare each stream alone; they always run.
+    "Lumina2Transformer2DModel": _transformer("lumina2", (Stack("layers"),), guidance="calls", tokens="apart"),
+    "ZImageTransformer2DModel": _transformer("zimage", (Stack("layers", **_ONE_X),), tokens="apart"),
+    "OmniGenTransformer2DModel": _transformer("omnigen", (Stack("layers"),), batches=False),
+    "PRXTransformer2DModel": _transformer("prx", (Stack("blocks"),)),
+    # Inside, the tokens come first and the batch second.
+    "ErnieImageTransformer2DModel": _transformer("ernie", (Stack("layers", **_ONE_X),), batches=False),
+    "Krea2Transformer2DModel": _transformer("krea2", _BLOCKS, guidance="calls", batches=False),
+    "Ideogram4Transformer2DModel": _transformer("ideogram4", (Stack("layers"),), guidance="none"),
+    "JoyImageEditTransformer3DModel": _transformer(
+        "joyimage", (Stack("double_blocks", **_TEXT_LAST),), guidance="calls", batches=False
+    ),
+    "JoyImageEditPlusTransformer3DModel": _transformer(
+        "joyimage_plus", (Stack("double_blocks", **_TEXT_LAST),), batches=False
+    ),
+}
+VIDEOS = {
+    "WanTransformer3DModel": _transformer("wan", _WAN, guidance="calls", tokens="apart"),
+    # The hints of the control blocks, and those of the face, are added between the blocks: they age with the residual.
+    "WanVACETransformer3DModel": _transformer("wan_vace", _WAN, guidance="calls"),
+    "WanAnimateTransformer3DModel": _transformer("wan_animate", _WAN, guidance="calls"),
+    "WanAnimate2Transformer3DModel": _transformer("wan_animate2", guidance="calls", batches=False, closed=_FILLS),
+    "ChronoEditTransformer3DModel": _transformer("chronoedit", _WAN, guidance="calls"),
+    "AnyFlowTransformer3DModel": _transformer("anyflow", _WAN, batches=False),
+    "AnyFlowFARTransformer3DModel": _transformer("anyflow_far", batches=False, closed=_FILLS),
+    "HeliosTransformer3DModel": _transformer("helios", _WAN, guidance="calls", batches=False),
+    "SkyReelsV2Transformer3DModel": _transformer("skyreels", _WAN, guidance="calls", tokens="apart"),
+    "CogVideoXTransformer3DModel": _transformer("cogvideox", _TEXT_LAST_BLOCKS, tokens="text_first"),
+    "ConsisIDTransformer3DModel": _transformer("consisid", _TEXT_LAST_BLOCKS, batches=False),
+    "EasyAnimateTransformer3DModel": _transformer("easyanimate", _TEXT_LAST_BLOCKS),
+    "HunyuanVideoTransformer3DModel": _transformer("hunyuanvideo", _TEXT_LAST_TWICE, guidance="calls"),
+    "HunyuanVideoFramepackTransformer3DModel": _transformer(
+        "framepack", _TEXT_LAST_TWICE, guidance="calls", batches=False
+    ),
+    "HunyuanVideo15Transformer3DModel": _transformer("hunyuanvideo15", _TEXT_LAST_BLOCKS, guidance="calls"),
+    # The last single blocks begin again with what entered the first block: only the double blocks before are described.
+    "MotifVideoTransformer3DModel": _transformer("motifvideo", _TEXT_LAST_BLOCKS, guidance="calls"),
+    "CosmosTransformer3DModel": _transformer("cosmos", _BLOCKS, guidance="calls", batches=False),
+    "Cosmos3OmniTransformer": _transformer(
+        "cosmos3",
+        (Stack("layers", ("gen_seq", "und_seq"), ("und_seq", "gen_seq")),),
+        guidance="calls",
+        batches=False,
+        latents="vision_tokens",
+    ),
+    "Kandinsky5Transformer3DModel": _transformer(
+        "kandinsky5",
+        (Stack("visual_transformer_blocks", ("visual_embed",), ("visual_embed",)),),
+        guidance="calls",
+        batches=False,
+    ),
+    "Kandinsky6Transformer3DModel": _transformer(
+        "kandinsky6", _two("vis", "aud", "visual_transformer_blocks"), guidance="calls", batches=False
+    ),
+    "Kandinsky6SRTransformer3DModel": _transformer(
+        "kandinsky6_sr", (Stack("visual_transformer_blocks"),), guidance="none"
+    ),
+    "LTXVideoTransformer3DModel": _transformer("ltx", _BLOCKS, tokens="apart"),
+    "LTX2VideoTransformer3DModel": _transformer(
+        "ltx2", _two("hidden_states", "audio_hidden_states", "transformer_blocks"), batches=False
+    ),
+    "SanaVideoTransformer3DModel": _transformer("sana_video", _BLOCKS),
+    "SanaWMTransformer3DModel": _transformer("sana_wm", (Stack("blocks", **_ONE_X),), batches=False),
+    "SanaWMLTX2RefinerTransformer3DModel": _transformer(
+        "sana_wm_refiner", guidance="none", batches=False, closed=_FILLS
+    ),
+    "MiniMaxH3Transformer3DModel": _transformer("minimax_h3", _BLOCKS, guidance="calls", batches=False),
+    "MochiTransformer3DModel": _transformer("mochi", _TEXT_LAST_BLOCKS),
+    "AllegroTransformer3DModel": _transformer("allegro", _BLOCKS, tokens="apart"),
+    "LatteTransformer3DModel": _transformer("latte", closed="spatial and temporal blocks take turns, in two lists"),
+}
+OTHERS = {
+    "StableAudioDiTModel": _transformer("stableaudio", _BLOCKS, split=()),
+    "StableAudio3DiTModel": _transformer("stableaudio3", _BLOCKS, split=()),
+    "AceStepTransformer1DModel": _transformer("acestep", (Stack("layers"),), split=()),
+    "LongCatAudioDiTTransformer": _transformer("longcat_audio", (Stack("blocks"),), split=(), guidance="calls"),
+    "MiniMaxMusic3Transformer1DModel": _transformer("minimax_music3", _BLOCKS, split=(), guidance="calls"),
+    "T5FilmDecoder": _transformer(
+        "t5film", (Stack("decoders"),), split=(), guidance="none", batches=False, latents="decoder_input_tokens"
+    ),
+    "RFD4ProteinaTransformer": _transformer(
+        "rfd4_proteina",
+        split=(),
+        guidance="none",
+        batches=False,
+        latents="bb_ca",
+        closed="pairs of tokens, which the layers do not return, are changed between them",
+    ),
+    "UNet1DModel": _transformer("unet1d", split=(), guidance="none", closed="its blocks have no list of layers"),
+    "Kandinsky3UNet": _transformer(
+        "kandinsky3", closed="its blocks have no list of layers, and only levels are joined"
+    ),
+    "StableCascadeUNet": _transformer("stable_cascade", closed="a level holds layers of several kinds and may repeat"),
+    "UNetControlNetXSModel": _transformer("controlnet_xs", closed="the layers of a ControlNet are woven into its own"),
+}
+KNOWN = UNETS | IMAGES | VIDEOS | OTHERS
 FAMILIES = Families(KNOWN)
 
 
 register_family = FAMILIES.register
 
 
-def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The components that denoise, by name. Raises UnsupportedModel where there is none."""
-    names = ("unet", "transformer", "transformer_2", "prior", "decoder")
-    found = {n: m for n in names if isinstance(m := getattr(pipe, n, None), nn.Module)}
-    if not found or not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):
-        raise UnsupportedModel(
-            f"{type(pipe).__name__} has no denoiser with a scheduler; fastdiff accelerates pipelines that have one of "
-            + ", ".join(names)
-        )
-    return found
-
-
 def anatomies(pipe: DiffusionPipeline) -> list[Anatomy]:
-    """An anatomy for each denoiser of the pipeline."""
+    """An anatomy for each denoiser of the pipeline, the main one first."""
     model = language_model(pipe)
     if model is not None:
         return [model]
-    control = getattr(pipe, "controlnet", None)
-    companions = (control,) if isinstance(control, nn.Module) else ()
+    beside = companions(pipe)
     found = [recognise(module, name, FAMILIES) for name, module in denoisers(pipe).items()]
-    return [replace(anatomy, companions=companions) for anatomy in found]
+    return [replace(anatomy, companions=beside) for anatomy in found]

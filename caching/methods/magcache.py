@@ -53,7 +53,7 @@ class MagCache(CacheMethod):
         return [self._region(anatomy)]
 
     def _region(self, anatomy: Anatomy) -> Region:
-        return at("stack" if anatomy.family.kind == "transformer" else "output", anatomy, live=0)
+        return at("stack" if anatomy.blocks else "output", anatomy, live=0)
 
     def mask(self, run: Run, region: Region) -> list[bool]:
         assert self.plan is not None

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastdiff
 from fastdiff.anatomy import Anatomy, Family, Stack, recognise, stub
+from fastdiff.caching.sites import stack_blocks
 from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.pipelines.families import FAMILIES, KNOWN, Families, anatomies
 from tests import tiny
@@ -115,8 +116,9 @@ def test_an_undescribed_unet_is_recognised_by_its_parts():
 @pytest.mark.parametrize("name", ["wan", "pixart"])
 def test_undescribed_blocks_with_a_text_stream_are_not_guessed(name):
     """They may return one stream or two, in either order: a wrong guess would be a wrong picture."""
-    with pytest.raises(UnsupportedModel, match="is not described"):
-        recognise(tiny.make(name).transformer, "transformer", {})
+    anatomy = recognise(tiny.make(name).transformer, "transformer", {})
+    assert anatomy.opaque and not anatomy.recognised and not anatomy.blocks
+    assert not anatomy.family.batches and anatomy.family.tokens is None
 
 
 def test_undescribed_blocks_of_one_stream_are_recognised():
@@ -140,7 +142,7 @@ def test_every_unet_is_recognised_without_its_description_and_caches_the_same(na
 def proposed(denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Family:
     """The family that the stub of the refusal describes, pasted as it is."""
     with pytest.raises(UnsupportedModel, match="is not described") as refused:
-        recognise(denoiser, "transformer", {})
+        stack_blocks(recognise(denoiser, "transformer", {}))
     code = str(refused.value).partition("\n\n")[2]
     assert "register_family(" in code
     pasted: dict[str, Family] = {}
@@ -150,7 +152,7 @@ def proposed(denoiser: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Family:
 
 
 @pytest.mark.parametrize("name", [n for n, entry in ZOO.items() if entry.method != "deepcache"])
-def test_every_transformer_is_refused_without_its_description_and_the_stub_is_near(name, monkeypatch):
+def test_what_needs_blocks_is_refused_without_their_description_and_the_stub_is_near(name, monkeypatch):
     """The stub proposes all that was described by hand, except where a block hides what it returns."""
     denoiser = ZOO[name].denoiser(ZOO[name].make())
     described, stub_says = KNOWN[type(denoiser).__name__].stacks, proposed(denoiser, monkeypatch).stacks
@@ -194,14 +196,13 @@ def test_a_unet_whose_blocks_have_no_resnets_is_not_guessed():
     """Kandinsky 3 has the parts of a UNet by name, but other blocks."""
     unet = tiny.make("sd15").unet
     del unet.up_blocks[0].resnets
-    with pytest.raises(UnsupportedModel, match="is not described"):
-        recognise(unet, "unet", {})
+    assert recognise(unet, "unet", {}).opaque
 
 
 @pytest.mark.parametrize("denoiser", [Known(JointBlock), Known(count=1), nn.Linear(2, 2)])
 def test_a_refusal_prints_a_stub_that_can_be_pasted(denoiser, monkeypatch):
     with pytest.raises(UnsupportedModel) as refused:
-        recognise(denoiser, "transformer", {})
+        stack_blocks(recognise(denoiser, "transformer", {}))
     sentence, _, code = str(refused.value).partition("\n\n")
     assert type(denoiser).__name__ in sentence and code == stub(denoiser)
     registered = {}
@@ -237,6 +238,11 @@ def test_a_pipeline_without_a_denoiser_is_refused_in_one_sentence():
 
     with pytest.raises(UnsupportedModel, match="Nothing has no denoiser with a scheduler"):
         anatomies(Nothing())
+
+
+def test_a_closed_denoiser_says_why():
+    anatomy = Anatomy(Pair(), Family("pair", "transformer", closed="its blocks take turns"), "transformer")
+    assert "pair has no stack: its blocks take turns; take a method" in str(anatomy.without("stack"))
 
 
 def test_a_guessed_family_is_warned_about(monkeypatch):
