@@ -44,6 +44,11 @@ class CacheMethod(Method):
     language: ClassVar[bool] = False  # whether the method is for language models, not for images and video
 
     @property
+    def history(self) -> int:
+        """How many computed values a prediction may read: what is kept of each region."""
+        return 1 if self.predictor == "reuse" else self.order
+
+    @property
     def predicts_inside(self) -> bool:
         """Whether predictions are made while the denoiser runs, so that no graph of all of it can hold."""
         return False

@@ -16,7 +16,7 @@ class Reading:
             self._value = torch.empty((), dtype=scalar.dtype, pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(scalar.device))  # whose copy it is, whatever is current
 
     def __float__(self) -> float:
         if self._arrived is not None:
@@ -26,5 +26,5 @@ class Reading:
 
 def peak(leaves: list) -> Reading:
     """The largest magnitude in some tensors; not a number if they hold one."""
-    found = [torch.linalg.vector_norm(leaf.float(), ord=torch.inf) for leaf in leaves if isinstance(leaf, Tensor)]
+    found = [torch.linalg.vector_norm(leaf, ord=torch.inf).float() for leaf in leaves if isinstance(leaf, Tensor)]
     return Reading(found[0] if len(found) == 1 else torch.stack(found).amax())

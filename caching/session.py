@@ -285,7 +285,7 @@ class Session:
             if memory.probe is not None:
                 memory.probes.append(memory.probe)
             for history in (memory.indices, memory.values, memory.peaks, memory.probes):
-                del history[: -max(2, self.method.order)]
+                del history[: -self.method.history]
             memory.taken = None
 
     def forget(self) -> None:

@@ -256,7 +256,7 @@ class StepClock:
             self._note(_FOREIGN)
             return None
         if self._pending:
-            self._begin(pipe, timestep, _shape(args, kwargs))
+            self._begin(pipe, timestep, _latents(args, kwargs))
         at = self._place(timestep)
         again = self._fresh and at is not None and at == self._ticked  # one more view of a picture
         if self.run is not None and self.index >= self.run.total and not again and not self.open_ended:
@@ -338,7 +338,7 @@ class StepClock:
         for callback in self.on_expect:
             callback()
 
-    def _begin(self, pipe: Any | None, timestep: Any, shape: tuple[int, ...]) -> None:
+    def _begin(self, pipe: Any | None, timestep: Any, latents: torch.Tensor) -> None:
         scheduler = self.scheduler
         self._pending = False
         grid = [] if self.open_ended else torch.as_tensor(scheduler.timesteps).flatten().tolist()
@@ -355,7 +355,8 @@ class StepClock:
         guidance = getattr(pipe or self.pipe, "guidance_scale", None)
         self.run = Run(
             self._number, tuple(listed[begin:end]), tuple(sigmas[begin:end]), flow, type(scheduler).__name__,
-            float(guidance) if isinstance(guidance, int | float) else None, shape, begin > 0,
+            float(guidance) if isinstance(guidance, int | float) else None, tuple(latents.shape[1:]), begin > 0,
+            latents.device,
         )  # fmt: skip
         self.index, self._ticked, self._called, self._copied, self.repeats = 0, None, False, False, False
         self._viewed = self._place(timestep) is not None
@@ -375,7 +376,7 @@ class StepClock:
             self.abandon()  # else the last step may be stepped again
 
 
-def _shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
-    """Shape of the denoiser's input, without the batch."""
+def _latents(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The denoiser's input."""
     tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
-    return tuple(next(tensors, torch.empty(0)).shape[1:])
+    return next(tensors, torch.empty(0))

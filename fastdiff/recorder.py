@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from .clock import Run, Step, StepClock
 from .report import ABSENT, CACHED, COMPUTED, RunReport, peak_memory_mb
+from .timing import Moments
 
 
 class Recorder:
     """Keeps the report of the last run; a method that leaves work out calls `skipped()` inside a denoiser call."""
 
-    def __init__(self, clock: StepClock, device: torch.device) -> None:
+    def __init__(self, clock: StepClock) -> None:
         self.report = RunReport()
-        self.device = device
+        self._moments: Moments | None = None
         self._skipped = self._predicted = self._elsewhere = False
-        self._mark = 0.0
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
         clock.on_return.append(self._return)
@@ -43,9 +41,9 @@ class Recorder:
 
     def _start(self, run: Run) -> None:
         self.report = RunReport(total=run.total)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._mark = time.perf_counter()
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        self._moments = Moments(run.device)
 
     def _call(self, step: Step) -> None:
         self._skipped = self._predicted = self._elsewhere = False
@@ -59,12 +57,12 @@ class Recorder:
             self.report.predicted.add(step.index)
 
     def _tick(self, index: int) -> None:
-        if index + 1 == self.report.total and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # once a run, so that the seconds are not those of the launches alone
-        now = time.perf_counter()
-        self.report.step_seconds.append(now - self._mark)
-        self._mark = now
+        if self._moments is not None:
+            self._moments.mark()
+            self.report.step_seconds = self.report.host_seconds = self._moments.host_seconds()
 
     def _end(self, run: Run) -> None:
-        """Asking for the peak takes milliseconds on some systems, so not at every step."""
-        self.report.peak_memory_mb = peak_memory_mb(self.device.type)
+        """The device is waited for once a run; asking for the peak takes milliseconds on some systems."""
+        if self._moments is not None:
+            self.report.step_seconds = self._moments.seconds()
+        self.report.peak_memory_mb = peak_memory_mb(run.device)

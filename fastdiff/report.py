@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 COMPUTED, CACHED, ABSENT = "computed", "cached", "absent"
 UNTOLD = -1  # the branch of calls that nothing tells from another one
 
@@ -20,13 +22,15 @@ class RunReport:
 
     `branches` has one list a branch (`UNTOLD` for calls that nothing tells apart), with "computed", "cached" or
     "absent" (not called) for each step; `predicted` the steps in which a skipped value was made of several, or
-    corrected, and not used as it was; `step_seconds` has one entry a step.
+    corrected, and not used as it was; `step_seconds` has one entry a step, in seconds of the device, `host_seconds`
+    what the host took to launch it.
     """
 
     total: int = 0
     branches: dict[int, list[str]] = field(default_factory=dict)
     predicted: set[int] = field(default_factory=set)
     step_seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
     peak_memory_mb: float = 0.0
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
@@ -88,6 +92,7 @@ class RunReport:
             "partly": self.partly,
             "predicted": len(self.predicted),
             "seconds": round(self.seconds, 4),
+            "host_seconds": round(sum(self.host_seconds), 4),
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "bytes_sent": self.bytes_sent,
@@ -102,7 +107,7 @@ class RunReport:
         parts = [
             f"{self.steps} steps: {self.computed} computed, {self.cached} cached"
             + (f" ({self.partly} with one branch cached)" if self.partly else ""),
-            f"{self.seconds:.2f} s denoising",
+            f"{self.seconds:.2f} s denoising" + self._launched(),
         ]
         if saved := self.saved_seconds():
             parts.append(f"about {saved:.2f} s saved")
@@ -111,13 +116,16 @@ class RunReport:
         parts.append(f"peak {self.peak_memory_mb:.0f} MB")
         return " · ".join([*parts, *self.notes])
 
+    def _launched(self) -> str:
+        """The host's time, where it is another: work that waits for its launch, or launches far ahead."""
+        host = sum(self.host_seconds)
+        return f" ({host:.2f} s on the host)" if abs(host - self.seconds) > 0.2 * self.seconds else ""
 
-def peak_memory_mb(device_type: str) -> float:
+
+def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: of the CUDA allocator, or of the process on a CPU (since it started)."""
-    if device_type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     try:
         import resource
     except ImportError:  # Windows

@@ -18,7 +18,7 @@ class Run:
     `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
     lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`. `scheduler` is its class name,
     `guidance_scale` what the pipeline says of itself, if anything, `shape` that of the denoiser's input without the
-    batch, `late` whether the run leaves out the scheduler's first steps (img2img).
+    batch, `late` whether the run leaves out the scheduler's first steps (img2img), `device` where the denoiser runs.
     """
 
     number: int
@@ -29,6 +29,7 @@ class Run:
     guidance_scale: float | None = None
     shape: tuple[int, ...] = ()
     late: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _axes: dict[str, tuple[float, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -134,7 +134,7 @@ def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepCloc
     elif bus.topology.patch > 1:
         split_tokens(method, anatomy, bus, clock, patches)(patches)
     if bus.topology.cfg > 1:
-        split_guidance(anatomy, bus, clock, patches, Recorder(clock, torch.device("cpu")))
+        split_guidance(anatomy, bus, clock, patches, Recorder(clock))
 
 
 class _Player:

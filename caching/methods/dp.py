@@ -50,6 +50,11 @@ class DP(CacheMethod):
         None, description="what calibrate found, or the path of its file"
     )
 
+    @property
+    def history(self) -> int:
+        """Weights fitted to the trace may use values that the predictor does not."""
+        return self.order
+
     def regions(self, anatomy: Anatomy) -> list[Region]:
         self._plan.check_model(anatomy)
         return [self._region(anatomy)]

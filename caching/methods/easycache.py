@@ -28,6 +28,11 @@ class EasyCache(Gated):
 
     accumulates: ClassVar[bool] = True
 
+    @property
+    def history(self) -> int:
+        """The rate of change is that between the two newest computed steps."""
+        return max(2, super().history)
+
     def regions(self, anatomy: Anatomy) -> list[Region]:
         return [model_output(anatomy, latent_probe(anatomy))]
 

@@ -6,7 +6,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import fastdiff
 from fastdiff.clock import Run, Step
@@ -90,7 +89,7 @@ def test_more_branches_than_two_are_numbered():
 
 def recorder() -> Recorder:
     listeners = {name: [] for name in ("on_start", "on_end", "on_tick", "on_call", "on_return", "on_note")}
-    return Recorder(SimpleNamespace(**listeners), torch.device("cpu"))
+    return Recorder(SimpleNamespace(**listeners))
 
 
 def test_a_branch_that_is_not_called_at_a_step_is_absent_there():
