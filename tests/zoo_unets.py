@@ -38,7 +38,7 @@ def image_processor() -> Any:
     return transformers.CLIPImageProcessorPil(size=64, crop_size=64)
 
 
-def _unet(**options: Any) -> nn.Module:
+def small_unet(**options: Any) -> nn.Module:
     standard = {
         "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 2, "norm_num_groups": 4,
         "cross_attention_dim": 32, "attention_head_dim": 4, "down_block_types": _CROSS_DOWN,
@@ -49,7 +49,7 @@ def _unet(**options: Any) -> nn.Module:
 
 def _sd2() -> DiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
-        unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)), vae=tiny.image_vae(),
+        unet=small_unet(use_linear_projection=True, attention_head_dim=(2, 4)), vae=tiny.image_vae(),
         text_encoder=tiny.clip_encoder(), tokenizer=tiny.clip_tokenizer(), safety_checker=None, feature_extractor=None,
         scheduler=diffusers.DDIMScheduler(**tiny.SD_BETAS, prediction_type="v_prediction", clip_sample=False),
         requires_safety_checker=False,
@@ -57,7 +57,7 @@ def _sd2() -> DiffusionPipeline:
 
 
 def _sdxl_refiner() -> DiffusionPipeline:
-    unet = _unet(
+    unet = small_unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=72,
         use_linear_projection=True, transformer_layers_per_block=(1, 2),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _movq() -> nn.Module:
 
 
 def _kandinsky() -> DiffusionPipeline:
-    unet = _unet(
+    unet = small_unet(
         out_channels=8, addition_embed_type="image", encoder_hid_dim=32, encoder_hid_dim_type="image_proj",
         **_RESAMPLED_BY_RESNETS,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def _kandinsky() -> DiffusionPipeline:
 
 
 def _deepfloyd() -> DiffusionPipeline:
-    unet = _unet(
+    unet = small_unet(
         in_channels=3, out_channels=6, cross_attention_dim=32, encoder_hid_dim=32, attention_head_dim=2,
         addition_embed_type="text", addition_embed_type_num_heads=2, act_fn="gelu", time_embedding_act_fn="gelu",
         **_RESAMPLED_BY_RESNETS,

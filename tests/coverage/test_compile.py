@@ -18,6 +18,7 @@ import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.compile import repeated
 from fastdiff.pipelines.families import anatomies
+from tests.coverage.short import SHORT
 from tests.state import differences, snapshot
 from tests.zoo import ZOO
 
@@ -46,8 +47,7 @@ INSIDE = {
     "seacache stack": {"method": "seacache", "threshold": 1e9, "site": "stack"},
 }
 DENOISER_CASES = [
-    ("deepcache", "sd15"),
-    *[(row, "sd2") for row in (*ANYWHERE, "static inner")],  # a UNet that is traced in a third of the time
+    *[(row, "sd2") for row in (*ANYWHERE, "static inner", "deepcache")],
     *[(row, name) for name in ("flux", "pixart") for row in (*ANYWHERE, "ab_cache stack")],
     *[(row, name) for name in ("sd3", "wan") for row in ("ab_cache stack", "ab_cache blocks", "fora", "a_sdm")],
 ]
@@ -96,17 +96,17 @@ def compiled(scope: str, **more: Any) -> dict[str, Any]:
 
 def uncompiled(pipe: DiffusionPipeline, name: str, cache: dict | None) -> tuple[Tensor, int]:
     with fastdiff.accelerate(pipe, **({"cache": cache} if cache else {})) as handle:
-        return ZOO[name].run(pipe, STEPS), handle.report.cached
+        return SHORT[name].run(pipe, STEPS), handle.report.cached
 
 
 def leaf(pipe: DiffusionPipeline, name: str) -> Tensor:
     """A weight that is used exactly where the denoiser is computed in full."""
-    return ZOO[name].deepest_leaf(pipe).weight
+    return SHORT[name].deepest_leaf(pipe).weight
 
 
 @pytest.mark.parametrize(("row", "name"), DENOISER_CASES, ids=[f"{row}-{name}" for row, name in DENOISER_CASES])
 def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(row, name, graphs):
-    entry = ZOO[name]
+    entry = SHORT[name]
     pipe = entry.make()
     expected, cached = uncompiled(pipe, name, STATIC[row])
     handle = fastdiff.accelerate(pipe, cache=STATIC[row], compile=compiled("denoiser"))
@@ -126,7 +126,7 @@ def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(
     [("deepcache", "sd2"), ("ab_cache stack", "pixart"), ("ab_cache blocks", "flux"), ("a_sdm", "sd2")],
 )
 def test_the_graph_of_a_cached_step_does_not_read_the_weights_of_what_it_leaves_out(row, name, graphs):
-    entry = ZOO[name]
+    entry = SHORT[name]
     pipe = entry.make()
     fastdiff.accelerate(pipe, cache=STATIC[row], compile=compiled("denoiser"))
     inner = leaf(pipe, name) if row != "a_sdm" else pipe.unet.mid_block.resnets[0].conv1.weight
@@ -137,43 +137,43 @@ def test_the_graph_of_a_cached_step_does_not_read_the_weights_of_what_it_leaves_
 
 
 def test_another_size_adds_graphs_and_coming_back_adds_none(graphs):
-    pipe = ZOO["pixart"].make()
+    pipe = SHORT["pixart"].make()
     fastdiff.accelerate(pipe, cache=STATIC["ab_cache stack"], compile=compiled("denoiser", dynamic=False))
-    expected = ZOO["pixart"].run(pipe, STEPS)
-    ZOO["pixart"].run(pipe, STEPS, height=32, width=64)
+    expected = SHORT["pixart"].run(pipe, STEPS)
+    SHORT["pixart"].run(pipe, STEPS, height=32, width=64)
     assert len(graphs.sizes) == 4
-    assert torch.equal(ZOO["pixart"].run(pipe, STEPS), expected)
+    assert torch.equal(SHORT["pixart"].run(pipe, STEPS), expected)
     assert len(graphs.sizes) == 4
 
 
 def test_settings_that_skip_nothing_are_one_graph(graphs):
-    pipe = ZOO["pixart"].make()
-    plain = ZOO["pixart"].run(pipe, STEPS)
+    pipe = SHORT["pixart"].make()
+    plain = SHORT["pixart"].run(pipe, STEPS)
     fastdiff.accelerate(pipe, cache={**STATIC["fora"], "interval": 1}, compile=compiled("denoiser"))
-    assert torch.equal(ZOO["pixart"].run(pipe, STEPS), plain)
+    assert torch.equal(SHORT["pixart"].run(pipe, STEPS), plain)
     assert len(graphs.sizes) == 1
 
 
 def test_sites_with_their_own_intervals_have_a_graph_for_each_combination(graphs):
     """PAB: self-attention every 2 steps, cross-attention every 6: both, self only, none."""
-    pipe = ZOO["pixart"].make()
+    pipe = SHORT["pixart"].make()
     pab = {"method": "pab", "between": [0, 1], "self_interval": 2, "cross_interval": 6}
     expected, _ = uncompiled(pipe, "pixart", pab)
     fastdiff.accelerate(pipe, cache=pab, compile=compiled("denoiser"))
-    assert torch.equal(ZOO["pixart"].run(pipe, STEPS), expected)
+    assert torch.equal(SHORT["pixart"].run(pipe, STEPS), expected)
     assert len(graphs.sizes) == 3
-    ZOO["pixart"].run(pipe, STEPS + 3)
+    SHORT["pixart"].run(pipe, STEPS + 3)
     assert len(graphs.sizes) == 3
 
 
 @pytest.mark.parametrize("guidance", ["drop", "delta", "keep"])
 def test_tgate_is_one_graph_of_both_halves_and_one_of_the_conditional_half(guidance, graphs):
-    pipe = ZOO["pixart"].make()
+    pipe = SHORT["pixart"].make()
     tgate = {"method": "tgate", "gate": 0.5, "guidance": guidance}
     expected, _ = uncompiled(pipe, "pixart", tgate)
     fastdiff.accelerate(pipe, cache=tgate, compile=compiled("denoiser"))
-    assert torch.equal(ZOO["pixart"].run(pipe, STEPS), expected)
-    ZOO["pixart"].run(pipe, STEPS + 3)
+    assert torch.equal(SHORT["pixart"].run(pipe, STEPS), expected)
+    SHORT["pixart"].run(pipe, STEPS + 3)
     assert len(graphs.sizes) == 2 and graphs.sizes[1] < graphs.sizes[0]
 
 
@@ -183,17 +183,17 @@ def test_tgate_is_one_graph_of_both_halves_and_one_of_the_conditional_half(guida
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 @pytest.mark.parametrize("row", OUTSIDE)
 def test_a_dynamic_method_that_looks_at_the_denoiser_s_input_decides_outside_the_graph(row, name, graphs):
-    pipe = ZOO[name].make()
+    pipe = SHORT[name].make()
     expected, cached = uncompiled(pipe, name, OUTSIDE[row])
     handle = fastdiff.accelerate(pipe, cache=OUTSIDE[row], compile=compiled("denoiser"))
-    assert torch.equal(ZOO[name].run(pipe, STEPS), expected)
+    assert torch.equal(SHORT[name].run(pipe, STEPS), expected)
     assert handle.report.cached == cached > 0
-    assert len(graphs.sizes) == 1 and len(graphs.executed) == (STEPS - cached) * ZOO[name].calls
+    assert len(graphs.sizes) == 1 and len(graphs.executed) == (STEPS - cached) * SHORT[name].calls
 
 
 def refused(name: str, cache: dict, scope: str) -> str:
     """What is said, in one sentence and before anything is changed."""
-    pipe = ZOO[name].make()
+    pipe = SHORT[name].make()
     before = snapshot(pipe)
     with pytest.raises(BadConfig) as said:
         fastdiff.accelerate(pipe, cache=cache, compile=compiled(scope))
@@ -229,11 +229,11 @@ def test_a_method_that_leaves_out_parts_of_compiled_blocks_is_refused(name, cach
 
 
 def test_a_refusal_keeps_what_was_accelerated_before():
-    pipe = ZOO["pixart"].make()
+    pipe = SHORT["pixart"].make()
     handle = fastdiff.accelerate(pipe, cache=AB)
     with pytest.raises(BadConfig):
         fastdiff.accelerate(pipe, cache="fora", compile=compiled("blocks"))
-    ZOO["pixart"].run(pipe, STEPS)
+    SHORT["pixart"].run(pipe, STEPS)
     assert handle.active and handle.report.cached == STEPS // 2
 
 
@@ -248,7 +248,7 @@ BLOCK_CASES = [
 
 @pytest.mark.parametrize(("row", "name"), BLOCK_CASES, ids=[f"{row}-{name}" for row, name in BLOCK_CASES])
 def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, name, graphs):
-    entry, cache = ZOO[name], (STATIC | INSIDE | OUTSIDE)[row]
+    entry, cache = SHORT[name], (STATIC | INSIDE | OUTSIDE)[row]
     pipe = entry.make()
     expected, cached = uncompiled(pipe, name, cache)
     with fastdiff.accelerate(pipe, compile=compiled("blocks")):
@@ -270,11 +270,11 @@ def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, nam
 @pytest.mark.parametrize("name", ["sd2", "pixart", "flux"])
 def test_decoding_ahead_works_around_compiled_blocks(name, graphs):
     """Batches of several sizes: torch makes one more graph of a kind, for any size."""
-    pipe = ZOO[name].make()
+    pipe = SHORT[name].make()
     cache = {"method": "faster_diffusion", "interval": 3}
     expected, cached = uncompiled(pipe, name, cache)
     handle = fastdiff.accelerate(pipe, cache=cache, compile=compiled("blocks"))
-    assert torch.equal(ZOO[name].run(pipe, STEPS), expected)
+    assert torch.equal(SHORT[name].run(pipe, STEPS), expected)
     assert handle.report.cached == cached > 0
 
 
@@ -335,24 +335,24 @@ def test_a_unet_with_more_kinds_of_layers_than_torch_keeps_graphs_of_one_functio
 @pytest.mark.parametrize("scope", ["blocks", "denoiser"])
 def test_restore_leaves_nothing_of_the_compiler_behind(scope):
     install_generation_tagging_init()  # the first compilation of a process changes nn.Module for good
-    pipe = ZOO["pixart"].make()
-    plain = ZOO["pixart"].run(pipe, STEPS)
+    pipe = SHORT["pixart"].make()
+    plain = SHORT["pixart"].run(pipe, STEPS)
     before = snapshot(pipe)
     handle = fastdiff.accelerate(pipe, cache=STATIC["ab_cache stack"], compile=compiled(scope))
-    assert not torch.equal(ZOO["pixart"].run(pipe, STEPS), plain)
+    assert not torch.equal(SHORT["pixart"].run(pipe, STEPS), plain)
     handle.restore()
-    assert torch.equal(ZOO["pixart"].run(pipe, STEPS), plain)
+    assert torch.equal(SHORT["pixart"].run(pipe, STEPS), plain)
     assert differences(before, snapshot(pipe)) == []
 
 
 @pytest.mark.parametrize("scope", ["blocks", "denoiser"])
 def test_settings_tried_one_after_the_other_do_not_use_up_torch_s_graphs(scope, graphs):
-    pipe = ZOO["pixart"].make()
+    pipe = SHORT["pixart"].make()
     made = []
     with torch._dynamo.config.patch(recompile_limit=3):
         for _ in range(5):
             with fastdiff.accelerate(pipe, cache=STATIC["ab_cache stack"], compile=compiled(scope)):
-                ZOO["pixart"].run(pipe, 2)
+                SHORT["pixart"].run(pipe, 2)
             made.append(len(graphs.sizes))
     assert len({after - before for before, after in pairwise(made)}) == 1
 
@@ -361,17 +361,17 @@ def test_a_compiled_denoiser_goes_on_when_a_lora_comes(graphs):
     pytest.importorskip("peft")
     from peft import LoraConfig
 
-    pipe = ZOO["sd3"].make()
+    pipe = SHORT["sd3"].make()
     handle = fastdiff.accelerate(pipe, cache=STATIC["ab_cache stack"], compile=compiled("denoiser"))
-    bare = ZOO["sd3"].run(pipe, STEPS)
+    bare = SHORT["sd3"].run(pipe, STEPS)
     with torch.random.fork_rng():
         torch.manual_seed(4)
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    tuned = ZOO["sd3"].run(pipe, STEPS)
+    tuned = SHORT["sd3"].run(pipe, STEPS)
     assert not torch.equal(tuned, bare) and len(graphs.sizes) == 4
     handle.restore()
     with fastdiff.accelerate(pipe, cache=STATIC["ab_cache stack"]):
-        assert torch.equal(ZOO["sd3"].run(pipe, STEPS), tuned)
+        assert torch.equal(SHORT["sd3"].run(pipe, STEPS), tuned)
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ class Feature:
 
     def run(self, pipe: DiffusionPipeline, **changes: Any) -> Tensor:
         told = {**self.given, **changes}
-        if self.family != "sdxl" and "strength" in told and self.family != "sd3":  # they take the image's size
+        if self.family == "sd15" and "strength" in told:  # takes the image's size
             told = {"height": None, "width": None, **told}
         told = tiny.arguments(self.family, STEPS) | told
         told = {key: value for key, value in told.items() if value is not None or key == "negative_prompt"}
