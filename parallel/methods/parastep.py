@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, parameters
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import PeerLost
 from fastdiff.parallel.base import ParallelMethod
@@ -51,37 +51,46 @@ class Cycle:
         self.warmup, self.order = max(1, method.warmup_steps), getattr(method, "order", 1)
         self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place, self.length = bus.topology.place("step"), bus.topology.step
-        self._start(None)
-        clock.on_start.append(self._start)
+        self._forget(None)
+        clock.on_start.append(self._forget)
+        clock.on_end.append(self._forget)
         clock.solve = self._solve
 
-    def _start(self, run: Run | None) -> None:
+    def _forget(self, run: Run | None) -> None:
+        """Nothing of a run reaches the next one, or stays in memory after it."""
         self.known: list[tuple[float, Tensor]] = []  # time and output (guidance applied) of the newest true steps
         self._passed: list[tuple[tuple, dict, Tensor, list[Call]]] = []  # each step of the cycle: what the solver got
         self._calls: list[Call] = []  # of the denoiser in this step
+        self._mine = torch.empty(0)  # what this rank computed in the cycle
         self._before: dict[str, Any] = {}
+        self._last: dict[
+            tuple[str, int], tuple[list[torch.Size], Any]
+        ] = {}  # by denoiser and branch: a call, its output
 
     def attach(self, anatomy: Anatomy, patches: PatchSet) -> None:
-        patches.wrap_forward(anatomy.denoiser, self._computing)
+        latents = parameters(anatomy.denoiser)[0]
 
-    def _computing(self, forward: Forward) -> Forward:
-        last: dict[int, Any] = {}
-
-        @wraps(forward)
-        def computed(*args: Any, **kwargs: Any) -> Any:
-            step = self.clock.now
-            if step is None or self.bus.alone or self._turn(step.index) or step.branch not in last:
-                output = forward(*args, **kwargs)
+        def wrapper(forward: Forward) -> Forward:
+            @wraps(forward)
+            def computed(*args: Any, **kwargs: Any) -> Any:
+                step = self.clock.now
                 if step is None:
-                    return output
-                last[step.branch] = output
-            else:
-                self.recorder.elsewhere()
-                output = pytree.tree_map_only(Tensor, torch.clone, last[step.branch])  # the solver's own is replaced
-            self._calls.append((forward, args, kwargs, output))
-            return output
+                    return forward(*args, **kwargs)
+                place, asked = (anatomy.component, step.branch), _shapes(args, kwargs)
+                known, last = self._last.get(place, (None, None))
+                if self.bus.alone or self._turn(step.index) or known != asked:
+                    output = forward(*args, **kwargs)
+                    self._last[place] = asked, output
+                else:
+                    self.recorder.elsewhere()
+                    output = pytree.tree_map_only(Tensor, torch.clone, last)  # the solver's own is replaced
+                first = {latents: kwargs[latents]} if latents in kwargs else {}  # where `recompute` looks for them
+                self._calls.append((forward, args, first | kwargs, output))
+                return output
 
-        return computed
+            return computed
+
+        patches.wrap_forward(anatomy.denoiser, wrapper)
 
     def own(self, run: Run) -> list[int]:
         """The steps that this rank computes."""
@@ -153,6 +162,10 @@ class Cycle:
             return value
         before, older = self.known[0]
         return value + (at - time) / (time - before) * (value - older)
+
+
+def _shapes(args: tuple, kwargs: dict) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _output(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
