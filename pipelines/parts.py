@@ -35,7 +35,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     if found and schedulers(pipe):
         return found
     kind = type(pipe).__name__
-    missing = [name for name in MAIN if name in vars(pipe) and vars(pipe)[name] is None]
+    missing = [name for name in MAIN if getattr(pipe, name, pipe) is None]
     if missing and schedulers(pipe):
         raise UnsupportedModel(f"the {missing[0]} of this {kind} is None; load it before you accelerate the pipeline")
     raise UnsupportedModel(
@@ -60,7 +60,8 @@ def _parts(pipe: Any) -> dict[str, Any]:
     """What a pipeline holds by name; `components` of diffusers raises where a part was added by hand."""
     first = (*MAIN, "scheduler")
     named = {name: getattr(pipe, name, None) for name in first}
-    rest = {name: part for name, part in vars(pipe).items() if name not in named and not name.startswith("_")}
+    held = getattr(pipe, "__dict__", {})
+    rest = {name: part for name, part in held.items() if name not in named and not name.startswith("_")}
     return {name: part for name, part in (named | rest).items() if part is not None}
 
 
