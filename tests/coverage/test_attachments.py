@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
@@ -52,12 +53,22 @@ def lora(pipe: DiffusionPipeline, wanted: tuple[str, ...] = ("to_q", "to_v"), se
     return found
 
 
-def tuned(name: str, cache: dict | None = None, **which: Any) -> Tensor:
-    """What a fresh pipeline with the LoRA makes."""
+@cache
+def drawn(name: str, method: str = "") -> Tensor:
+    """What a fresh pipeline makes, with aggressive settings of a method or none."""
     pipe = tiny.make(name)
-    pipe.load_lora_weights(lora(pipe, **which))
-    if cache is not None:
-        fastdiff.accelerate(pipe, cache=cache)
+    if method:
+        fastdiff.accelerate(pipe, cache=aggressive(method))
+    return run(pipe, name)
+
+
+@cache
+def tuned(name: str, method: str = "") -> Tensor:
+    """The same with the LoRA."""
+    pipe = tiny.make(name)
+    pipe.load_lora_weights(lora(pipe))
+    if method:
+        fastdiff.accelerate(pipe, cache=aggressive(method))
     return run(pipe, name)
 
 
@@ -82,15 +93,14 @@ def test_a_lora_of_before_is_exact_with_neutral_settings_and_is_obeyed_at_cached
 def test_a_lora_loaded_and_unloaded_while_accelerated_counts_as_long_as_it_is_there(name, method):
     pytest.importorskip("peft")
     pipe = tiny.make(name)
-    plain = run(pipe, name)
     handle = fastdiff.accelerate(pipe, cache=aggressive(method))
-    bare = run(pipe, name)
+    assert torch.equal(run(pipe, name), drawn(name, method))
     pipe.load_lora_weights(lora(pipe))
-    assert torch.equal(run(pipe, name), tuned(name, aggressive(method)))
+    assert torch.equal(run(pipe, name), tuned(name, method))
     pipe.unload_lora_weights()
-    assert torch.equal(run(pipe, name), bare)
+    assert torch.equal(run(pipe, name), drawn(name, method))
     handle.restore()
-    assert torch.equal(run(pipe, name), plain)
+    assert torch.equal(run(pipe, name), drawn(name))
 
 
 ORDERS = [
@@ -104,7 +114,7 @@ ORDERS = [
 @pytest.mark.parametrize(("name", "method"), [("sd15", "fora"), ("sd15", "faster_diffusion"), ("flux", "fora")])
 def test_whatever_the_order_the_pipeline_is_afterwards_what_it_was(name, method, order):
     pipe = tiny.make(name)
-    plain, states = run(pipe, name), {}
+    states: dict[str, Any] = {}
     for what in order:
         if what == "load":
             pipe.load_lora_weights(lora(pipe))
@@ -115,11 +125,11 @@ def test_whatever_the_order_the_pipeline_is_afterwards_what_it_was(name, method,
         else:
             states["handle"].restore()
         states[what] = run(pipe, name)
-    assert torch.equal(states[order[-1]], plain)
+    assert torch.equal(states[order[-1]], drawn(name))
     both = order.index("restore") > order.index("load") and order.index("accelerate") < order.index("unload")
     last = max(order.index("load"), order.index("accelerate"))
     if both:
-        assert torch.equal(states[order[last]], tuned(name, aggressive(method)))
+        assert torch.equal(states[order[last]], tuned(name, method))
 
 
 def test_a_fused_lora_is_that_lora_and_comes_out_again():
@@ -134,14 +144,14 @@ def test_a_fused_lora_is_that_lora_and_comes_out_again():
     pipe.unload_lora_weights()
     assert close(run(pipe, "sd15"), bare)
     handle.restore()
-    assert close(run(pipe, "sd15"), run(tiny.make("sd15"), "sd15"))
+    assert close(run(pipe, "sd15"), drawn("sd15"))
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_a_lora_on_the_very_layer_that_is_patched_leaves_no_trace(order):
     """faster_diffusion patches conv_in; peft puts a module of its own in its place."""
     pipe = tiny.make("sd15")
-    plain, handle = run(pipe, "sd15"), None
+    handle = None
     for what in order:
         if what == "load":
             pipe.load_lora_weights(lora(pipe, ("conv_in",)))
@@ -153,7 +163,7 @@ def test_a_lora_on_the_very_layer_that_is_patched_leaves_no_trace(order):
             handle.restore()
         found = run(pipe, "sd15")
         assert torch.isfinite(found).all()
-    assert torch.equal(found, plain) and "forward" not in vars(pipe.unet.conv_in)
+    assert torch.equal(found, drawn("sd15")) and "forward" not in vars(pipe.unet.conv_in)
 
 
 @pytest.mark.parametrize("method", ["ab_cache", "deepcache", "fora", "tgate"])
@@ -164,15 +174,14 @@ def test_an_ip_adapter_loaded_and_unloaded_while_accelerated(method):
     pipe = adapted("sd15")
     pipe.unload_ip_adapter()
     pipe.register_modules(image_encoder=fresh.image_encoder, feature_extractor=fresh.feature_extractor)
-    plain = run(pipe, "sd15")
     handle = fastdiff.accelerate(pipe, cache=aggressive(method))
     bare = run(pipe, "sd15")
     load_adapter(pipe)
     assert torch.equal(run(pipe, "sd15", ip_adapter_image=image(1)), expected)
     pipe.unload_ip_adapter()
-    assert torch.equal(run(pipe, "sd15"), bare)
+    assert torch.equal(run(pipe, "sd15"), bare) and torch.equal(bare, drawn("sd15", method))
     handle.restore()
-    assert torch.equal(run(pipe, "sd15"), plain)
+    assert torch.equal(run(pipe, "sd15"), drawn("sd15"))
 
 
 # offloading
@@ -209,20 +218,16 @@ OFFLOADED = [("sd15", "deepcache"), ("sd15", "ab_cache"), ("flux", "first_block"
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("name", "method"), OFFLOADED)
 def test_group_offload_loads_what_is_computed(name, method, first, level, loads):
-    reference = tiny.make(name)
-    plain = run(reference, name)
-    fastdiff.accelerate(reference, cache=aggressive(method))
-    expected = run(reference, name)
     pipe = tiny.make(name)
     if first:
         offload(pipe, level)
         with fastdiff.accelerate(pipe, cache=neutral(method)):
-            assert torch.equal(run(pipe, name), plain)
+            assert torch.equal(run(pipe, name), drawn(name))
     handle = fastdiff.accelerate(pipe, cache=aggressive(method))
     if not first:
         offload(pipe, level)
     loads.clear()
-    assert torch.equal(run(pipe, name), expected)
+    assert torch.equal(run(pipe, name), drawn(name, method))
     calls = 2 if name in tiny.TWO_CALLS else 1
     leaves = (module for module in inner(pipe).modules() if isinstance(module, nn.Linear | nn.Conv2d))
     block = inner(pipe) if level == "block_level" else next(leaves)
@@ -230,13 +235,12 @@ def test_group_offload_loads_what_is_computed(name, method, first, level, loads)
     assert loads[id(block)] == (handle.report.computed if left_out else STEPS) * calls
     handle.restore()
     loads.clear()
-    assert torch.equal(run(pipe, name), plain)
+    assert torch.equal(run(pipe, name), drawn(name))
     assert loads[id(block)] == STEPS * calls
 
 
 def test_a_lora_that_rebuilds_the_hooks_below_the_patches_is_told_of_and_restore_works():
     pipe = tiny.make("sd15")
-    plain = run(pipe, "sd15")
     offload(pipe, "block_level")
     handle = fastdiff.accelerate(pipe, cache=aggressive("deepcache"))
     run(pipe, "sd15")
@@ -248,10 +252,10 @@ def test_a_lora_that_rebuilds_the_hooks_below_the_patches_is_told_of_and_restore
     handle.restore()
     assert torch.equal(run(pipe, "sd15"), expected)
     fastdiff.accelerate(pipe, cache=aggressive("deepcache"))
-    assert torch.equal(run(pipe, "sd15"), tuned("sd15", aggressive("deepcache")))
+    assert torch.equal(run(pipe, "sd15"), tuned("sd15", "deepcache"))
     fastdiff.restore(pipe)
     pipe.unload_lora_weights()
-    assert torch.equal(run(pipe, "sd15"), plain)
+    assert torch.equal(run(pipe, "sd15"), drawn("sd15"))
 
 
 class Hook(ModelHook):
@@ -301,17 +305,14 @@ def test_a_foreign_patch_above_a_hook_is_still_refused():
 def test_model_offload_takes_its_hooks_off_and_on_at_every_call(name, method, first, request):
     pipe = tiny.make(name)
     request.addfinalizer(pipe.remove_all_hooks)  # from the text encoders, which other tests share
-    plain = run(pipe, name)
-    with fastdiff.accelerate(pipe, cache=aggressive(method)):
-        expected = run(pipe, name)
     if first:
         pipe.enable_model_cpu_offload(device="cpu")
     handle = fastdiff.accelerate(pipe, cache=aggressive(method))
     if not first:
         pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
-        assert torch.equal(run(pipe, name), expected)
+        assert torch.equal(run(pipe, name), drawn(name, method))
         assert handle.report.cached + handle.report.partly >= 1
     assert "_hf_hook" in vars(tiny.denoiser(pipe))
     handle.restore()
-    assert torch.equal(run(pipe, name), plain)
+    assert torch.equal(run(pipe, name), drawn(name))
