@@ -19,7 +19,7 @@ def program(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.Complet
         [sys.executable, *python, "-m", "fastdiff", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

@@ -15,7 +15,7 @@ COMMAND = Path(sys.executable).with_name("fastdiff")
 def imported(*arguments: str) -> set[str]:
     """Top-level packages that a fresh interpreter imports."""
     ran = subprocess.run(
-        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=900, check=False
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     names = [line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")]

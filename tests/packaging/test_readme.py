@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def fastdiff(*arguments: str) -> str:
-    ran = subprocess.run([str(COMMAND), *arguments], capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run([str(COMMAND), *arguments], capture_output=True, text=True, timeout=900, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout
 

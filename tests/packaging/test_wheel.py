@@ -25,7 +25,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]

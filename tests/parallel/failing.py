@@ -48,7 +48,7 @@ def killed_in_a_cycle(rank: int, ranks: int) -> list[Any]:
 
 
 def stopped(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="patch", timeout=3)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="patch", timeout=6)
 
 
 def killed_patches_go_on(rank: int, ranks: int) -> list[Any]:
@@ -64,7 +64,7 @@ def killed_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 
 def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=3)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=6)
 
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:

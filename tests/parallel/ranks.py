@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 Said = dict[str, list[Any]]
 
 
-def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: float = 900) -> list[Said]:
+def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: float = 3600) -> list[Said]:
     """For each group (checks, which are functions of `module`, and a number of ranks): what each rank returned or
     raised, by check. A check whose rank was killed has no answer of it."""
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def call(folder: Path, *words: str, start: tuple[str, ...] = ("-m", "fastdiff")) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *start, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert "Traceback" not in done.stderr or start[1] != "fastdiff", done.stderr
     return done
 
