@@ -28,3 +28,10 @@ def peak(leaves: list) -> Reading:
     """The largest magnitude in some tensors; not a number if they hold one."""
     found = [torch.linalg.vector_norm(leaf, ord=torch.inf).float() for leaf in leaves if isinstance(leaf, Tensor)]
     return Reading(found[0] if len(found) == 1 else torch.stack(found).amax())
+
+
+def unbounded(leaves: list) -> bool:
+    """Whether sums of a few of these numbers need no bound that the host would wait for: they lie on a device, in a
+    type of float32's range. On a CPU looking costs nothing."""
+    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return all(leaf.device.type != "cpu" and torch.finfo(leaf.dtype).max > 1e30 for leaf in floats)

@@ -18,7 +18,7 @@ from fastdiff.recorder import Recorder
 from .base import CacheMethod, Gated
 from .predictors import combine
 from .readers import Readers
-from .reading import peak
+from .reading import peak, unbounded
 from .region import Memory, Region, placeholder, signature, unread
 
 
@@ -166,7 +166,7 @@ class Session:
     def _bounded(self, memory: Memory, step: Step) -> bool:
         """Whether the prediction is finite for certain: amplified values may leave what the dtype holds."""
         gain = sum(map(abs, memory.factors))
-        if gain <= 1:
+        if gain <= 1 or not memory.peaks:
             return True
         dtypes = [leaf.dtype for leaf in memory.values[-1] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         limit = min(torch.finfo(dtype).max for dtype in dtypes)
@@ -280,7 +280,7 @@ class Session:
                 memory.taken = _own(memory.taken)
             memory.indices.append(index)
             memory.values.append(memory.taken)
-            if self.method.predictor != "reuse":
+            if self.method.predictor != "reuse" and not unbounded(memory.taken):
                 memory.peaks.append(peak(memory.taken))
             if memory.probe is not None:
                 memory.probes.append(memory.probe)

@@ -105,7 +105,7 @@ def fixed(rows: Tensor, low: float, high: float, top: int, inverse: Tensor | Non
 def ranged(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
     """Levels of the tensor's own range, which always holds 0. NaN makes the range, and so all values, NaN."""
     rows, inverse = (rows, None) if inverse is None else (rows * inverse, None)
-    low, high = (float(edge) for edge in torch.aminmax(rows))
+    low, high = torch.stack(torch.aminmax(rows)).tolist()  # one wait for a device
     if not abs(high - low) < float("inf"):
         return Levels(torch.zeros_like(rows, dtype=torch.uint8), float("nan"), 0)
     return fixed(rows, min(low, 0.0), max(high, 0.0), top)
@@ -120,15 +120,14 @@ def per_token(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
 
 def _quantized(rows: Tensor, factor: float | Tensor, zero: int, top: int) -> Tensor:
     """round(rows * factor) + zero within 0 .. top as uint8: three passes over as much as the cache holds."""
-    offset = torch.tensor(zero + 0.5, dtype=torch.float32, device=rows.device)
     step = max(1, _CHUNK // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, len(rows))
     found = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     for start in range(0, len(rows), step):
         part = rows[start : start + step].float()
         if isinstance(factor, float):
-            scaled = torch.add(offset, part, alpha=factor)
+            scaled = torch.add(part.new_full((), zero + 0.5), part, alpha=factor)  # made where it is used, no copy
         else:
-            scaled = (part * (factor if factor.ndim == 1 else factor[start : start + step])).add_(offset)
+            scaled = (part * (factor if factor.ndim == 1 else factor[start : start + step])).add_(zero + 0.5)
         # The cast cuts what comes after the point; through 16 bits, as there is no fast one to 8 without a sign.
         found[start : start + step] = scaled.clamp_(0, top).to(torch.int16)
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ Tensors = dict[str, Tensor]
 _NORMAL = torch.tensor(
     [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326]
 )  # Lloyd-Max of N(0, 1), 16 levels
+
+
+@cache
+def _normal_levels(device: torch.device) -> Tensor:
+    """Brought to a device once, not at each call of a layer."""
+    return torch.cat([-_NORMAL.flip(0), _NORMAL]).to(device)
 
 
 @dataclass(frozen=True)
@@ -178,21 +185,18 @@ class Normal4(Format):
         signs = self._signs(grouped.shape[1] * grouped.shape[2]).to(weight.device)
         turned = hadamard(grouped * signs.view(grouped.shape[1:]))
         scale = turned.square().mean(-1, keepdim=True).sqrt().half().float()
-        levels = self._levels(weight.device)
+        levels = _normal_levels(weight.device)
         numbers = torch.bucketize(turned / scale.clamp_min(1e-12), (levels[1:] + levels[:-1]) / 2)
         return {"q": nibbles(numbers.flatten(1)), "scale": scale[..., 0].half(), "signs": signs}
 
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
         scale, signs = tensors["scale"].float(), tensors["signs"].float()
-        values = self._levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
+        values = _normal_levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
         return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs]
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         size, count = group_of(inputs, power_of_two(group_of(inputs, group)[0]))
         return outputs * count * (size // 2 + 2) + size * count
-
-    def _levels(self, device: torch.device) -> Tensor:
-        return torch.cat([-_NORMAL.flip(0), _NORMAL]).to(device)
 
     def _signs(self, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)

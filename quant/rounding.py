@@ -46,7 +46,7 @@ def from_nibbles(packed: Tensor) -> Tensor:
 def to_integers(weight: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """round(weight / scale) within low .. high; 0 where the scale is 0."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (weight / safe).round().clamp(torch.as_tensor(low), torch.as_tensor(high))
+    return (weight / safe).round().clamp_min(low).clamp_max(high)  # numbers stay numbers: a GPU refuses a CPU tensor
 
 
 def best_scale(weight: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor, rounding: Rounding) -> Tensor:
