@@ -1,3 +1,4 @@
 from tests.cli.conftest import cli, model
+from tests.clusters import cluster
 
-__all__ = ["cli", "model"]
+__all__ = ["cli", "cluster", "model"]

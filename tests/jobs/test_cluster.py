@@ -11,40 +11,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters import running
+
 from .test_batch import command, job, manifest, pictures
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'fastdiff[ray]'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def painters() -> list[int]:
-    """Processes that hold a pipeline."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ray::Painter" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def test_a_worker_that_dies_loses_nothing(cli, model: str) -> None:
+def test_a_worker_that_dies_loses_nothing(cli, model: str, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # unlike the cluster: workers get what holds here
     count = 12
     job(*(json.dumps({"prompt": f"cat number {n}", "seed": n, "steps": 20}) for n in range(count)), "{oops")
     killed: list[int] = []
+    environments: list[str] = []
 
     def kill_one() -> None:
         while not list(Path("out").glob("*.png")):
             time.sleep(0.02)
-        killed.extend(painters()[:1])
+        painters = running("Painter")
+        environments.extend(painters.values())
+        killed.extend(list(painters)[:1])
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one, daemon=True)
@@ -52,6 +38,7 @@ def test_a_worker_that_dies_loses_nothing(cli, model: str) -> None:
     done = cli(*command(model, "--engine", "ray", "--workers", 2))
     killer.join()
     assert killed
+    assert all("OMP_WAIT_POLICY=ACTIVE" in environment for environment in environments)
     assert "2 workers on Ray, a CPU each" in done.err
     assert (done.code, len(done.files)) == (1, count), done  # 1: a line of the file was refused
     assert "p.jsonl line 13: not JSON" in done.err

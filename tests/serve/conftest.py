@@ -19,8 +19,9 @@ from fastdiff.serve.app import Options, build
 from fastdiff.serve.desk import Desk
 from fastdiff.serve.protocol import Limits
 from tests.cli.conftest import cli, model
+from tests.clusters import cluster
 
-__all__ = ["cli", "model"]
+__all__ = ["cli", "cluster", "model"]
 
 LIMITS = Limits(images=2, side=64, steps=400, queue=2, timeout=60, grace=5)
 

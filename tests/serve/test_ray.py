@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,11 @@ from fastdiff.cli.serve import shelf
 from fastdiff.errors import FastdiffError
 from fastdiff.serve.app import Options
 from fastdiff.serve.host import serve_on_ray
+from tests.clusters import running
 
 from .conftest import LIMITS, Server
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'fastdiff[ray]'")
-pytestmark = pytest.mark.slow
-
-
-def replicas() -> list[int]:
-    """Processes that hold a replica."""
-    named = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ray::ServeReplica" in (folder / "cmdline").read_bytes():
-                named.append(int(folder.name))
-        except OSError:
-            continue
-    return named
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
 def options(model: str) -> Options:
@@ -65,7 +45,8 @@ def test_what_cannot_come_up_ends_with_a_sentence(tmp_path: Path, replicas: int,
         serve_on_ray(options(str(tmp_path / "none")), "127.0.0.1", free_port(), replicas, pytest.fail)
 
 
-def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replicas(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # unlike the cluster: replicas get what holds here
     seen: dict[str, Any] = {}
 
     def ask(address: str) -> None:
@@ -73,12 +54,13 @@ def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
             server = Server(address, None)  # type: ignore[arg-type]
             with ThreadPoolExecutor(4) as pool:
                 seen["first"] = list(pool.map(lambda n: server.draw(seed=n % 4, steps=4), range(12)))
-            seen["replicas"] = replicas()
+            seen["environments"] = running("ServeReplica")
+            seen["replicas"] = list(seen["environments"])
             os.kill(seen["replicas"][0], signal.SIGKILL)
             deadline = time.monotonic() + 120
-            while len(set(replicas()) - {seen["replicas"][0]}) < 2 and time.monotonic() < deadline:
+            while len(set(running("ServeReplica")) - {seen["replicas"][0]}) < 2 and time.monotonic() < deadline:
                 time.sleep(0.2)
-            seen["replaced"] = set(replicas()) - set(seen["replicas"])
+            seen["replaced"] = set(running("ServeReplica")) - set(seen["replicas"])
             seen["bad"] = server.draw(n=7)
             seen["again"] = server.draw(seed=0, steps=4)
             seen["stream"] = server.draw(seed=0, steps=4, stream=True)
@@ -93,6 +75,7 @@ def test_replicas(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [status for status, _ in seen["first"]] == [200] * 12
     images = [reply["data"][0]["b64_json"] for _, reply in seen["first"]]
     assert images[:4] == images[4:8] == images[8:]  # whichever replica drew them
+    assert all("OMP_WAIT_POLICY=ACTIVE" in environment for environment in seen["environments"].values())
     assert len(seen["replicas"]) == 2 and len(seen["replaced"]) == 1
     assert seen["stream"][1].count("image_generation.progress\n") == 4 and images[0] in seen["stream"][1]
     assert seen["bad"][0] == 400
