@@ -175,7 +175,7 @@ VIDEOS = {
     "SanaWMLTX2RefinerTransformer3DModel": _transformer(
         "sana_wm_refiner", guidance="none", batches=False, closed=_FILLS
     ),
-    "MiniMaxH3Transformer3DModel": _transformer("minimax_h3", _BLOCKS, guidance="calls", batches=False),
+    "MiniMaxH3Transformer3DModel": _transformer("minimax_h3", _BLOCKS, guidance="none", batches=False),
     "MochiTransformer3DModel": _transformer("mochi", _TEXT_LAST_BLOCKS),
     "AllegroTransformer3DModel": _transformer("allegro", _BLOCKS, tokens="apart"),
     "LatteTransformer3DModel": _transformer("latte", closed="spatial and temporal blocks take turns, in two lists"),

@@ -22,6 +22,7 @@ from fastdiff.errors import UnsupportedModel
 from fastdiff.pipelines.families import KNOWN, anatomies
 from tests import zoo_denoisers, zoo_denoisers_clips, zoo_denoisers_unets
 from tests.coverage.test_descriptions import left, streams
+from tests.packaging.tree import ROOT
 from tests.zoo import ZOO
 from tests.zoo_loop import Denoiser, Loop
 
@@ -184,3 +185,32 @@ def test_what_needs_the_inside_of_a_closed_denoiser_is_refused_with_the_reason(n
         with pytest.raises(UnsupportedModel) as refused:
             fastdiff.accelerate(pipe, cache=method)
         assert KNOWN[name].closed in str(refused.value) and "register_family" not in str(refused.value)
+
+
+def row(name: str, pipelines: dict[str, list[str]]) -> str:
+    """What docs/families.md says of a class."""
+    family = KNOWN[name]
+    short = {"hidden_states": "h", "encoder_hidden_states": "e"}
+    written: dict[str, list[str]] = {}
+    for stack in family.stacks:
+        takes, returns = (" ".join(short.get(s, s) for s in names) for names in (stack.takes, stack.returns))
+        written.setdefault(f"{takes} → {returns}", []).append(stack.path)
+    inside = "; ".join(f"{', '.join(paths)}: {streams}" for streams, paths in written.items())
+    inside = "UNet" if family.kind == "unet" else inside or f"closed: {family.closed}"
+    tried = ", ".join(pipelines.get(name, [])) or ("a loop" if name in DENOISERS else "not tried")
+    return f"| {name} | {family.name} | {inside} | {family.guidance} | {tried} |"
+
+
+def rows() -> list[str]:
+    pipelines: dict[str, list[str]] = {}
+    for entry in ZOO.values():
+        pipe = entry.make()
+        names = pipelines.setdefault(type(entry.denoiser(pipe)).__name__, [])
+        names += [own for own in [type(pipe).__name__.removesuffix("Pipeline")] if own not in names]
+    return [row(name, pipelines) for name in KNOWN]
+
+
+def test_the_docs_list_every_description_as_it_is():
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    listed = [line for line in page.splitlines() if line.startswith("| ") and line.split(" | ")[0][2:] in KNOWN]
+    assert listed == rows()
