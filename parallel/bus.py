@@ -76,6 +76,7 @@ class Bus:
         where: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.topology, self.timeout, self.where = topology, timeout, where
+        self.device = torch.device("cpu")  # where a rank that sends nothing receives: a peer's backend goes by its own
         self.traffic = Traffic()
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self._groups: list[Any] = []
@@ -107,7 +108,7 @@ class Bus:
     ) -> list[Pending]:
         """Send bytes to peers and expect so many of others, without waiting; `later`: they are for the next step."""
         group, sending = self.groups[later], self._leaving[-1] if later else self._sending
-        device = next(iter(sends.values())).device if sends else torch.device("cpu")
+        device = next(iter(sends.values())).device if sends else self.device
         buffers = {peer: torch.empty(size, dtype=torch.uint8, device=device) for peer, size in sizes.items()}
         ops, order = [], []
         for peer in sorted({*sends, *sizes}):

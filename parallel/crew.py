@@ -101,6 +101,7 @@ class Crew:
         return self.clock.index if self.clock.run is not None else None
 
     def _start(self, run: Run) -> None:
+        self.bus.device = run.device
         self.bus.begin()
         self._others_inputs = False
         if run.total <= self.method.warmup_steps and not self.method.fresh(self.method.warmup_steps + 1):

@@ -38,6 +38,12 @@ class Topology:
         return {"cfg": self.step * self.patch, "step": self.patch, "patch": 1}[axis]
 
 
+def own_device() -> None:
+    """Under torchrun on GPUs each process of a machine takes another one, before a model is loaded."""
+    if torch.cuda.is_available() and dist.is_available() and dist.is_torchelastic_launched():
+        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+
+
 def join(devices: int | None, device: torch.device, timeout: float) -> int:
     """Be one of `devices` processes, through the group that is there or the one that torchrun describes; the rank.
     None takes as many as there are.

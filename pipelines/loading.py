@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from fastdiff.errors import BadModel, UnknownName
+from fastdiff.parallel.mesh import own_device
 
 from .quantized_parts import align, is_quantized, load_components
 
@@ -49,10 +50,13 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | N
     """A stock diffusers pipeline.
 
     model: `shapes-unet` or `shapes-dit` (come with fastdiff, work offline), a local directory, or a hub id.
-    dtype: default float32 on a CPU, bfloat16 on a GPU. device: default CUDA where there is one.
+    dtype: default float32 on a CPU, bfloat16 on a GPU. device: default CUDA where there is one; under torchrun each
+    process of a machine takes a card of its own.
 
     Raises BadModel for a path that does not exist, is no pipeline, is truncated, or holds pickles only.
     """
+    if device is None:
+        own_device()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source = _source(str(model))

@@ -27,7 +27,6 @@ from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, l
 
 from .console import quiet, say, waiting, warn
 from .previews import Previews
-from .ranks import own_device
 from .settings import early
 from .timeline import write_timeline
 from .wanted import make_folder
@@ -116,7 +115,6 @@ class Studio:
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
         early(layers, described(model), model)
-        own_device()
         self.pipe = opened(model, getattr(torch, dtype) if dtype else None)
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
         self.use(layers)

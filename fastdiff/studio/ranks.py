@@ -28,15 +28,6 @@ def launched() -> bool:
     return dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())
 
 
-def own_device() -> None:
-    """Under torchrun on GPUs each process of a machine takes another one, before a model is loaded."""
-    import torch
-    import torch.distributed as dist
-
-    if torch.cuda.is_available() and dist.is_available() and dist.is_torchelastic_launched():
-        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
-
-
 def launch(devices: int, timeout: float, work: Callable[..., Any], *arguments: Any) -> int:
     """Run `work(*arguments)` in `devices` new processes that form a group; the exit code of rank 0, or of who failed.
 
