@@ -27,7 +27,7 @@ def test_under_torchrun_each_process_takes_a_card_of_its_own(monkeypatch):
 
 
 def test_a_rank_that_sends_nothing_receives_on_the_device_of_the_run(monkeypatch):
-    """A convolution of stride 2 shows nothing to the rank below: its peer's send and this receive are of one backend."""
+    """A convolution of stride 2 shows nothing to the rank below: send and receive are of one backend."""
     bus = Bus(Topology(cfg=1, step=1, patch=2, rank=1), 1.0)
     bus._groups = [object(), object()]
     posted: list[Any] = []
