@@ -23,7 +23,7 @@ CALL = {
     for k, v in arguments("sd15", STEPS).items()
     if k in ("num_inference_steps", "guidance_scale", "height", "width")
 }
-FEW = ["down_blocks*"]
+FEW = ["down_blocks*", "up_blocks*"]
 
 
 def run(pipe, name="sd15"):
@@ -67,6 +67,10 @@ def test_every_scheme_comes_back(scheme, tmp_path):
     assert torch.equal(run(again, "pixart"), run(pipe, "pixart"))
 
 
+# but for some layers, so that measuring what each does takes seconds
+SOME = {"shapes-unet": ["down_blocks*", "up_blocks*"], "shapes-dit": ["transformer_blocks.[1-9]*"]}
+
+
 @pytest.mark.parametrize(
     ("model", "dtype", "scheme"),
     [
@@ -76,7 +80,7 @@ def test_every_scheme_comes_back(scheme, tmp_path):
         ("shapes-dit", torch.float32, {"method": "w4a8"}),
         ("shapes-unet", torch.float32, {"method": "w4a16", "grid": "normal"}),
         ("shapes-unet", torch.float32, {"method": "mixed", "target_error": 0.05, "choices": [4, 16]}),
-    ],
+    ],  # what is not quantized is read from a file too
     ids=lambda value: value["method"] if isinstance(value, dict) else str(value),
 )
 def test_images_of_a_trained_model_come_back_bit_by_bit(tmp_path, model, dtype, scheme):
@@ -87,8 +91,7 @@ def test_images_of_a_trained_model_come_back_bit_by_bit(tmp_path, model, dtype, 
         return pipe("a blue ring", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
 
     pipe = fastdiff.load(model, dtype=dtype)
-    if scheme["method"] == "mixed":  # some layers only, so that measuring takes seconds
-        scheme = scheme | {"skip": ["*blocks*"]}
+    scheme = scheme | {"skip": SOME[model]}
     quantize(pipe, {"quant": scheme}, ["a large red circle"], **call)
     drawn = image(pipe)
     save(pipe, tmp_path / "model")
