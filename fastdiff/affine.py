@@ -61,20 +61,21 @@ class AffineFit:
 def corrected(value: Tensor, scale: Tensor, shift: Tensor, axis: int | None = None) -> Tensor:
     """scale * value + shift along the dimension of channels, `axis`.
 
-    Where nobody knows it: the second dimension of four or more, as of maps, and the last of fewer, as of tokens.
+    Where nobody knows that, `channel_axis` guesses it.
     """
     shape = [1] * value.ndim
-    shape[_guessed(value) if axis is None else axis] = -1
+    shape[channel_axis(value) if axis is None else axis] = -1
     return (value.float() * scale.float().view(shape) + shift.float().view(shape)).to(value.dtype)
 
 
 def channel_rows(value: Tensor, axis: int | None = None) -> Tensor:
     """[n, channels] in float64; `axis` as of `corrected`."""
-    moved = value.movedim(_guessed(value) if axis is None else axis, -1)
+    moved = value.movedim(channel_axis(value) if axis is None else axis, -1)
     return moved.reshape(-1, moved.shape[-1]).double()
 
 
-def _guessed(value: Tensor) -> int:
+def channel_axis(value: Tensor) -> int:
+    """A guess: the second dimension of four or more, as of maps, and the last of fewer, as of tokens."""
     return 1 if value.ndim > 3 else -1
 
 

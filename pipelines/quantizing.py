@@ -13,6 +13,7 @@ from fastdiff.anatomy import fingerprint
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.patch import PatchSet
+from fastdiff.plans import Each
 from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.calibration import Calibration, Origin
@@ -38,6 +39,7 @@ class Quantized:
     report: QuantReport
     calibration: Calibration | None = None
     presents: dict[str, Present] = field(default_factory=dict)
+    unplanned: list[str] = field(default_factory=list)
 
     def listen(self, clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
         origin = self.calibration.origin if self.calibration else None
@@ -59,7 +61,9 @@ class Quantized:
         """What the report of a run should say."""
         report, kept = self.report, "the float layers are freed" if freed else "the float layers are kept for restore()"
         said = [f"quant {report.summary()}; {kept}"]
-        if isinstance(self.method.prune, PrunePlan):
+        if self.unplanned:
+            said.append(f"{', '.join(self.unplanned)} stays float: the plan of bits is for another denoiser")
+        if isinstance(self.method.prune, PrunePlan | Each):
             said.append(f"the prune plan {self.method.prune.summary()}")
         eight = [layer for layer in report.layers if layer.activations == "int8"]
         if eight and not self.calibration:
@@ -131,11 +135,21 @@ def refuse_quantized(name: str, module: nn.Module) -> None:
         raise UnsupportedModel(f"{name} is quantized already, by fastdiff; leave out `quant`, or load the float model")
 
 
+def methods_of(
+    method: QuantMethod, parts: Mapping[str, nn.Module], found: list[Anatomy]
+) -> dict[str, QuantMethod]:  # fmt: skip
+    """The method for each component, with its own plan; without those that the plans of several leave out."""
+    own = {name: method.of(name, name == found[0].component) for name in parts}
+    return {name: one for name, one in own.items() if one is not None}
+
+
 def quantize_parts(
     pipe: Any, method: QuantMethod, found: list[Anatomy], put: Put, *, calibration: Calibration | None = None,
-    learned: Learned | None = None, watch: Watch | None = None,
+    learned: Mapping[str, Learned] | None = None, watch: Watch | None = None,
 ) -> Quantized:  # fmt: skip
     """Put quantized layers in their places in all components that the method names.
+
+    learned: what rounds weights, by component.
 
     Raises BadConfig for a calibration of another model or other options, or rounding that needs data it has not.
     """
@@ -158,15 +172,16 @@ def quantize_parts(
         raise BadConfig(
             f"quant.prune = {method.prune:g} is planned on prompts: use fastdiff quantize, or name a plan that it made"
         )
-    if method.prune is not None:
-        for anatomy in found:
-            if anatomy.component in parts:
-                method.prune.install(anatomy, put)
-    for name, module in parts.items():
+    methods = methods_of(method, parts, found)
+    done.unplanned = [name for name in parts if name not in methods]
+    for anatomy in found:
+        if anatomy.component in methods and isinstance(gone := methods[anatomy.component].prune, PrunePlan):
+            gone.install(anatomy, put)
+    for name, own in methods.items():
         done.presents[name] = Present()
-        ranges = calibration.of(name) if calibration else None
+        ranges, rounds = calibration.of(name) if calibration else None, (learned or {}).get(name)
         quantize_model(
-            module, name, method, put, done.presents[name], done.report, ranges=ranges, learned=learned, watch=watch
+            parts[name], name, own, put, done.presents[name], done.report, ranges=ranges, learned=rounds, watch=watch
         )
     return done
 

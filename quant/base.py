@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from fastdiff.method import Method
+from fastdiff.plans import own
 
 from .prune import PruneOption
 from .recipe import Activations, Recipe
@@ -70,6 +71,15 @@ class QuantMethod(Method):
     @classmethod
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
+
+    def of(self, component: str, main: bool) -> QuantMethod | None:
+        """The method with what it planned for this component; None where it must be planned, and was not.
+
+        main: whether it is the first denoiser, for which a single plan is.
+        """
+        if isinstance(self.prune, float):
+            return self
+        return self.model_copy(update={"prune": own(self.prune, component, main)})
 
     def weight_format(self) -> str:
         """The format of all layers that have no recipe of their own."""

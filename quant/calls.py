@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.clock import StepClock
+from fastdiff.clock import Step
 from fastdiff.errors import BadModel
 from fastdiff.patch import PatchSet
 
@@ -31,13 +31,13 @@ class Calls:
         self.truth: list[Tensor] = []
         self.when: list[tuple[int, int]] = []  # number of the run, index of the step
 
-    def listen(self, clock: StepClock, patches: PatchSet) -> None:
-        """Keep calls from now on; `patches` takes the ear off again."""
+    def listen(self, now: Callable[[], Step | None], patches: PatchSet) -> None:
+        """Keep calls from now on; `now` tells the step, `patches` takes the ear off again."""
 
         def listening(forward: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(forward)
             def heard(*args: Any, **kwargs: Any) -> Any:
-                step = clock.now
+                step = now()
                 if step is None or step.index not in self._chosen(step.run.total):
                     return forward(*args, **kwargs)
                 self.given.append(_copied((args, kwargs)))  # before the model may write into them

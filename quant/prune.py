@@ -14,10 +14,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from fastdiff.affine import corrected, decoded, encoded
+from fastdiff.affine import channel_axis, corrected, decoded, encoded
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
+from fastdiff.plans import Each
 
 from .plans import from_file
 
@@ -45,11 +46,13 @@ class Map(Settings):
 
 
 class Removal(Settings):
-    """A module that is taken out. residual: its output held its input; wrapped: it gave a tuple."""
+    """A module that is taken out. residual: its output held its input; wrapped: it gave a tuple; axis: the dimension of
+    channels, None where the number of dimensions tells."""
 
     path: str = Field(max_length=500)
     residual: bool
     wrapped: bool
+    axis: Literal[1, -1] | None = None
     maps: tuple[Map, ...] = Field(min_length=1, max_length=2)
 
 
@@ -110,6 +113,7 @@ class Removed(nn.Module):
     def __init__(self, removal: Removal) -> None:
         super().__init__()
         self.residual, self.wrapped, self.streams = removal.residual, removal.wrapped, len(removal.maps)
+        self.axis = removal.axis
         for k, fitted in enumerate(removal.maps):
             scale = decoded(fitted.scale)
             self.register_buffer(f"scale{k}", scale)
@@ -125,17 +129,16 @@ class Removed(nn.Module):
         return made if self.wrapped else made[0]
 
     def _added(self, k: int, x: Tensor) -> Tensor:
-        """x: maps with channels second, or tokens with channels last."""
         scale, shift, down, up = (getattr(self, f"{name}{k}") for name in ("scale", "shift", "down", "up"))
-        out = corrected(x, scale, shift)
+        axis = channel_axis(x) if self.axis is None else self.axis
+        out = corrected(x, scale, shift, axis)
         if down is not None:
-            rows = x.movedim(1, -1) if x.ndim > 3 else x
-            low = (rows.float() @ down.float().T) @ up.float()
-            out = out + (low.movedim(-1, 1) if x.ndim > 3 else low).to(x.dtype)
+            low = (x.movedim(axis, -1).float() @ down.float().T) @ up.float()
+            out = out + low.movedim(-1, axis).to(x.dtype)
         return x + out if self.residual else out
 
 
 PruneOption = Annotated[
-    PrunePlan | float | None,
+    PrunePlan | Each[PrunePlan] | float | None,
     from_file(PrunePlan, "prune plan", "fastdiff quantize -o PLAN.json --set quant.prune=0.03 makes one"),
 ]

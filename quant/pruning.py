@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,20 @@ from .prune import Map, Measured, PrunePlan, Removal, Removed
 
 Watch = Callable[[int, int], None]
 Pair = tuple[Tensor, Tensor]  # what a component was given on a stream, and what it added to it
+# layers that have channels second, and last
+_SECOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+
+
+class Form(TypedDict):
+    """Whether a component gives a tuple, and which dimension holds its channels, if a layer told."""
+
+    wrapped: bool
+    axis: Literal[1, -1] | None
 
 
 def prune(
-    anatomy: Anatomy, calls: Calls, *, max_error: float = 1e-3, ridge: float = 1e-3, rank: int = 0, patience: int = 5,
+    calls: Calls, *, max_error: float = 1e-3, ridge: float = 1e-3, rank: int = 0, patience: int = 5,
     watch: Watch | None = None,
 ) -> PrunePlan:  # fmt: skip
     """The plan that removes components, those of least cost first, while the denoiser's output stays within
@@ -33,6 +43,7 @@ def prune(
     rank: of the map that repairs, on top of a scale and a shift by channel. patience: the search ends after so many
     components in a row that cost too much. Fits are sequential: each sees the model without what went before.
     """
+    anatomy = calls.anatomy
     require(anatomy.denoiser, anatomy.component)
     fitted, judged = calls.halves()
     forms = _forms(anatomy, judged, components(anatomy))
@@ -87,50 +98,48 @@ def _forms(anatomy: Anatomy, calls: Calls, wanted: Sequence[Component]) -> dict[
     over, as are those that do not run."""
     found: dict[str, Removal] = {}
     paths = {path: component.residual for component in wanted for path in component.paths}
-    with _heard(
-        anatomy, paths, lambda path, pairs, wrapped: found.setdefault(path, _zero(path, paths, pairs, wrapped))
-    ):
+    with _heard(anatomy, paths, lambda path, pairs, form: found.setdefault(path, _zero(path, paths, pairs, form))):
         calls.only([0]).error()
     return {c: [found[path] for path in c.paths] for c in wanted if all(path in found for path in c.paths)}
 
 
-def _zero(path: str, residual: Mapping[str, bool], pairs: list[Pair], wrapped: bool) -> Removal:
+def _zero(path: str, residual: Mapping[str, bool], pairs: list[Pair], form: Form) -> Removal:
     maps = []
     for x, _ in pairs:
-        nothing = torch.zeros(channel_rows(x).shape[-1])
+        nothing = torch.zeros(channel_rows(x, form["axis"]).shape[-1])
         maps.append(Map.of(nothing, nothing))
-    return Removal(path=path, residual=residual[path], wrapped=wrapped, maps=tuple(maps))
+    return Removal(path=path, residual=residual[path], maps=tuple(maps), **form)
 
 
 def _repaired(anatomy: Anatomy, path: str, residual: bool, calls: Calls, ridge: float, rank: int) -> Removal:
     """A removal whose maps are fitted to what the component adds in the model as it is now."""
     fits: list[_Fit] = []
-    forms: list[bool] = []
+    forms: list[Form] = []
 
-    def seen(_: str, pairs: list[Pair], wrapped: bool) -> None:
-        fits.extend(_Fit(ridge, rank) for _ in pairs[len(fits) :])
-        forms.append(wrapped)
+    def seen(_: str, pairs: list[Pair], form: Form) -> None:
+        fits.extend(_Fit(ridge, rank, form["axis"]) for _ in pairs[len(fits) :])
+        forms.append(form)
         for fit, pair in zip(fits, pairs, strict=True):
             fit.add(*pair)
 
     with _heard(anatomy, {path: residual}, seen):
         calls.error()
-    return Removal(path=path, residual=residual, wrapped=forms[0], maps=tuple(fit.solve() for fit in fits))
+    return Removal(path=path, residual=residual, maps=tuple(fit.solve() for fit in fits), **forms[0])
 
 
 class _Fit:
     """Ridge regression of y on x over tokens: by channel, or, with a rank, the best map of that rank (reduced-rank
     regression: the full least-squares map, projected on the leading directions of what it explains)."""
 
-    def __init__(self, ridge: float, rank: int) -> None:
-        self.ridge, self.rank = ridge, rank
-        self.diagonal = AffineFit(ridge)
+    def __init__(self, ridge: float, rank: int, axis: Literal[1, -1] | None = None) -> None:
+        self.ridge, self.rank, self.axis = ridge, rank, axis
+        self.diagonal = AffineFit(ridge, axis)
         self.sums: list[Tensor] = []  # count, x, y, x^T x, x^T y
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.diagonal.add(x, x + y)  # pulled towards x, that is towards adding nothing
         if self.rank:
-            rows, wanted = channel_rows(x), channel_rows(y)
+            rows, wanted = channel_rows(x, self.axis), channel_rows(y, self.axis)
             count = torch.tensor(float(len(rows)), dtype=torch.float64)
             new = [count, rows.sum(0), wanted.sum(0), rows.T @ rows, rows.T @ wanted]
             self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
@@ -142,8 +151,8 @@ class _Fit:
         count, x, y, xx, xy = self.sums
         x, y = x / count, y / count
         inner, cross = xx / count - torch.outer(x, x), xy / count - torch.outer(x, y)
-        pull = self.ridge * inner.diagonal().mean() * torch.eye(len(x), dtype=inner.dtype, device=inner.device)
-        full = torch.linalg.solve(inner + pull + 1e-12 * torch.eye(len(x), dtype=inner.dtype), cross)
+        unit = torch.eye(len(x), dtype=inner.dtype, device=inner.device)
+        full = torch.linalg.solve(inner + (self.ridge * inner.diagonal().mean() + 1e-12) * unit, cross)
         _, directions = torch.linalg.eigh(full.T @ inner @ full)
         up = directions[:, -self.rank :].T  # rank x channels
         down = (full @ up.T).T
@@ -152,10 +161,11 @@ class _Fit:
 
 @contextmanager
 def _heard(
-    anatomy: Anatomy, paths: Mapping[str, bool], seen: Callable[[str, list[Pair], bool], Any]
+    anatomy: Anatomy, paths: Mapping[str, bool], seen: Callable[[str, list[Pair], Form], Any]
 ) -> Iterator[None]:  # fmt: skip
-    """Shows (path, what was given and added by stream, whether a tuple came out) of each call of these modules whose
-    outputs are as wide as what they are given."""
+    """Shows (path, what was given and added by stream, form) of each call of these modules whose outputs are as wide as
+    what they are given."""
+    axes: dict[str, Literal[1, -1]] = {}
 
     def hook(path: str) -> Callable[..., None]:
         def ended(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -171,16 +181,31 @@ def _heard(
                     return
                 added.append((x.detach(), (y - x if paths[path] else y).detach()))
             if len(made) <= len(given):
-                seen(path, added, isinstance(output, tuple))
+                seen(path, added, {"wrapped": isinstance(output, tuple), "axis": axes.get(path)})
 
         return ended
 
-    hooks = [anatomy.denoiser.get_submodule(p).register_forward_hook(hook(p), with_kwargs=True) for p in paths]
+    modules = {path: anatomy.denoiser.get_submodule(path) for path in paths}
+    hooks = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules.items()]
+    for path, module in modules.items():
+        leaves = (leaf for leaf in module.modules() if isinstance(leaf, (*_SECOND, *_LAST)))
+        hooks += [leaf.register_forward_pre_hook(_tells(path, axes), with_kwargs=True) for leaf in leaves]
     try:
         yield
     finally:
         for one in hooks:
             one.remove()
+
+
+def _tells(path: str, axes: dict[str, Literal[1, -1]]) -> Callable[..., None]:
+    """The first layer inside that is given more than one vector an image tells where channels are."""
+
+    def look(leaf: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if path not in axes and x is not None and x.ndim > 2:
+            axes[path] = 1 if isinstance(leaf, _SECOND) else -1
+
+    return look
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fastdiff import output
 from fastdiff.bench.row import command, environment
 from fastdiff.config import Config
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.quantize import calibrate_ranges
+from fastdiff.pipelines.ranges import calibrate_ranges
 from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import chosen

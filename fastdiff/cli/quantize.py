@@ -62,15 +62,16 @@ def quantize(
 
 def _write_only(output: Path, pipe: Any, method: QuantMethod, texts: Sequence[str], told: dict[str, Any]) -> None:
     from fastdiff import output as files
-    from fastdiff.pipelines import quantize as work
+    from fastdiff.pipelines.planning import plan
+    from fastdiff.pipelines.ranges import calibrate_ranges
     from fastdiff.studio.console import say
 
     if output.suffix == ".safetensors":
-        files.write(output, work.calibrate_ranges(pipe, method, texts, **told).save)
+        files.write(output, calibrate_ranges(pipe, method, texts, **told).save)
     else:
-        plan = work.plan(pipe, method, texts, **told)
-        files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8"))
-        say(plan.summary())
+        made = plan(pipe, method, texts, **told)
+        files.write(output, lambda part: part.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8"))
+        say(made.summary())
     print(output)
 
 

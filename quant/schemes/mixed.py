@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from fastdiff.anatomy import Anatomy, fingerprint
+from fastdiff.anatomy import fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
+from fastdiff.plans import Each, own
 from fastdiff.quant.allocate import Allocation, allocate
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import Found, layers_of
@@ -59,16 +60,16 @@ class Mixed(QuantMethod):
     """
 
     method: Literal["mixed"] = "mixed"
-    budget_mb: float | None = Field(None, gt=0, description="of the denoiser's weights, in MB of 10^6 bytes")
+    budget_mb: float | None = Field(None, gt=0, description="of each denoiser's weights, in MB of 10^6 bytes")
     target_error: float | None = Field(
         None, gt=0, lt=1, description="relative error of the denoiser's output, as the linear model predicts it"
     )
     choices: tuple[Bits, ...] = Field(
         (4, 5, 8, 16), min_length=1, description="bits a layer may have; 5 are 4 in groups of 16"
     )
-    plan: Annotated[
-        BitPlan | None, from_file(BitPlan, "bit plan", "make one with fastdiff.pipelines.mixed.plan_bits")
-    ] = Field(None, description="what was chosen, or the path of its file")
+    plan: Annotated[BitPlan | Each[BitPlan] | None, from_file(BitPlan, "bit plan", _HINT)] = Field(
+        None, description="what was chosen, or the path of its file; of several denoisers one each, by component"
+    )
 
     format: ClassVar[str] = "int8"
 
@@ -87,8 +88,14 @@ class Mixed(QuantMethod):
             raise ValueError("mixed needs one of budget_mb and target_error, or a plan")
         return self
 
+    def of(self, component: str, main: bool) -> QuantMethod | None:
+        method, plan = super().of(component, main), own(self.plan, component, main)
+        if method is None or (plan is None and self.plan is not None):
+            return None
+        return method.model_copy(update={"plan": plan})
+
     def recipe(self, name: str, layer: nn.Module) -> Recipe | None:
-        if self.plan is None:
+        if not isinstance(self.plan, BitPlan):
             raise BadConfig(
                 "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it; else "
                 f"{_HINT}, and name its file as `plan`"
@@ -98,30 +105,29 @@ class Mixed(QuantMethod):
         form, group = stored_as(self.plan.bits[name], self.plan.group_size)
         return Recipe(form, "none", group, self.rounding, self.low_rank, self.kernel)
 
-    def planned(
-        self, anatomy: Anatomy, calls: Calls, watch: Callable[[int, int], None] | None = None
-    ) -> Mixed:  # fmt: skip
-        """This method with a plan for the denoiser, measured on `calls`; a plan's table for this model is used again.
+    def planned(self, calls: Calls, watch: Callable[[int, int], None] | None = None) -> BitPlan:
+        """A plan for the denoiser of these calls, measured on them; the table of a plan that is there is used again.
 
         Raises BadConfig for a budget or an error that no choice reaches; it says what can be reached.
         """
+        anatomy = calls.anatomy
         layers = {f.name: f for f in layers_of(anatomy.denoiser) if self.takes(f.name)}
         rest = _bytes(anatomy.denoiser) - sum(_bytes_of(f) for f in layers.values())
         if self.budget_mb is not None:  # refused before minutes of measuring, not after
             self._allocated({name: dict.fromkeys(self.choices, 0.0) for name in layers}, layers, rest)
-        known = self.plan if self.plan is not None and self.plan.denoiser == fingerprint(anatomy) else None
+        known = own(self.plan, anatomy.component, True)
+        known = known if known is not None and known.denoiser == fingerprint(anatomy) else None
         rows = known.table if known is not None and known.group_size == self.group_size else {}
         if set(rows) == set(layers) and all(set(self.choices) <= set(row) for row in rows.values()):
             table = {name: {int(bits): row[bits] for bits in self.choices} for name, row in rows.items()}
         else:
             table = sensitivities(calls, layers, self.choices, self.group_size, self.rounding, watch)
         found = self._allocated(table, layers, rest)
-        plan = BitPlan(
+        return BitPlan(
             denoiser=fingerprint(anatomy), group_size=self.group_size, bits=found.bits, bytes=found.bytes + rest,
             predicted=found.error, measured=together(calls, layers, found.bits, self.group_size, self.rounding),
             table=table,
         )  # fmt: skip
-        return self.model_copy(update={"plan": plan})
 
     def _allocated(
         self, table: Mapping[str, Mapping[int, float]], layers: Mapping[str, Found], rest: int

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import fastdiff
-from fastdiff.pipelines.quantize import calibrate_ranges, method_of
+from fastdiff.pipelines.quantize import method_of
+from fastdiff.pipelines.ranges import calibrate_ranges
 from tests import tiny
 from tests.quant.test_prune import PROMPTS, arguments
 

@@ -8,9 +8,10 @@ from torch import nn
 
 import fastdiff
 from fastdiff.errors import BadConfig
-from fastdiff.pipelines.calibrate import hear
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.quantize import learned_by, quantize
+from fastdiff.pipelines.hearing import hear
+from fastdiff.pipelines.planning import learned_by
+from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.build import Found
 from fastdiff.quant.flexround import FlexRound, _moments, learn
 from fastdiff.quant.packing import FORMATS
@@ -92,7 +93,7 @@ def test_what_cannot_be_learned_is_said_or_passed_over():
     assert learned_by(W4A16(), None) is None
     for settings in ({}, {"smooth": 0.5}, {"components": ("denoiser", "vae")}):
         with pytest.raises(BadConfig, match="rounding = flexround learns"):
-            learned_by(W4A16(rounding="flexround", **settings), calls if settings else None)
+            learned_by(W4A16(rounding="flexround", **settings), {"transformer": calls} if settings else None)
     with pytest.raises(BadConfig, match="flexround"):
         fastdiff.accelerate(pipe, quant={"method": "w4a16", "rounding": "flexround"})
     assert anatomies(pipe)[0].denoiser is pipe.transformer

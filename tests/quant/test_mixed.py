@@ -9,8 +9,7 @@ import torch
 
 import fastdiff
 from fastdiff.errors import BadConfig, BadModel
-from fastdiff.pipelines.calibrate import hear
-from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.hearing import hear
 from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
@@ -75,7 +74,7 @@ def test_measuring_leaves_no_trace_and_the_choice_keeps_the_budget():
     assert plan.predicted == pytest.approx(sum(plan.table[n][b] for n, b in plan.bits.items()))
     assert 0.3 < plan.additivity < 3
     again = Mixed(target_error=2 * plan.predicted**0.5, plan=plan)
-    loose = again.planned(anatomies(pipe)[0], calls).plan
+    loose = again.planned(calls)
     assert loose.table == plan.table, "measured once"
     assert loose.predicted <= 4 * plan.predicted and loose.bytes <= plan.bytes
     for name, bits in plan.bits.items():
@@ -83,7 +82,7 @@ def test_measuring_leaves_no_trace_and_the_choice_keeps_the_budget():
         form, group = {4: ("int4", 64), 5: ("int4", 16), 8: ("int8", 64), 16: ("half", 64)}[bits]
         assert (recipe.format, recipe.group) == (form, group)
     with pytest.raises(BadConfig, match=r"the smallest is [\d.]+ MB"):
-        Mixed(budget_mb=0.001).planned(anatomies(pipe)[0], calls)
+        Mixed(budget_mb=0.001).planned(calls)
 
 
 def test_a_layer_that_breaks_is_named(sd3):

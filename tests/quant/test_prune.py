@@ -9,18 +9,19 @@ import torch
 
 import fastdiff
 from fastdiff.affine import decoded
+from fastdiff.anatomy import Anatomy, Family
 from fastdiff.errors import BadConfig
 from fastdiff.patch import PatchSet
-from fastdiff.pipelines.calibrate import hear
 from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.hearing import hear
 from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.quantized_files import save
 from fastdiff.pipelines.quantized_parts import load_components
-from fastdiff.quant.calls import swapped
+from fastdiff.quant.calls import Calls, swapped
 from fastdiff.quant.components import components
 from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed
-from fastdiff.quant.pruning import _Fit, _forms
+from fastdiff.quant.pruning import _Fit, _forms, _repaired
 from tests import tiny
 from tests.state import differences, snapshot
 
@@ -118,6 +119,29 @@ def test_what_an_affine_or_low_rank_layer_added_is_repaired(shape, residual):
         repair = Removal(path="here", residual=residual, wrapped=False, maps=(fit.solve(),))
         out = Removed(repair)(x)
         assert torch.allclose(out, x + y if residual else y, atol=1e-4)
+
+
+class Adds(torch.nn.Module):
+    """Adds what a component makes of four dimensions, channels where that has them."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.part(hidden_states)
+
+
+@pytest.mark.parametrize("part", [torch.nn.Linear(6, 6), torch.nn.Conv2d(6, 6, 1)], ids=["linear", "conv"])
+def test_the_layers_inside_tell_which_dimension_holds_the_channels(part):
+    """Four dimensions may be a picture's, or tokens in frames: a repair along the wrong one repairs nothing."""
+    model = Adds(part.requires_grad_(False))
+    anatomy = Anatomy(model, Family("adds", "transformer"), "transformer")
+    calls, x = Calls(anatomy), torch.randn(8, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    calls.given, calls.truth = [((x,), {})], [model(x)]
+    repair = _repaired(anatomy, "part", False, calls, 1e-9, rank=6)
+    assert torch.dist(Removed(repair)(x), part(x)) < 1e-3 * part(x).norm()
+    assert Removal.model_validate_json(repair.model_dump_json()) == repair
 
 
 def test_a_tuple_of_streams_is_given_back_as_a_tuple():

@@ -11,7 +11,7 @@ from fastdiff.config import Config
 from fastdiff.errors import BadConfig, BadModel, UnsupportedModel
 from fastdiff.pipelines.conditions import corrupted
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.quantize import calibrate_ranges
+from fastdiff.pipelines.ranges import calibrate_ranges
 from fastdiff.quant.calibration import Calibration
 from fastdiff.quant.halves import halves
 from tests import tiny

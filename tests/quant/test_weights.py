@@ -11,7 +11,7 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.parallel.crew import fingerprint
-from fastdiff.pipelines.calibrate import hear
+from fastdiff.pipelines.hearing import hear
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
@@ -78,7 +78,7 @@ def test_what_is_measured_on_calls_asks_too(tmp_path):
     calls = hear(pipe, ["a cat"], moments=2, batch=1, clean_caption=False, **CALL)
     to_disk(pipe.transformer, tmp_path)
     layers = {found.name: found for found in layers_of(pipe.transformer)}
-    for measure in (lambda: prune(calls.anatomy, calls), lambda: sensitivities(calls, layers, (8,), 64, "nearest")):
+    for measure in (lambda: prune(calls), lambda: sensitivities(calls, layers, (8,), 64, "nearest")):
         with pytest.raises(UnsupportedModel, match="are on disk"):
             measure()
 

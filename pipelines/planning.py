@@ -1,0 +1,68 @@
+"""What a quantization plans before it begins, on calls of the denoisers: bits, what to remove, learned rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastdiff.errors import BadConfig
+from fastdiff.plans import Each
+from fastdiff.quant.base import QuantMethod
+from fastdiff.quant.calls import Calls
+from fastdiff.quant.flexround import FlexRound
+from fastdiff.quant.prune import PrunePlan
+from fastdiff.quant.pruning import prune
+from fastdiff.quant.schemes.mixed import BitPlan, Mixed
+
+from .calibrate import Watch
+from .families import anatomies
+from .hearing import hear_each, planned
+from .quantizing import targets
+
+Heard = Mapping[str, Calls]
+
+
+def plan(
+    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4,
+    watch: Watch | None = None, **call: Any,
+) -> BitPlan | PrunePlan | Each:  # fmt: skip
+    """What `quantize` plans before it begins: what `prune`, a number, removes, or the bits of `mixed`; of several
+    denoisers for each.
+
+    Raises BadConfig for a method that plans nothing.
+    """
+    if not (isinstance(method.prune, float) or (isinstance(method, Mixed) and method.plan is None)):
+        raise BadConfig("there is nothing to plan: set quant.prune to an error, 0.03 say, or quant.method to mixed")
+    targets(pipe, method, anatomies(pipe))
+    heard = hear_each(pipe, prompts, moments=4, seed=seed, batch=batch, **call)
+    found = with_plans(method, heard, watch)
+    made: Any = found.plan if isinstance(found, Mixed) else found.prune
+    return made
+
+
+def with_plans(method: QuantMethod, heard: Heard | None, watch: Watch | None) -> QuantMethod:
+    """The method with the plans that it leaves to be made on calls of the denoisers: of bits, or of what to remove."""
+    if isinstance(method, Mixed) and method.plan is None:
+        if heard is None:
+            raise BadConfig("mixed measures the denoiser's layers: give prompts, or a plan of bits as quant.plan")
+        bits: Mixed = method
+        return bits.model_copy(update={"plan": planned(heard, lambda calls: bits.planned(calls, watch))})
+    if isinstance(method.prune, float):
+        if heard is None:
+            raise BadConfig(f"quant.prune = {method.prune:g} measures the denoiser: give prompts, or a plan")
+        most = method.prune**2
+        found = planned(heard, lambda calls: prune(calls, max_error=most, watch=watch))
+        return method.model_copy(update={"prune": found})
+    return method
+
+
+def learned_by(method: QuantMethod, heard: Heard | None) -> dict[str, FlexRound] | None:
+    """What learns the rounding of weights from calls, by denoiser, if the method wants that."""
+    if method.rounding != "flexround":
+        return None
+    if heard is None or method.smooth is not None or method.split or method.components != ("denoiser",):
+        raise BadConfig(
+            "rounding = flexround learns from calls of the denoiser: give prompts, and leave out smooth, split and "
+            "other components; or take rounding = mse"
+        )
+    return {name: FlexRound(calls) for name, calls in heard.items()}
