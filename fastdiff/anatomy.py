@@ -63,6 +63,9 @@ class Family:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+_WHOLE = "take a method that leaves out the whole model, such as ab_cache"
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """A live denoiser with its family. `recognised` is False where nobody described it: its structure was guessed, or
@@ -94,17 +97,16 @@ class Anatomy:
         """Whether nothing is known of the inside: no stack, and no parts of a UNet."""
         return self.family.kind == "transformer" and not self.family.stacks
 
-    def without(self, need: str) -> UnsupportedModel:
-        """The refusal of a method that needs what this denoiser does not have, or what nobody told of it."""
+    def without(self, need: str, instead: str = _WHOLE) -> UnsupportedModel:
+        """The refusal of what needs something that this denoiser does not have, or that nobody told of it; `instead`
+        says what to do."""
         name = self.family.name
         if self.recognised or not self.opaque:
             why = f": {self.family.closed}" if self.family.closed else ""
-            return UnsupportedModel(
-                f"{name} has no {need}{why}; take a method that leaves out the whole model, such as ab_cache"
-            )
+            return UnsupportedModel(f"{name} has no {need}{why}; {instead}")
         return UnsupportedModel(
-            f"{name} is not described: nobody told fastdiff of its {need}. Take a method that leaves out the whole "
-            f"model, such as ab_cache, or describe it:\n\n{stub(self.denoiser)}"
+            f"{name} is not described: nobody told fastdiff of its {need}; {instead}, or describe it:\n\n"
+            + stub(self.denoiser)
         )
 
 

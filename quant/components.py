@@ -33,6 +33,8 @@ class Component:
 
 def components(anatomy: Anatomy) -> list[Component]:
     """In call order: ResNet blocks and transformers of a UNet, attention and feed-forward layers, and whole blocks."""
+    if anatomy.opaque:
+        raise anatomy.without("blocks, whose parts could be left out", "leave out quant.prune")
     roots = list(_roots(anatomy))
     out: list[Component] = []
     for number, (path, root) in enumerate(roots):

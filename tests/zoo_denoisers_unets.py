@@ -62,12 +62,12 @@ CLOSED = [
     Denoiser(
         "UNet1DModel",
         {
-            "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 32),
+            "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 32),
             "extra_in_channels": 16, "use_timestep_embedding": False, "time_embedding_type": "fourier",
             "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D", "DownBlock1D"),
             "up_block_types": ("UpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"), "mid_block_type": "UNetMidBlock1D",
         },
-        (1, 4, 16),
+        (1, 4, 64),
         lambda x, t: {"sample": x, "timestep": t / 1000},
     ),
     Denoiser(

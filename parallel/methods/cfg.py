@@ -37,7 +37,7 @@ def split_guidance(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchS
     """Outermost patch of a denoiser. Raises UnsupportedModel where the halves cannot be told apart."""
     family = anatomy.family
     if anatomy.opaque and not anatomy.recognised:
-        raise anatomy.without("style of guidance, which cfg = 2 shares out")
+        raise anatomy.without("style of guidance, which cfg = 2 shares out", "set parallel.cfg to 1")
     if family.guidance == "none" or (family.guidance == "batch" and not family.batches):
         raise UnsupportedModel(
             f"cfg = 2 has nothing to share out: a {family.name} denoiser has no two halves of guidance"

@@ -15,6 +15,7 @@ from fastdiff.config import resolve
 from fastdiff.errors import UnsupportedModel
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import Families, anatomies
+from fastdiff.quant.components import components
 from tests import tiny
 
 FROM_OUTSIDE: dict[str, dict[str, Any]] = {
@@ -76,6 +77,11 @@ def test_levers_that_find_their_layers_themselves_work(name, lever):
         assert torch.isfinite(found).all() and handle.report.steps == 6
         assert torch.equal(found, plain) == ("attention" in lever)
     assert torch.equal(tiny.run(pipe, name), plain)
+
+
+def test_pruning_which_leaves_out_parts_of_blocks_is_refused(name):
+    with pytest.raises(UnsupportedModel, match=r"whose parts could be left out; leave out quant\.prune"):
+        components(anatomies(tiny.make(name))[0])
 
 
 def test_a_site_of_its_own_choice_is_the_whole_model(name):
