@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium and chromedriver; on Debian: apt install both"),
 ]
 REASON = "needs gradio and selenium: pip install 'fastdiff[dev]'"
-PATIENCE = 240  # seconds, for machines that are busy
+PATIENCE = 600  # seconds, for machines that are busy
 
 
 def until(met: Callable[[], Any], what: str) -> Any:

@@ -120,7 +120,7 @@ def ended() -> None:
     """Waits for the denoising threads, each of which may be inside a call of the denoiser."""
     for thread in threading.enumerate():
         if thread.name == "denoising":
-            thread.join(timeout=60)
+            thread.join(timeout=600)
             assert not thread.is_alive()
 
 

@@ -23,7 +23,7 @@ from tests.clusters import cluster
 
 __all__ = ["cli", "cluster", "model"]
 
-LIMITS = Limits(images=2, side=64, steps=400, queue=2, timeout=60, grace=5)
+LIMITS = Limits(images=2, side=64, steps=400, queue=2, timeout=600, grace=5)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Server:
         heads = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         asked = urllib.request.Request(self.url + path, data, heads)
         try:
-            with urllib.request.urlopen(asked, timeout=120) as answer:
+            with urllib.request.urlopen(asked, timeout=900) as answer:
                 status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
@@ -60,7 +60,7 @@ class Server:
         wait_for(lambda: not self.desk.drawing and not self.desk.waiting)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

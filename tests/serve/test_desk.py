@@ -62,7 +62,7 @@ def test_time_out(server: Server, gate: threading.Event, pool: ThreadPoolExecuto
 
 
 def ask(server: Server, **body: Any) -> http.client.HTTPConnection:
-    link = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    link = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=600)
     body = {"prompt": "a cat", "steps": 400, "seed": 1} | body
     link.request("POST", "/v1/images/generations", json.dumps(body), {"content-type": "application/json"})
     return link
@@ -166,7 +166,7 @@ def fork(model: str, *options: str) -> Any:
 
     process = get_context("fork").Process(target=serve)
     process.start()
-    wait_for(lambda: Path("out").exists() and Path("out").read_text().endswith("\n"), 120)
+    wait_for(lambda: Path("out").exists() and Path("out").read_text().endswith("\n"))
     return process
 
 
@@ -180,7 +180,7 @@ def test_shutdown_finishes_or_fails_what_is_in_flight(cli, model: str, grace: st
         wait_for(lambda: busy.items() <= server.call("/health")[1].items())
         os.kill(process.pid, signal.SIGTERM)
         replies = [answer.result() for answer in answers]
-        process.join(240)
+        process.join(900)
     finally:
         process.kill()
     assert process.exitcode == 0

@@ -43,7 +43,7 @@ def test_made_up_requests(server: Server, document, method: str, path: str, mode
     def check(case) -> None:
         if isinstance(case.body, dict) and isinstance(steps := case.body.get("steps"), int | None):
             case.body["steps"] = 2 if steps is None else min(steps, 2)
-        case.call_and_validate(checks=CHECKS, timeout=120)
+        case.call_and_validate(checks=CHECKS, timeout=900)
 
     try:
         check()
