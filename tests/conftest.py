@@ -11,10 +11,14 @@ import logging
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from hypothesis import HealthCheck, settings
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
+# a machine that is busy may stop for a second anywhere
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
