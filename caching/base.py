@@ -15,7 +15,7 @@ from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.method import Method
 
 from .predictors import PREDICTORS, Axis, weights
-from .protocols import Calibrator, Live
+from .protocols import Calibrator, Live, Passes
 from .region import Memory, Region
 
 Forward = Callable[..., Any]
@@ -92,10 +92,16 @@ class CacheMethod(Method):
         """For a run: what is made of a prediction (step, leaf number, value) of region `number`."""
         return None
 
-    def calibrated(self, calibrator: Calibrator) -> CacheMethod:
-        """This method with what calibration finds for it in its settings.
+    def of(self, component: str, main: bool) -> CacheMethod | None:
+        """This method for one denoiser of a pipeline, the main one or another; None where it says nothing of it."""
+        return self
 
-        Raises BadConfig for a method that has nothing to calibrate, ValueError where calibration cannot succeed.
+    def calibrated(self, calibrator: Calibrator) -> Passes:
+        """This method with what calibration finds for one denoiser in its settings.
+
+        A generator that yields what is to be installed on the denoiser for a pass over all prompts, and returns the
+        method; the denoisers of a pipeline share the passes. Raises BadConfig for a method that has nothing to
+        calibrate, ValueError where calibration cannot succeed.
         """
         raise BadConfig(
             f"the cache method {self.method} has nothing to calibrate; set cache.method to one that takes a plan, "

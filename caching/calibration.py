@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,19 +22,67 @@ from .region import Memory, Region
 from .session import Session
 
 
+class Loops:
+    """Which denoiser was called at which steps of which run, in one pass over all prompts."""
+
+    def __init__(self) -> None:
+        self.complete: list[Run] = []
+        self._called: dict[int, dict[str, set[int]]] = {}  # by number of the run and component
+
+    def listen(self, clock: StepClock) -> None:
+        clock.on_end.append(lambda run: self.complete.append(run) if clock.index >= run.total else None)
+
+    def ear(self, component: str, now: Callable[[], Step | None]) -> Callable[..., Any]:
+        """What wraps a denoiser's forward."""
+
+        def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(forward)
+            def heard(*args: Any, **kwargs: Any) -> Any:
+                step = now()
+                if step is not None:
+                    self._called.setdefault(step.run.number, {}).setdefault(component, set()).add(step.index)
+                return forward(*args, **kwargs)
+
+            return heard
+
+        return wrapper
+
+    def calls(self, run: Run) -> dict[str, list[int]]:
+        """Steps of a run by the component that was called in them."""
+        return {name: sorted(steps) for name, steps in self._called.get(run.number, {}).items()}
+
+
 @dataclass
 class Drawing:
-    """The calibrator of a live pipeline: draws all prompts once, with listeners or a session installed.
+    """The calibrator of one denoiser of a live pipeline.
 
     `weights` is how the model was quantized while it was drawn; after that it may be back to floats.
     """
 
     anatomy: Anatomy
-    draw: Callable[[Install], None]
     weights: str | None = None
+    loops: Loops = field(default_factory=Loops)  # of the pass under way, or the last
+
+    @property
+    def run(self) -> Run:
+        """The last complete run in which the denoiser was called. Raises ValueError if there was none."""
+        own = [run for run in self.loops.complete if self.heard(run)]
+        if not own:
+            raise ValueError(f"no complete run was seen in which the {self.anatomy.component} was called")
+        return own[-1]
+
+    def parts(self, run: Run) -> dict[str, list[int]]:
+        """The steps of a run in which each denoiser was called, by component; this one's first."""
+        found = self.loops.calls(run)
+        return {self.anatomy.component: found[self.anatomy.component], **found}
+
+    def heard(self, run: Run) -> bool:
+        """Whether the denoiser was called in a run."""
+        return self.anatomy.component in self.loops.calls(run)
 
     def origin(self, run: Run) -> dict[str, Any]:
         """What a plan says of the run it was made on."""
+        called = self.loops.calls(run).get(self.anatomy.component, [])
         return {
             "denoiser": fingerprint(self.anatomy),
             "quantization": self.weights,
@@ -41,20 +90,15 @@ class Drawing:
             "guidance_scale": run.guidance_scale,
             "shape": run.shape,
             "sigmas": run.sigmas,
+            "called": tuple(called) if len(called) < run.total else (),
         }
 
-    def observe(self, method: CacheMethod, seen: Callable[[Sample], None], *, regions: Sequence[Region] = ()) -> Run:
-        """Draw uncached, showing the value of each region in each call. Raises ValueError if no run was complete."""
-        runs: list[Run] = []
-
-        def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session:
-            clock.on_start.append(runs.append)
-            return Recording(method, anatomy, clock, recorder, seen, regions)
-
-        self.draw(install)
-        if not runs:
-            raise ValueError("no run was seen")
-        return runs[-1]
+    def observe(
+        self, method: CacheMethod, seen: Callable[[Sample], None], *, regions: Sequence[Region] = ()
+    ) -> Generator[Install, None, Run]:
+        """An uncached pass that shows the value of each region in each call; returns `run`."""
+        yield lambda anatomy, clock, recorder: Recording(method, anatomy, clock, recorder, seen, regions)
+        return self.run
 
 
 class Recording(Session):

@@ -15,18 +15,21 @@ from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings, read_json
+from fastdiff.plans import Each, is_several
 
 Floats = NDArray[np.float64]
 LARGEST = 64 << 20  # bytes
 _FOUND = {"missing": "missing", "extra_forbidden": "unknown to it"}
 
+PLAN = "what calibrate found, or the path of its file; of several denoisers one each, by component"
 VERSION: Literal[2] = 2
 
 
 class Plan(Settings):
     """What calibration found, with what it was made on; methods add what they need.
 
-    `shape` is that of one latent, the class of resolution; `quantization` names weights that are no plain floats.
+    `shape` is that of one latent, the class of resolution; `quantization` names weights that are no plain floats;
+    `called` are the steps in which the denoiser was called, where it shares the run with another one.
     """
 
     version: Literal[2] = VERSION
@@ -38,6 +41,7 @@ class Plan(Settings):
     sigmas: tuple[NonNegativeFloat, ...] = Field(
         min_length=1, max_length=10_000, description="noise level of each step"
     )
+    called: tuple[int, ...] = Field((), max_length=10_000, description="steps of this denoiser; none: all of them")
 
     def summary(self) -> str:
         """What was found, in a sentence."""
@@ -82,9 +86,14 @@ class Plan(Settings):
             grid = np.concatenate([wanted[:1], grid])
         return np.maximum.accumulate(np.interp(wanted, grid, [-lead, *range(total + 1)] if lead else range(total + 1)))
 
+    def calls(self, run: Run) -> list[bool]:
+        """For each step of a run, whether the denoiser was called at about the same noise level."""
+        known, last = set(self.called or range(len(self.sigmas))), len(self.sigmas) - 1
+        return [min(max(round(place), 0), last) in known for place in self.places(run).tolist()]
+
 
 class Schedule(Plan):
-    """A plan of which steps to compute.
+    """A plan of which steps to compute; among them are those of other denoisers, if any.
 
     `weights[step]` are the (computed step, factor) pairs that make the value of a skipped step.
     """
@@ -113,9 +122,10 @@ class Schedule(Plan):
         return self
 
     def summary(self) -> str:
-        chosen = ", ".join(map(str, self.compute))
+        own = self.called or range(len(self.sigmas))
+        chosen = [step for step in self.compute if step in own]
         error = "" if self.error is None else f"; predicted error {self.error:.2%} of what was traced"
-        return f"computes {len(self.compute)} of {len(self.sigmas)} steps: {chosen}{error}"
+        return f"computes {len(chosen)} of {len(own)} steps: {', '.join(map(str, chosen))}{error}"
 
     def steps(self, run: Run) -> tuple[int, ...]:
         """Steps of any run to compute: the plan's own, or as large a share, spread over noise levels as in the plan."""
@@ -135,32 +145,43 @@ class Schedule(Plan):
         return tuple(chosen)
 
 
-def read_plan(path: Path, kind: type[Plan]) -> dict[str, Any]:
-    """What a plan file holds. Raises ValueError, in one sentence, for a file that is missing, broken or no plan of that
-    kind."""
+def read_plan(path: Path, kind: type[Plan]) -> Plan | Each[Plan]:
+    """What a plan file holds, one plan or one for each denoiser. Raises ValueError, in one sentence, for a file that is
+    missing, broken or no plan of that kind."""
     name = f"plan file {str(path)!r}"
     values = read_json(path, name, "plan", "make one with fastdiff calibrate", LARGEST)
+    if not is_several(values):
+        return _plan(values, kind, name)
+    return Each[kind]({part: _plan(plan, kind, name, f"{part}.") for part, plan in values.items()})  # type: ignore[valid-type]
+
+
+def _plan(values: Any, kind: type[Plan], name: str, part: str = "") -> Plan:
     if not isinstance(values, dict) or not {"version", "denoiser", "sigmas"} <= values.keys():
         raise ValueError(f"{name} holds no plan; make one with fastdiff calibrate")
     if values["version"] != VERSION:
         raise ValueError(f"{name} has version {values['version']!r}, this fastdiff reads {VERSION}; calibrate again")
     try:
-        kind.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = part + ".".join(str(part) for part in first["loc"])
         if first["type"] in ("missing", "extra_forbidden"):
             raise ValueError(f"{name} was made for another cache method: {where} is {_FOUND[first['type']]}") from None
         why = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{where}: {first['msg'].lower()}"
         raise ValueError(f"{name} is damaged: {why}") from None
-    return values
 
 
 def from_file(kind: type[Plan]) -> BeforeValidator:
-    """Lets a setting name a plan file where it wants a plan."""
-    return BeforeValidator(
-        lambda value: read_plan(Path(value).expanduser(), kind) if isinstance(value, str | Path) else value
-    )
+    """Lets a setting name a plan file where it wants a plan, or one for each denoiser."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return read_plan(Path(value).expanduser(), kind)
+        if isinstance(value, Mapping):  # told which of the two, pydantic finds fault with one of them only
+            return (Each[kind] if is_several(value) else kind).model_validate(value)  # type: ignore[valid-type]
+        return value
+
+    return BeforeValidator(read)
 
 
 def quantization(anatomy: Anatomy) -> str | None:

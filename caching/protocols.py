@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from fastdiff.recorder import Recorder
 from .region import Region
 
 Install = Callable[[Anatomy, StepClock, Recorder], Any]  # what a pass of a calibration puts in a cache's place
+Passes = Generator[Install, None, Any]  # asks for passes over all prompts, and returns what it made of them
 
 
 class Live(Protocol):
@@ -60,18 +61,30 @@ class Sample:
 
 
 class Calibrator(Protocol):
-    """Draws all prompts of a calibration once, with listeners or a session installed (`calibration.Drawing`)."""
+    """What a method may know of the passes in which its plan for one denoiser is made (`calibration.Drawing`)."""
 
     @property
     def anatomy(self) -> Anatomy: ...
 
     @property
-    def draw(self) -> Callable[[Install], None]: ...
+    def run(self) -> Run:
+        """The last complete run in which the denoiser was called. Raises ValueError if there was none."""
+        ...
+
+    def parts(self, run: Run) -> dict[str, list[int]]:
+        """The steps of a run in which each denoiser was called, by component; this one's first."""
+        ...
+
+    def heard(self, run: Run) -> bool:
+        """Whether the denoiser was called in a run of the pass under way."""
+        ...
 
     def origin(self, run: Run) -> dict[str, Any]:
         """What a plan says of the run it was made on."""
         ...
 
-    def observe(self, method: Any, seen: Callable[[Sample], None], *, regions: Sequence[Region] = ()) -> Run:
-        """Draw uncached, showing the value of each region in each call. Raises ValueError if no run was complete."""
+    def observe(
+        self, method: Any, seen: Callable[[Sample], None], *, regions: Sequence[Region] = ()
+    ) -> Generator[Install, None, Run]:
+        """An uncached pass that shows the value of each region in each call; returns `run`."""
         ...

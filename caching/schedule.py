@@ -74,9 +74,13 @@ class Costs:
                 out[j, a, 1 : end - j + 1] = self.groups([j - a, j] if a else [j], end)
         return out
 
+    def price(self, steps: Sequence[int]) -> float:
+        """What it costs to compute these steps only."""
+        return sum(float(self.groups(known, end)[-1]) for known, end in spans(steps, self.total))
+
     def error(self, steps: Sequence[int]) -> float:
         """Predicted error of the final latents for these computed steps, relative to what the outputs make of them."""
-        cost = sum(float(self.groups(known, end)[-1]) for known, end in spans(steps, self.total))
+        cost = self.price(steps)
         whole = float(self.influence @ self.gram @ self.influence)
         return float(np.sqrt(cost / whole)) if whole > 0 else 0.0
 
@@ -132,3 +136,31 @@ def optimal_steps(table: Floats, budget: int, forced: Sequence[int] = (), *, sho
         chosen.append(j - a)
         j, a = j - a, int(origin[j - a, a])
     return sorted(chosen)
+
+
+def shared_steps(parts: Sequence[Costs], budget: int, forced: Sequence[Sequence[int]]) -> list[list[int]]:
+    """`optimal_steps` of parts of a run that have a budget together and predict nothing of each other.
+
+    forced: steps of each part. Raises ValueError for a budget that is not possible.
+    """
+    tables = [costs.table() for costs in parts]
+    least = [fewest(costs.total, costs.longest, own) for costs, own in zip(parts, forced, strict=True)]
+    best: dict[int, tuple[float, list[list[int]]]] = {0: (0.0, [])}  # by steps computed so far
+    for number, (costs, table, own) in enumerate(zip(parts, tables, forced, strict=True)):
+        left = budget - sum(least[number + 1 :])
+        counts = [*range(least[number], min(costs.total, left) + 1)]
+        if number == len(parts) - 1:
+            counts = [count for count in counts if budget - count in best]
+        chosen = {count: optimal_steps(table, count, own) for count in counts}
+        prices = {count: costs.price(steps) for count, steps in chosen.items()}
+        reached: dict[int, tuple[float, list[list[int]]]] = {}
+        for spent, (paid, before) in best.items():
+            for count, more in prices.items():
+                known = reached.get(spent + count)
+                if spent + count <= left and (known is None or paid + more < known[0]):
+                    reached[spent + count] = paid + more, [*before, chosen[count]]
+        best = reached
+    if budget not in best:
+        most = sum(costs.total for costs in parts)
+        raise ValueError(f"{budget} computed steps are not possible in a run of {most}; give {sum(least)} to {most}")
+    return best[budget][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,16 @@ class Gram:
 class Trace:
     """Collects, over runs of the same steps, the Gram matrix of the outputs given to `scheduler.step`.
 
-    The outputs are those after guidance. `solver` is a copy of the scheduler as it was when the last run began.
+    The outputs are those after guidance. `solver` is a copy of the scheduler as it was when the last run began. Only
+    complete runs count, and of those the ones that `counts` says are of interest.
     """
 
-    def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
+    def __init__(self, clock: StepClock, counts: Callable[[Run], bool] = lambda run: True) -> None:
+        self.clock, self.counts = clock, counts
         self.run: Run | None = None
         self.solver: Any = None
         self._gram = Gram()
+        self._begun: Any = None
         self._rows: dict[int, Tensor] = {}  # by step: of two outputs that a solver is given, the last
         clock.on_start.append(self._start)
         clock.on_output.append(lambda index, output: self._rows.__setitem__(index, self._gram.sketch(output)))
@@ -80,38 +83,52 @@ class Trace:
         return self._gram.images
 
     def _start(self, run: Run) -> None:
+        self._rows, self._begun = {}, unheard(self.clock.scheduler)
+
+    def _end(self, run: Run) -> None:
+        rows, self._rows = self._rows, {}
+        if len(rows) != run.total or not self.counts(run):  # one cut short says nothing about the whole run
+            return
         if self.run is not None and run.sigmas != self.run.sigmas:
             raise ValueError(
                 f"a trace of {self.run.total} steps cannot go on with a run on another grid of {run.total}"
             )
-        self.run, self._rows = run, {}
-        self.solver = unheard(self.clock.scheduler)
-
-    def _end(self, run: Run) -> None:
-        rows, self._rows = self._rows, {}
-        if len(rows) == run.total:  # one cut short says nothing about the whole run
-            self._gram.add([rows[index] for index in range(run.total)])
+        self.run, self.solver = run, self._begun
+        self._gram.add([rows[index] for index in range(run.total)])
 
 
 class SiteTrace:
-    """The Gram matrix of what a region gave, over the runs and branches that a `Recording` session shows."""
+    """The Gram matrix of what a region gave, over the runs and branches that a `Recording` session shows.
+
+    `steps` are those in which the region was called; a run or a branch that was called in fewer says nothing.
+    """
 
     def __init__(self) -> None:
+        self.steps: tuple[int, ...] = ()
         self._gram = Gram()
-        self._rows: dict[int, list[Tensor]] = {}
+        self._rows: dict[int, dict[int, Tensor]] = {}  # of the present run, by branch and step
+        self._number = 0
 
     def seen(self, sample: Sample) -> None:
         step = sample.step
-        if step.index == 0:
-            self._rows[step.branch] = []
+        if step.run.number != self._number:
+            self._close()
+            self._number = step.run.number
         leaves = [leaf.flatten(1).float() for leaf in tensors(sample.value)]
-        rows = self._rows.setdefault(step.branch, [])
-        rows.append(self._gram.sketch(torch.cat(leaves, 1)))
-        if len(rows) == step.run.total:
-            self._gram.add(self._rows.pop(step.branch))
+        self._rows.setdefault(step.branch, {})[step.index] = self._gram.sketch(torch.cat(leaves, 1))
+
+    def _close(self) -> None:
+        rows, self._rows = self._rows, {}
+        for own in rows.values():
+            steps = tuple(sorted(own))
+            if len(steps) > len(self.steps):
+                self.steps, self._gram = steps, Gram()
+            if steps == self.steps:
+                self._gram.add([own[index] for index in steps])
 
     @property
     def gram(self) -> NDArray[np.float64]:
+        self._close()
         if self._gram.matrix is None:
             raise ValueError("no complete run was traced")
         return self._gram.matrix

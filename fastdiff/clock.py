@@ -356,7 +356,7 @@ class StepClock:
         self.run = Run(
             self._number, tuple(listed[begin:end]), tuple(sigmas[begin:end]), flow, type(scheduler).__name__,
             float(guidance) if isinstance(guidance, int | float) else None, tuple(latents.shape[1:]), begin > 0,
-            latents.device,
+            latents.device, next((name for name, part in vars(self.pipe).items() if part is scheduler), "scheduler"),
         )  # fmt: skip
         self.index, self._ticked, self._called, self._copied, self.repeats = 0, None, False, False, False
         self._viewed = self._place(timestep) is not None

@@ -15,6 +15,7 @@ class Recorder:
     def __init__(self, clock: StepClock) -> None:
         self.report = RunReport()
         self._moments: Moments | None = None
+        self._loops: dict[str, str] = {}  # what the loops of the present call did before this one, by scheduler
         self._skipped = self._predicted = self._elsewhere = False
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
@@ -40,7 +41,9 @@ class Recorder:
             self.report.notes.append(text)
 
     def _start(self, run: Run) -> None:
-        self.report = RunReport(total=run.total)
+        if run.loop in self._loops:  # once more the same: another call of the pipeline
+            self._loops = {}
+        self.report = RunReport(total=run.total, notes=[*self._loops.values()])
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         self._moments = Moments(run.device)
@@ -66,3 +69,5 @@ class Recorder:
         if self._moments is not None:
             self.report.step_seconds = self._moments.seconds()
         self.report.peak_memory_mb = peak_memory_mb(run.device)
+        said = f"{self.report.steps} steps, {self.report.cached} cached, {self.report.seconds:.2f} s"
+        self._loops[run.loop] = f"the loop of {run.loop} before it: {said}"

@@ -18,7 +18,8 @@ class Run:
     `timesteps` and `sigmas` hold one float per evaluation that will be made (img2img has fewer than the scheduler
     lists); sigma is noise over signal, or the flow-matching sigma in [0, 1] if `flow`. `scheduler` is its class name,
     `guidance_scale` what the pipeline says of itself, if anything, `shape` that of the denoiser's input without the
-    batch, `late` whether the run leaves out the scheduler's first steps (img2img), `device` where the denoiser runs.
+    batch, `late` whether the run leaves out the scheduler's first steps (img2img), `device` where the denoiser runs,
+    `loop` the pipeline's name for the scheduler, of which some have several (priors, decoders).
     """
 
     number: int
@@ -30,6 +31,7 @@ class Run:
     shape: tuple[int, ...] = ()
     late: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loop: str = "scheduler"
     _axes: dict[str, tuple[float, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fastdiff import strip
+from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
@@ -84,7 +85,7 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
-            self._uncached = self._left_out(found)
+            self._cached = self._methods(found)
             self.crew = self._meet(found)
             if self.crew is not None:
                 patches.call(lambda: None, self.crew.bus.abort)
@@ -106,13 +107,18 @@ class Accelerated:
             raise BadConfig("8-bit layers on a CPU do not compile (oneDNN packs them); leave out compile or quant")
         self.quantized = done
 
-    def _left_out(self, found: list[Anatomy]) -> set[str]:
-        """Denoisers that the cache method cannot work on, where there is another one on which it can; said aloud."""
+    def _methods(self, found: list[Anatomy]) -> dict[str, CacheMethod]:
+        """The cache method for each denoiser that it can work on; that it cannot on others is said aloud."""
+        cached: dict[str, CacheMethod] = {}
         refused: dict[str, FastdiffError] = {}
         method: Any = self.config.cache
         for anatomy in found if method is not None else ():
             try:
-                method.places(anatomy)
+                own = method.of(anatomy.component, anatomy is found[0])
+                if own is None:
+                    raise UnsupportedModel("the plan is not for it; calibrate again, which makes one for each denoiser")
+                own.places(anatomy)
+                cached[anatomy.component] = own
             except FastdiffError as error:
                 refused[anatomy.component] = error
         first = refused.get(found[0].component)
@@ -122,7 +128,7 @@ class Accelerated:
             note = f"the {name} is not cached: {str(why).splitlines()[0]}"
             warnings.warn(note, stacklevel=5)
             self.clock.on_start.append(lambda _, note=note: self._recorder.note(note))  # type: ignore[misc]
-        return set(refused)
+        return cached
 
     def _install_on(self, anatomy: Anatomy, patches: PatchSet) -> None:
         config = self.config
@@ -138,8 +144,8 @@ class Accelerated:
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
         if session is not None:
-            if isinstance(config.cache, CacheQuant):
-                correct_fed_layers(config.cache, anatomy, self.clock, patches)
+            if isinstance(session.method, CacheQuant):
+                correct_fed_layers(session.method, anatomy, self.clock, patches)
             session.attach(patches)
             if crew is not None:
                 session.agree = crew.agrees
@@ -187,9 +193,8 @@ class Accelerated:
         refuse_compiled(anatomy.component, anatomy.denoiser, touched)
 
     def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
-        if self.config.cache is None or anatomy.component in self._uncached:
-            return None
-        return Session(self.config.cache, anatomy, self.clock, self._recorder, ahead=ahead)  # type: ignore[arg-type]
+        method = self._cached.get(anatomy.component)
+        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
 
     def __enter__(self) -> Accelerated:
         return self

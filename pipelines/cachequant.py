@@ -24,11 +24,10 @@ from .families import Anatomy
 
 
 def correct_fed_layers(method: CacheQuant, anatomy: Anatomy, clock: StepClock, patches: PatchSet) -> None:
-    """Install what the plan says of quantized layers; without quantization, nothing."""
-    plan = method.plan
-    if plan is None or not method.correct:
+    """Install what the plan says of quantized layers; without quantization, or while a plan is made, nothing."""
+    if not method.correct or method.plan is None:
         return
-    for path, table in plan.layers.items():
+    for path, table in method.found.layers.items():
         layer = anatomy.denoiser.get_submodule(path)
         if isinstance(layer, QLayer):
             _correct(layer, {step: pair.tensors() for step, pair in table.items()}, method, clock, patches)
@@ -44,7 +43,7 @@ def _correct(
         def fed(*args: Any, **kwargs: Any) -> Tensor:
             y = forward(*args, **kwargs)
             step = clock.now
-            if step is None or step.index not in table or method.plan is None or not method.plan.fits(step.run):
+            if step is None or step.index not in table or not method.found.fits(step.run):
                 return y
             if step.index not in folded:
                 scale, shift = (t.to(y.device) for t in table[step.index])

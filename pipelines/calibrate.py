@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from fastdiff.caching.base import CacheMethod
-from fastdiff.caching.calibration import Drawing
+from fastdiff.caching.calibration import Drawing, Loops
 from fastdiff.caching.plan import quantization
+from fastdiff.caching.planned import Planned
 from fastdiff.caching.protocols import Install
 from fastdiff.caching.session import Session
-from fastdiff.clock import StepClock
 from fastdiff.config import Compile, Config, Resolved
 from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.patch import PatchSet
-from fastdiff.quant.calls import Calls
-from fastdiff.recorder import Recorder
+from fastdiff.plans import Each
 
 from .accelerate import Accelerated, put, restore
 from .families import Anatomy, anatomies
 from .fed_layers import with_fed_layers
 
 Watch = Callable[[int, int], None]
+Installs: TypeAlias = dict[str, Install]  # by component
 
 
 def calibrate(
     pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, watch: Watch | None = None,
     **call: Any,
 ) -> Config:  # fmt: skip
-    """The config with what calibration finds for this pipeline in its cache method.
+    """The config with what calibration finds for this pipeline in its cache method, for each denoiser.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on,
     but not compiled; `watch` is told how many steps of how many are done in the pass under way. An accelerated
@@ -47,61 +48,78 @@ def calibrate(
     found = anatomies(pipe)
     plain = config.model_copy(update={"cache": None, "compile": Compile()})  # it looks inside what would be compiled
 
-    def draw(install: Install) -> None:
-        handle = Observed(pipe, plain, install, found[0])
-        put(handle, found)
-        try:
-            calibrator.weights = quantization(found[0])
-            draw_all(handle, prompts, seed, batch, watch, call)
-        finally:
-            handle.restore()
+    def draw(handle: Accelerated) -> None:
+        draw_all(handle, prompts, seed, batch, watch, call)
 
-    calibrator = Drawing(found[0], draw)
     try:
-        planned = config.model_copy(update={"cache": method.calibrated(calibrator)})
-        return with_fed_layers(pipe, planned, found, lambda handle: draw_all(handle, prompts, seed, batch, watch, call))
+        made = _made(method, found, lambda installs, drawings: _pass(pipe, plain, found, installs, drawings, draw))
+        return with_fed_layers(pipe, config.model_copy(update={"cache": made}), found, draw)
     except ValueError as error:
         raise BadConfig(f"{error}; calibrate with a deterministic solver such as DDIM, Euler or DPM++") from None
 
 
-class Observed(Accelerated):
-    """A pipeline whose first denoiser has, in the place of a cache, what a calibration installs."""
-
-    def __init__(self, pipe: Any, config: Config, install: Install, anatomy: Anatomy) -> None:
-        self._build, self._anatomy = install, anatomy
-        super().__init__(pipe, Resolved(config, {}))
-
-    def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
-        return self._build(anatomy, self.clock, self._recorder) if anatomy is self._anatomy else None
-
-
-def hear(
-    pipe: Any, prompts: Sequence[str], *, config: Config | None = None, moments: int = 4, seed: int = 0, batch: int = 4,
-    watch: Watch | None = None, **call: Any,
-) -> Calls:  # fmt: skip
-    """Calls of the denoiser at `moments` steps spread over runs with these prompts, in every branch.
-
-    The pipeline runs with the levers of `config`, but uncached and uncompiled; one that is accelerated is restored
-    first.
-    """
-    restore(pipe)
-    found = anatomies(pipe)
-    calls, patches = Calls(found[0], moments), PatchSet()
-
-    def listen(anatomy: Anatomy, clock: StepClock, _: Recorder) -> None:
-        calls.listen(clock, patches)
-
-    plain = (config or Config()).model_copy(update={"cache": None, "compile": Compile()})
-    handle = Observed(pipe, plain, listen, found[0])
+def _made(method: CacheMethod, found: list[Anatomy], draw: Callable[[Installs, list[Drawing]], None]) -> CacheMethod:
+    """The method with what it finds for each denoiser, all in the same passes; a denoiser other than the main one of
+    which nothing can be found has no plan."""
+    drawings = [Drawing(anatomy) for anatomy in found]
+    making = {drawing.anatomy.component: method.calibrated(drawing) for drawing in drawings}
+    done: dict[str, Any] = {}
     try:
+        while making:
+            installs: Installs = {}
+            for name, one in list(making.items()):
+                try:
+                    installs[name] = next(one)
+                except StopIteration as end:
+                    done[name] = end.value
+                except (ValueError, FastdiffError) as error:
+                    if name == found[0].component:
+                        raise
+                    warnings.warn(f"the {name} has no plan: {error}", stacklevel=4)
+            making = {name: one for name, one in making.items() if name in installs}
+            if installs:
+                draw(installs, drawings)
+    finally:
+        for one in making.values():
+            one.close()
+    main = done[found[0].component]
+    if len(found) == 1 or not isinstance(main, Planned):
+        return main
+    several: Any = Each[type(main.found)]  # type: ignore[misc]
+    return main.with_plan(several({name: own.plan for name, own in done.items()}))
+
+
+def _pass(
+    pipe: Any, plain: Config, found: list[Anatomy], installs: Installs, drawings: list[Drawing],
+    draw: Callable[[Accelerated], None],
+) -> None:  # fmt: skip
+    """All prompts, with what each denoiser's calibration installs."""
+    handle, loops, patches = Observed(pipe, plain, installs), Loops(), PatchSet()
+    try:
+        for anatomy in found:
+            patches.wrap_forward(anatomy.denoiser, loops.ear(anatomy.component, lambda: handle.clock.now))
         put(handle, found)
         try:
-            draw_all(handle, prompts, seed, batch, watch, call)
+            loops.listen(handle.clock)
+            for drawing in drawings:
+                drawing.loops, drawing.weights = loops, quantization(drawing.anatomy)
+            draw(handle)
         finally:
             handle.restore()
     finally:
         patches.restore()
-    return calls
+
+
+class Observed(Accelerated):
+    """A pipeline whose denoisers have, in the place of a cache, what a calibration installs."""
+
+    def __init__(self, pipe: Any, config: Config, installs: Installs) -> None:
+        self._installs = installs
+        super().__init__(pipe, Resolved(config, {}))
+
+    def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
+        install = self._installs.get(anatomy.component)
+        return None if install is None else install(anatomy, self.clock, self._recorder)
 
 
 def draw_all(

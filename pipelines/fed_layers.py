@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.affine import Affine, AffineFit, corrected
-from fastdiff.caching.methods.cachequant import CacheQuant
+from fastdiff.caching.methods.cachequant import CacheQuant, Corrected
 from fastdiff.clock import StepClock
 from fastdiff.config import Config, Resolved
+from fastdiff.plans import Each
 from fastdiff.quant.activations import channels_of, given_to
 from fastdiff.quant.layer import QLayer
 
@@ -25,39 +26,52 @@ Fits = dict[str, dict[int, AffineFit]]
 def with_fed_layers(
     pipe: Any, config: Config, found: list[Anatomy], draw: Callable[[Any], None]
 ) -> Config:  # fmt: skip
-    """The config with what one more pass finds for the quantized layers that its cached value feeds.
+    """The config with what one more pass finds for the quantized layers that its cached values feed.
 
     draw: runs the pipeline with a handle in place. Nothing changes unless cachequant, with its correction, and a
     quantization are on.
     """
     method = config.cache
-    if not isinstance(method, CacheQuant) or not method.correct or config.quant is None or method.plan is None:
+    if not isinstance(method, CacheQuant) or not method.correct or config.quant is None:
         return config
-    anatomy = found[0]
-    floats = {path: m for path, m in anatomy.denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    floats = {anatomy.component: _floats(anatomy) for anatomy in found}
     handle = Accelerated(pipe, Resolved(config, {}))
     put(handle, found)
+    plans: dict[str, Corrected] = {}
     try:
-        quantized = {p: m for p, m in anatomy.denoiser.named_modules() if isinstance(m, QLayer) and p in floats}
-        fits: Fits = {}
-        with _heard(handle.clock, method, anatomy, quantized, floats, fits):
+        with ExitStack() as stack:
+            fits: dict[str, Fits] = {}
+            for anatomy in found:
+                own = method.of(anatomy.component, anatomy is found[0])
+                if isinstance(own, CacheQuant):
+                    plans[anatomy.component], fits[anatomy.component] = own.found, {}
+                    heard = _heard(handle.clock, own, anatomy, floats[anatomy.component], fits[anatomy.component])
+                    stack.enter_context(heard)
             draw(handle)
     finally:
         handle.restore()
-    layers = {path: {step: Affine.of(*fit.solve()) for step, fit in sorted(own.items())} for path, own in fits.items()}
-    plan = method.plan.model_copy(update={"layers": layers})
-    return config.model_copy(update={"cache": method.model_copy(update={"plan": plan})})
+    plans = {name: plan.model_copy(update={"layers": _solved(fits[name])}) for name, plan in plans.items()}
+    plan = Each[Corrected](plans) if isinstance(method.plan, Each) else plans[found[0].component]
+    return config.model_copy(update={"cache": method.with_plan(plan)})
+
+
+def _floats(anatomy: Anatomy) -> dict[str, nn.Module]:
+    return {path: m for path, m in anatomy.denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+
+
+def _solved(fits: Fits) -> dict[str, dict[int, Affine]]:
+    return {path: {step: Affine.of(*fit.solve()) for step, fit in sorted(own.items())} for path, own in fits.items()}
 
 
 @contextmanager
 def _heard(
-    clock: StepClock, method: CacheQuant, anatomy: Anatomy, quantized: dict[str, QLayer], floats: dict[str, nn.Module],
-    fits: Fits,
+    clock: StepClock, method: CacheQuant, anatomy: Anatomy, floats: dict[str, nn.Module], fits: Fits
 ) -> Iterator[None]:  # fmt: skip
     """Fits each quantized layer that runs after the cached region at a cached step to its float original, in call
     order; a layer goes on with its corrected output, so that the next one is fitted on what it will be given."""
-    computed = set(method.plan.compute if method.plan else ())
-    last, served = method.regions(anatomy)[0].units[-1], [False]
+    computed, modules = set(method.found.compute), anatomy.denoiser.named_modules()
+    quantized = {path: m for path, m in modules if isinstance(m, QLayer) and path in floats}
+    last, served = method.region(anatomy).units[-1], [False]
 
     def hook(path: str) -> Callable[..., Tensor | None]:
         def ended(layer: QLayer, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:

@@ -12,15 +12,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod, every, spread
-from fastdiff.caching.plan import Plan, from_file
-from fastdiff.caching.protocols import Calibrator
+from fastdiff.caching.base import every, spread
+from fastdiff.caching.plan import PLAN, Plan, from_file
+from fastdiff.caching.planned import Planned
+from fastdiff.caching.protocols import Calibrator, Passes
 from fastdiff.caching.region import Region
 from fastdiff.caching.sites import each_block, sublayers
 from fastdiff.caching.unet import Level, unet_parts
-from fastdiff.clock import Run, StepClock
+from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
-from fastdiff.recorder import Recorder
+from fastdiff.plans import Each
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -47,7 +48,7 @@ class Ranked(Plan):
         return chosen
 
 
-class ASDM(CacheMethod):
+class ASDM(Planned):
     """Inherit the features of chosen blocks, layers or units from an earlier step; everything else is computed.
 
     `sites` are paths with wildcards; calibrate ranks all sites by the time they take, and those that make up
@@ -71,9 +72,7 @@ class ASDM(CacheMethod):
     compute_steps: tuple[int, ...] = Field((), description="steps to compute (sampling explicit)")
     of_steps: int | None = Field(None, ge=1, description="run length that compute_steps is for")
     time_share: Share = Field(0.4, description="share of the denoiser's time that the sites of a plan make up")
-    plan: Annotated[Ranked | None, from_file(Ranked)] = Field(
-        None, description="what calibrate found, or the path of its file"
-    )
+    plan: Annotated[Ranked | Each[Ranked] | None, from_file(Ranked)] = Field(None, description=PLAN)
 
     @field_validator("window")
     @classmethod
@@ -92,8 +91,8 @@ class ASDM(CacheMethod):
         found = self.candidates(anatomy)
         sites: Sequence[str] = self.sites
         if self.plan is not None:
-            self.plan.check_model(anatomy)
-            sites = sites or self.plan.first(self.time_share)
+            self.found.check_model(anatomy)
+            sites = sites or self.found.first(self.time_share)
         chosen = [region for region in found if any(fnmatchcase(region.name, site) for site in sites)]
         if self.sites and not chosen:
             names = ", ".join(region.name for region in found[:6])
@@ -118,25 +117,15 @@ class ASDM(CacheMethod):
             return [wanted or not start <= i < stop for i, wanted in enumerate(regular)]
         return regular
 
-    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
-        return self.plan.differences(run, anatomy) if self.plan else []
-
-    def calibrated(self, calibrator: Calibrator) -> ASDM:
+    def calibrated(self, calibrator: Calibrator) -> Passes:
         """Ranks all sites of the level by the time they take in an uncached run."""
         from fastdiff.caching.calibration import Stopwatch
 
         stopwatch = Stopwatch()
-        runs: list[Run] = []
-
-        def install(anatomy: Anatomy, clock: StepClock, _recorder: Recorder) -> None:
-            clock.on_start.append(runs.append)
-
         denoiser = Region("", (calibrator.anatomy.denoiser,))
         with stopwatch.on([denoiser, *self.candidates(calibrator.anatomy)]):
-            calibrator.draw(install)
-        whole = stopwatch.seconds.pop("", 0.0)
-        if not runs or whole <= 0:
-            raise ValueError("no run was seen")
+            yield lambda *live: None
+        run, whole = calibrator.run, stopwatch.seconds.pop("", 0.0)
         shares = {name: min(1.0, seconds / whole) for name, seconds in stopwatch.seconds.items()}
         ranked = sorted(shares.items(), key=lambda item: -item[1])
-        return self.model_copy(update={"plan": Ranked(**calibrator.origin(runs[-1]), sites=tuple(ranked))})
+        return self.with_plan(Ranked(**calibrator.origin(run), sites=tuple(ranked)))

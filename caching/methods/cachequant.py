@@ -11,16 +11,15 @@ from torch import Tensor
 
 from fastdiff.affine import Affine, AffineFit, corrected
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod, Correct
+from fastdiff.caching.base import Correct
 from fastdiff.caching.calibration import Shadow
-from fastdiff.caching.plan import Schedule, from_file
-from fastdiff.caching.protocols import Calibrator
-from fastdiff.caching.region import Region
+from fastdiff.caching.plan import PLAN, Schedule, from_file
+from fastdiff.caching.planned import Scheduled
+from fastdiff.caching.protocols import Calibrator, Passes
 from fastdiff.caching.schedule import Costs, optimal_steps
-from fastdiff.caching.sites import Site, at
 from fastdiff.caching.trace import SiteTrace
 from fastdiff.clock import Run, Step
-from fastdiff.errors import BadConfig
+from fastdiff.plans import Each
 
 
 class Corrected(Schedule):
@@ -37,7 +36,7 @@ class Corrected(Schedule):
         return f"{super().summary()}; corrections for {len(self.affine)} cached steps{fed}"
 
 
-class CacheQuant(CacheMethod):
+class CacheQuant(Scheduled):
     """Compute the steps that a dynamic program picks on the cached feature itself; correct it channel by channel.
 
     Groups hold between half and twice `interval` steps. Unlike the authors' code, the program's cost is that of the
@@ -51,28 +50,12 @@ class CacheQuant(CacheMethod):
 
     method: Literal["cachequant"] = "cachequant"
     interval: int = Field(3, ge=1, description="mean steps in a group; what calibrate plans for")
-    site: Site = Field("auto", description="what a cached step leaves out")
-    branch: int = Field(0, ge=0, description="skip connection to split at (a UNet's inside)")
-    live_blocks: int = Field(0, ge=0, description="blocks that always run (a transformer's stack)")
     correct: bool = Field(True, description="apply the correction by channel")
     ridge: float = Field(0.02, ge=0, description="how much calibrate pulls the scales of channels to 1")
-    plan: Annotated[Corrected | None, from_file(Corrected)] = Field(
-        None, description="what calibrate found, or the path of its file"
-    )
-
-    def regions(self, anatomy: Anatomy) -> list[Region]:
-        self._plan.check_model(anatomy)
-        return [self._region(anatomy)]
-
-    def _region(self, anatomy: Anatomy) -> Region:
-        return at(self.site, anatomy, live=self.live_blocks, branch=self.branch)
-
-    def mask(self, run: Run, region: Region) -> list[bool]:
-        steps = set(self._plan.steps(run))
-        return [i in steps for i in range(run.total)]
+    plan: Annotated[Corrected | Each[Corrected] | None, from_file(Corrected)] = Field(None, description=PLAN)
 
     def corrector(self, run: Run, number: int) -> Correct | None:
-        known = self._plan.affine if self.correct and self._plan.fits(run) else {}
+        known = self.found.affine if self.correct and self.found.fits(run) else {}
         if not known:
             return None
 
@@ -89,32 +72,26 @@ class CacheQuant(CacheMethod):
         return correct
 
     def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
-        said = self._plan.differences(run, anatomy)
-        if self.correct and self._plan.affine and not self._plan.fits(run):
+        said = super().notes(run, anatomy)
+        if self.correct and self.found.affine and not self.found.fits(run):
             said.append("the correction by channel is left out: it holds for the steps of the plan only")
         return said
 
-    @property
-    def _plan(self) -> Corrected:
-        if self.plan is None:
-            raise BadConfig(
-                "the cache method cachequant needs a plan: make one with fastdiff calibrate, and name it as `plan`"
-            )
-        return self.plan
-
-    def calibrated(self, calibrator: Calibrator) -> CacheQuant:
+    def calibrated(self, calibrator: Calibrator) -> Passes:
         """Two passes: the schedule from an uncached trace of the site, then the correction on the cached trajectory."""
         trace = SiteTrace()
-        run = calibrator.observe(self, trace.seen, regions=[self._region(calibrator.anatomy)])
-        costs = Costs(trace.gram, super().weigher(run), longest=2 * self.interval - 1)
-        forced = [i for i in range(run.total) if self.guarded(False, i, run.total)]
-        budget = len(forced) - 1 + math.ceil((run.total - len(forced) + 1) / self.interval)
-        steps = optimal_steps(costs.table(), budget, forced, shortest=math.ceil(self.interval / 2))
-        plan = Corrected(**calibrator.origin(run), compute=tuple(steps), error=costs.error(steps))
-        planned = self.model_copy(update={"plan": plan})
-        return planned._fitted(calibrator) if self.correct else planned
+        run = yield from calibrator.observe(self, trace.seen, regions=[self.region(calibrator.anatomy)])
+        gram, steps = trace.gram, trace.steps
+        costs = Costs(gram, super().weigher(run.only(steps)), longest=2 * self.interval - 1)
+        forced = self.forced(run, steps)
+        budget = len(forced) - 1 + math.ceil((len(steps) - len(forced) + 1) / self.interval)
+        chosen = optimal_steps(costs.table(), budget, forced, shortest=math.ceil(self.interval / 2))
+        planned = self.with_plan(self.schedule(Corrected, calibrator, steps, costs, chosen))
+        if not self.correct:
+            return planned
+        return (yield from planned._fitted())
 
-    def _fitted(self, calibrator: Calibrator) -> CacheQuant:
+    def _fitted(self) -> Passes:
         fits: dict[tuple[int, int], AffineFit] = {}
 
         def seen(step: Step, _number: int, predicted: list[Any], truth: list[Any]) -> list[Any]:
@@ -127,9 +104,8 @@ class CacheQuant(CacheMethod):
                     out[leaf] = corrected(x, *fit.solve())
             return out
 
-        calibrator.draw(lambda anatomy, clock, recorder: Shadow(self, anatomy, clock, recorder, seen))
+        yield lambda anatomy, clock, recorder: Shadow(self, anatomy, clock, recorder, seen)
         affine: dict[int, dict[int, Affine]] = {}
         for (index, leaf), fit in sorted(fits.items()):
             affine.setdefault(index, {})[leaf] = Affine.of(*fit.solve())
-        plan = self._plan.model_copy(update={"affine": affine})
-        return self.model_copy(update={"plan": plan})
+        return self.with_plan(self.found.model_copy(update={"affine": affine}))

@@ -9,22 +9,23 @@ import numpy as np
 from pydantic import Field
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod, Weigh
+from fastdiff.caching.base import Weigh
 from fastdiff.caching.calibration import Recording
-from fastdiff.caching.plan import Schedule, from_file
+from fastdiff.caching.plan import PLAN, Schedule, from_file
+from fastdiff.caching.planned import Scheduled
 from fastdiff.caching.predictors import Axis
-from fastdiff.caching.protocols import Calibrator
-from fastdiff.caching.region import Region
-from fastdiff.caching.schedule import Costs, fewest, optimal_steps, spans
+from fastdiff.caching.protocols import Calibrator, Passes
+from fastdiff.caching.schedule import Costs, Floats, fewest, optimal_steps, shared_steps, spans
 from fastdiff.caching.session import Session
-from fastdiff.caching.sites import Site, at
+from fastdiff.caching.sites import Site
 from fastdiff.caching.trace import SiteTrace, Trace, influence
 from fastdiff.clock import Run, StepClock
 from fastdiff.errors import BadConfig
+from fastdiff.plans import Each
 from fastdiff.recorder import Recorder
 
 
-class DP(CacheMethod):
+class DP(Scheduled):
     """Compute the steps of a calibrated plan, the best ones for this model and solver; predict the others' outputs.
 
     A run on other noise levels (step count, img2img strength, scheduler) computes the same share of its steps, spread
@@ -40,35 +41,21 @@ class DP(CacheMethod):
     coordinate: Axis = Field("logsnr", description="axis on which predictions extrapolate")
     computed_steps: int = Field(20, ge=1, description="steps to compute; what calibrate plans for")
     site: Site = Field("output", description="what a skipped step leaves out and predicts")
-    branch: int = Field(0, ge=0, description="skip connection to split at (site inner)")
     live_blocks: int = Field(1, ge=0, description="blocks that always run (site stack)")
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
     ridge: float | None = Field(
         None, ge=0, description="fit weights to the trace, pulled this much to the predictor's; None: the predictor's"
     )
-    plan: Annotated[Schedule | None, from_file(Schedule)] = Field(
-        None, description="what calibrate found, or the path of its file"
-    )
+    plan: Annotated[Schedule | Each[Schedule] | None, from_file(Schedule)] = Field(None, description=PLAN)
 
     @property
     def history(self) -> int:
         """Weights fitted to the trace may use values that the predictor does not."""
         return self.order
 
-    def regions(self, anatomy: Anatomy) -> list[Region]:
-        self._plan.check_model(anatomy)
-        return [self._region(anatomy)]
-
-    def _region(self, anatomy: Anatomy) -> Region:
-        return at(self.site, anatomy, live=self.live_blocks, branch=self.branch)
-
-    def mask(self, run: Run, region: Region) -> list[bool]:
-        steps = set(self._plan.steps(run))
-        return [i in steps for i in range(run.total)]
-
     def weigher(self, run: Run) -> Weigh:
         usual = super().weigher(run)
-        plan = self._plan.weights if self._plan.fits(run) else {}
+        plan = self.found.weights if self.found.fits(run) else {}
 
         def weigh(index: int, anchors: Sequence[int]) -> Sequence[float]:
             planned = dict(plan.get(index, ()))
@@ -78,65 +65,64 @@ class DP(CacheMethod):
 
         return weigh
 
-    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
-        return self._plan.differences(run, anatomy)
-
-    @property
-    def _plan(self) -> Schedule:
-        if self.plan is None:
-            raise BadConfig("the cache method dp needs a plan: make one with fastdiff calibrate, and name it as `plan`")
-        return self.plan
-
-    def check(self, run: Run) -> None:
-        """Raises BadConfig if a run like this cannot have so many computed steps."""
-        least = fewest(run.total, self._longest, self._forced(run))
+    def check(self, run: Run, parts: Sequence[Sequence[int]]) -> None:
+        """Raises BadConfig if a run like this, in which denoisers are called at these steps, cannot have so many
+        computed steps."""
+        least = sum(fewest(len(own), self._longest, self.forced(run, own)) for own in parts)
         if not least <= self.computed_steps <= run.total:
             raise BadConfig(
                 f"computed_steps = {self.computed_steps}: a run of {run.total} takes {least} to {run.total}"
             )
 
-    def calibrated(self, calibrator: Calibrator) -> DP:
+    def calibrated(self, calibrator: Calibrator) -> Passes:
         traces: list[Trace] = []
         inside = None if self.site == "output" else SiteTrace()
 
         def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session | None:
-            traces.append(Trace(clock))
-            clock.on_start.append(self.check)
+            traces.append(Trace(clock, calibrator.heard))
+            clock.on_end.append(check)
             if inside is None:
                 return None
-            return Recording(self, anatomy, clock, recorder, inside.seen, [self._region(anatomy)])
+            return Recording(self, anatomy, clock, recorder, inside.seen, [self.region(anatomy)])
 
-        calibrator.draw(install)
+        def check(run: Run) -> None:
+            if traces[0].run is run:
+                self.check(run, [*calibrator.parts(run).values()])
+
+        yield install
         return self.planned(traces[0], calibrator, inside)
 
     def planned(self, trace: Trace, calibrator: Calibrator, inside: SiteTrace | None = None) -> DP:
         """This method with the plan of least predicted error, of what is cached `inside`, or else of the outputs.
 
-        The dynamic program predicts from the last two computed steps; a higher order takes part in the weights of the
-        plan. An error inside counts as much for the final latents as the output of its step would. Raises ValueError
-        where no plan is possible.
+        Denoisers that share a run share its computed steps; how many each has is chosen on the outputs. The dynamic
+        program predicts from the last two computed steps; a higher order takes part in the weights of the plan. An
+        error inside counts as much for the final latents as the output of its step would. Raises ValueError where no
+        plan is possible.
         """
         run, gram = trace.run, trace.gram
         if run is None or gram is None:
             raise ValueError("no complete run was traced")
-        gram = gram if inside is None else inside.gram
-        if not np.isfinite(gram).all():
+        if not np.isfinite(gram if inside is None else inside.gram).all():
             raise ValueError("the model's outputs are not finite numbers; try another dtype or guidance scale")
-        self.check(run)
-        costs = Costs(gram, super().weigher(run), influence(trace.solver, run), ridge=self.ridge, longest=self._longest)
-        steps = optimal_steps(costs.table(), self.computed_steps, self._forced(run))
-        groups = spans(steps, run.total)
-        plan = Schedule(
-            **calibrator.origin(run),
-            compute=tuple(steps),
-            weights={k: costs.weights(k, known) for known, end in groups for k in range(known[-1] + 1, end)},
-            error=costs.error(steps),
-        )
-        return self.model_copy(update={"plan": plan})
+        parts = [*calibrator.parts(run).values()]
+        self.check(run, parts)
+        moves = influence(trace.solver, run)
+
+        def costs_of(steps: Sequence[int], own: Floats) -> Costs:
+            part = run.only(steps)
+            return Costs(own, super(DP, self).weigher(part), moves[[*steps]], ridge=self.ridge, longest=self._longest)
+
+        forced = [self.forced(run, own) for own in parts]
+        outputs = [costs_of(own, gram[np.ix_(own, own)]) for own in parts]
+        steps, costs, chosen = parts[0], outputs[0], shared_steps(outputs, self.computed_steps, forced)[0]
+        if inside is not None:
+            steps, costs = [*inside.steps], costs_of(inside.steps, inside.gram)
+            chosen = optimal_steps(costs.table(), len(chosen), self.forced(run, steps))
+        skipped = [(k, known) for known, end in spans(chosen, len(steps)) for k in range(known[-1] + 1, end)]
+        weights = {steps[k]: tuple((steps[j], f) for j, f in costs.weights(k, known)) for k, known in skipped}
+        return self.with_plan(self.schedule(Schedule, calibrator, steps, costs, chosen, weights=weights))
 
     @property
     def _longest(self) -> int:
         return min(self.longest, self.max_consecutive_cached or self.longest)
-
-    def _forced(self, run: Run) -> list[int]:
-        return [i for i in range(run.total) if self.guarded(False, i, run.total)]

@@ -82,7 +82,7 @@ class NoiseInjection:
         if not any(not all(mask) for mask in self.session.masks if mask) or run.late:
             return latents
         if index == 0:
-            self.initial = latents / float(getattr(self.session.clock.pipe.scheduler, "init_noise_sigma", 1.0))
+            self.initial = latents / float(getattr(self.session.clock.scheduler, "init_noise_sigma", 1.0))
         full = 1000.0 if max(run.timesteps) > 1 else 1.0
         if self.initial is None or run.timesteps[index] >= self.method.noise_below * full:
             return latents

@@ -10,13 +10,13 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod
-from fastdiff.caching.plan import Plan, from_file
-from fastdiff.caching.protocols import Calibrator, Sample
+from fastdiff.caching.plan import PLAN, Plan, from_file
+from fastdiff.caching.planned import Planned
+from fastdiff.caching.protocols import Calibrator, Passes, Sample
 from fastdiff.caching.region import Region, tensors
 from fastdiff.caching.sites import at
 from fastdiff.clock import Run
-from fastdiff.errors import BadConfig
+from fastdiff.plans import Each
 
 
 class Ratios(Plan):
@@ -28,7 +28,7 @@ class Ratios(Plan):
         return f"magnitude ratios from {min(self.ratios):.3f} to {max(self.ratios):.3f} over {len(self.ratios)} steps"
 
 
-class MagCache(CacheMethod):
+class MagCache(Planned):
     """Skip while the product of the residual's magnitude ratios, known from a calibration, stays near 1.
 
     Formula: skipped while E = sum |1 - prod g_m| stays within `threshold`: the sum over the steps since the last
@@ -39,31 +39,25 @@ class MagCache(CacheMethod):
     threshold: float = Field(0.06, ge=0, description="sum of magnitude errors from which on a step is computed")
     retention: float = Field(0.2, ge=0, le=1, description="share of the run that is computed at its start")
     max_consecutive_cached: int | None = Field(3, ge=1, description="compute at the latest after so many cached steps")
-    plan: Annotated[Ratios | None, from_file(Ratios)] = Field(
-        None, description="what calibrate found, or the path of its file"
-    )
+    plan: Annotated[Ratios | Each[Ratios] | None, from_file(Ratios)] = Field(None, description=PLAN)
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
-        if self.plan is None:
-            raise BadConfig(
-                "the cache method magcache needs the ratios of this model: make them with fastdiff calibrate, and name "
-                "the file as `plan`"
-            )
-        self.plan.check_model(anatomy)
+        self.found.check_model(anatomy)
         return [self._region(anatomy)]
 
     def _region(self, anatomy: Anatomy) -> Region:
         return at("stack" if anatomy.blocks else "output", anatomy, live=0)
 
     def mask(self, run: Run, region: Region) -> list[bool]:
-        assert self.plan is not None
-        logs = np.cumsum(np.log(np.maximum(self.plan.ratios, 1e-6)))  # so that the product between any two is known
-        known = np.interp(self.plan.places(run), np.arange(len(logs)), logs)
+        plan = self.found
+        logs = np.cumsum(np.log(np.maximum(plan.ratios, 1e-6)))  # so that the product between any two is known
+        known = np.interp(plan.places(run), np.arange(len(logs)), logs)
         out: list[bool] = []
-        error, last, in_row = 0.0, 0, 0
+        error, last, in_row, calls = 0.0, 0, 0, plan.calls(run)
         for index in range(run.total):
             error += abs(1.0 - float(np.exp(known[index] - known[last])))
             skip = index >= max(1, round(self.retention * run.total)) and error <= self.threshold
+            skip = skip and calls[index] and calls[index - 1]  # the first call of a denoiser has nothing to go by
             skip = skip and self.threshold > 0 and in_row < (self.max_consecutive_cached or run.total)
             if not skip:
                 error, last = 0.0, index
@@ -71,23 +65,20 @@ class MagCache(CacheMethod):
             out.append(not skip)
         return out
 
-    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
-        return self.plan.differences(run, anatomy) if self.plan else []
-
-    def calibrated(self, calibrator: Calibrator) -> MagCache:
+    def calibrated(self, calibrator: Calibrator) -> Passes:
         sums: dict[int, list[float]] = {}
-        before: dict[int, Tensor] = {}
+        before: dict[int, tuple[int, int, Tensor]] = {}  # by branch: number of the run, step, sizes
 
         def seen(sample: Sample) -> None:
             step, sizes = sample.step, _sizes(sample.value)
-            if step.index:
-                sums.setdefault(step.index, []).append(float((sizes / before[step.branch].clamp_min(1e-12)).mean()))
-            before[step.branch] = sizes
+            number, index, known = before.get(step.branch, (0, 0, sizes))
+            if (number, index + 1) == (step.run.number, step.index):
+                sums.setdefault(step.index, []).append(float((sizes / known.clamp_min(1e-12)).mean()))
+            before[step.branch] = step.run.number, step.index, sizes
 
-        regions = [self._region(calibrator.anatomy)]
-        run = calibrator.observe(self, seen, regions=regions)
+        run = yield from calibrator.observe(self, seen, regions=[self._region(calibrator.anatomy)])
         ratios = [1.0, *(float(np.mean(sums.get(index, [1.0]))) for index in range(1, run.total))]
-        return self.model_copy(update={"plan": Ratios(**calibrator.origin(run), ratios=tuple(ratios))})
+        return self.with_plan(Ratios(**calibrator.origin(run), ratios=tuple(ratios)))
 
 
 def _sizes(value: list) -> Tensor:

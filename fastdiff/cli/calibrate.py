@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from .options import Json
 if TYPE_CHECKING:
     from fastdiff.caching.plan import Plan
     from fastdiff.config import Layer
+    from fastdiff.plans import Each
 
 
 @calibrating
@@ -40,7 +41,7 @@ def calibrate(
     texts = asked.texts(pipe, prompts)
     with progress() as watch:
         found = plan_for(pipe, resolved, texts, watch=watch, **call)
-    plan: Plan = found.cache.plan  # type: ignore[union-attr]
+    plan: Plan | Each[Plan] = found.cache.plan  # type: ignore[union-attr]
     files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))
     _tell(output, plan, as_json)
 
@@ -56,15 +57,23 @@ def _unplanned(layers: list[Layer]) -> list[Layer]:
     return kept
 
 
-def _tell(output: Path, plan: Plan, as_json: bool) -> None:
+def _tell(output: Path, plan: Plan | Each[Plan], as_json: bool) -> None:
+    """One plan's values, or those of each denoiser under its name."""
     import json
 
+    from fastdiff.plans import Each
     from fastdiff.studio.console import say
 
     if as_json:
-        told = plan.model_dump(mode="json", exclude={"affine", "weights", "version"})
-        steps = {"steps": len(plan.sigmas)} | ({"computed_steps": len(told["compute"])} if "compute" in told else {})
-        print(json.dumps({"file": str(output)} | steps | told))
+        told = {n: _told(own) for n, own in plan.root.items()} if isinstance(plan, Each) else _told(plan)
+        print(json.dumps({"file": str(output)} | told))
         return
     print(output)
     say(plan.summary())
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    told = plan.model_dump(mode="json", exclude={"affine", "weights", "version"})
+    own = set(plan.called or range(len(plan.sigmas)))
+    steps = {"steps": len(own)} | ({"computed_steps": len(own & set(told["compute"]))} if "compute" in told else {})
+    return steps | told

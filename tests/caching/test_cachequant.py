@@ -149,8 +149,7 @@ def error_of_the_site(name: str, config: fastdiff.Config) -> float:
     handle = Observed(
         pipe,
         fastdiff.Config(),
-        lambda anatomy, clock, recorder: Shadow(method, anatomy, clock, recorder, seen),
-        found[0],
+        {found[0].component: lambda anatomy, clock, recorder: Shadow(method, anatomy, clock, recorder, seen)},
     )
     put(handle, found)
     generators = [torch.Generator().manual_seed(k) for k in range(len(PROMPTS))]

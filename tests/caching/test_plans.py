@@ -100,7 +100,7 @@ def test_the_origin_of_a_plan_is_that_of_its_run():
     (anatomy,) = anatomies(pipe)
     run = Run(1, (900.0, 500.0), (0.9, 0.5), True, "Solver", 3.5, (4, 8, 8))
     with_integers(pipe)
-    made = Plan(**Drawing(anatomy, lambda install: None, quantization(anatomy)).origin(run))
+    made = Plan(**Drawing(anatomy, quantization(anatomy)).origin(run))
     assert (made.scheduler, made.guidance_scale, made.shape) == ("Solver", 3.5, (4, 8, 8))
     assert (made.sigmas, made.quantization) == ((0.9, 0.5), "int8")
     assert made.fits(run) and made.differences(run, anatomy) == []

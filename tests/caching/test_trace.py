@@ -165,6 +165,7 @@ def test_a_run_cut_short_leaves_no_trace_and_another_grid_is_refused():
         with pytest.raises(KeyboardInterrupt):
             tiny.run(pipe, "sd15", **tiny.at_each_step("sd15", stop))
         assert trace.gram is None and trace.images == 0
+        tiny.run(pipe, "sd15", steps=5)
         with pytest.raises(ValueError, match="cannot go on with a run on another grid"):
             tiny.run(pipe, "sd15", steps=4)
 

@@ -26,7 +26,7 @@ from fastdiff.caching.methods.cachequant import Corrected
 from fastdiff.caching.methods.magcache import Ratios
 from fastdiff.caching.plan import Plan, Schedule
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.quantize import calibrate_ranges
+from fastdiff.pipelines.ranges import calibrate_ranges
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.schemes.mixed import BitPlan
 from fastdiff.quant.schemes.w8a8 import W8A8
@@ -145,7 +145,7 @@ def origin(name: str) -> dict[str, Any]:
         runs: list[Any] = []
         handle.clock.on_start.append(runs.append)
         tiny.run(pipe, name, steps=STEPS)
-    return Drawing(anatomies(pipe)[0], lambda install: None).origin(runs[0])
+    return Drawing(anatomies(pipe)[0]).origin(runs[0])
 
 
 def _schedule(*steps: int) -> Callable[[], dict[str, dict[str, Any]]]:
