@@ -120,7 +120,9 @@ def test_the_corrections_are_those_of_the_denoiser_that_gave_the_value():
 
 
 def test_with_quantization_layers_of_both_are_corrected():
-    config = fastdiff.Config(cache={"method": "cachequant", "interval": 2, "live_blocks": 1}, quant={"method": "w8a16", "keep": ["*embed*"]})
+    config = fastdiff.Config(
+        cache={"method": "cachequant", "interval": 2, "live_blocks": 1}, quant={"method": "w8a16", "keep": ["*embed*"]}
+    )
     plans = calibrate(two(), config, PROMPTS, batch=1, **CALL).cache.plan.root
     for plan in plans.values():
         assert plan.layers
