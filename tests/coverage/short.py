@@ -38,7 +38,7 @@ SHORT = {
     "pixart": _short("pixart", "transformer.transformer_blocks.1.ff.net.2", transformer_blocks=(0, -1)),
     "wan": _short("wan", "transformer.blocks.1.ffn.net.2", blocks=(0, -1)),
     "flux": _short(
-        "flux", "transformer.single_transformer_blocks.1.proj_out", transformer_blocks=(0,),
+        "flux", "transformer.single_transformer_blocks.1.proj_out", transformer_blocks=(0, -1),
         single_transformer_blocks=(0, -1),
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ import fastdiff
 from fastdiff.errors import FastdiffError, PeerLost
 from fastdiff.parallel.attention import Intercept
 from fastdiff.parallel.unet import rows_of
+from fastdiff.pipelines import accelerate as installing
 from tests import tiny
 from tests.coverage.test_attachments import lora
 from tests.state import differences, snapshot
@@ -451,9 +452,9 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     refuse("unet heads", "sd15", parallel="ulysses")
     refuse("compiled", "sd15", parallel="patch", compile={"enabled": True})
     refuse("vae", "cogvideox", parallel={"method": "patch", "vae": True})
-    version, fastdiff.__version__ = fastdiff.__version__, f"0.{rank}"
+    version, installing.__version__ = installing.__version__, f"0.{rank}"
     refuse("versions", "sd15", parallel="patch")
-    fastdiff.__version__ = version
+    installing.__version__ = version
     refuse("configs", "sd15", parallel={"method": "pcpp", "portion": 0.1 * (rank + 1)})
     for label in ("weights", "kinds"):
         pipe = pipeline("sd15", torch.float32)
