@@ -53,6 +53,14 @@ DENOISER_CASES = [
 ]
 
 
+def sorted_out(cases: list[tuple[str, str]], quick: set[str]) -> list[Any]:
+    """Cases for parametrize; those of other families than the quick ones, which trace for seconds each, are slow."""
+    return [
+        pytest.param(row, name, id=f"{row}-{name}", marks=() if name in quick else pytest.mark.slow)
+        for row, name in cases
+    ]
+
+
 class Graphs:
     """What a dynamo backend was given: operations of each graph, and for each execution the inputs it read."""
 
@@ -104,7 +112,7 @@ def leaf(pipe: DiffusionPipeline, name: str) -> Tensor:
     return SHORT[name].deepest_leaf(pipe).weight
 
 
-@pytest.mark.parametrize(("row", "name"), DENOISER_CASES, ids=[f"{row}-{name}" for row, name in DENOISER_CASES])
+@pytest.mark.parametrize(("row", "name"), sorted_out(DENOISER_CASES, {"sd2", "pixart"}))
 def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(row, name, graphs):
     entry = SHORT[name]
     pipe = entry.make()
@@ -246,7 +254,7 @@ BLOCK_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("row", "name"), BLOCK_CASES, ids=[f"{row}-{name}" for row, name in BLOCK_CASES])
+@pytest.mark.parametrize(("row", "name"), sorted_out(BLOCK_CASES, {"sd2", "flux"}))
 def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, name, graphs):
     entry, cache = SHORT[name], (STATIC | INSIDE | OUTSIDE)[row]
     pipe = entry.make()
