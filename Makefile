@@ -17,7 +17,7 @@ image: .venv/.installed
 	$(BIN)/fastdiff generate "$(PROMPT)" --preset $(PRESET) --seed $(SEED) -o out.png
 
 test: lint types
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations=40 --durations-min=2
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
