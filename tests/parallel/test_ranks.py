@@ -25,19 +25,29 @@ NAMES = {
     4: ("meshes", "replayed"),
     1: ("alone",),
 }  # fmt: skip
-CASES = [(ranks, name) for ranks, names in NAMES.items() for name in names]
+SLOW = {  # minutes on two processors: three and four processes share them
+    2: ("in_float32", "several_pictures"),
+    3: ("every_family_in_patches", "decoded", "strangers_become_alike", "replayed"),
+    4: ("replayed",),
+}
+CASES = [
+    pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
+    for ranks, names in NAMES.items()
+    for name in names
+]
 
 
 @cache
-def said() -> dict[int, dict[str, list[Any]]]:
-    """All checks of all groups, by number of ranks."""
-    groups = [(names, ranks) for ranks, names in NAMES.items()]
+def said(slow: bool) -> dict[int, dict[str, list[Any]]]:
+    """The slow or the other checks of all groups, by number of ranks."""
+    chosen = {ranks: [n for n in names if (n in SLOW.get(ranks, ())) is slow] for ranks, names in NAMES.items()}
+    groups = [(names, ranks) for ranks, names in chosen.items()]
     return dict(zip(NAMES, start("tests.parallel.checks", groups), strict=True))
 
 
 def told(ranks: int, name: str) -> list[Any]:
     """What the ranks returned. A traceback of any of them fails the test."""
-    found = said()[ranks][name]
+    found = said(name in SLOW.get(ranks, ()))[ranks][name]
     for rank, one in enumerate(found):
         assert not (isinstance(one, str) and ("Traceback" in one or one == "did not run")), f"rank {rank}: {one}"
     return found
