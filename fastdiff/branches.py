@@ -2,7 +2,7 @@
 
 The text (its memory, else its numbers), settings such as skipped layers, the attention processors and hooks in place,
 and diffusers' `cache_context` make a branch. Of two calls in a step that are alike in all of these, nothing says which
-is which: such calls are to be computed.
+is which: such calls are to be computed, unless they are given the very same latents, too.
 """
 
 from __future__ import annotations
@@ -38,23 +38,25 @@ class _Text:
     def of(cls, given: Tensor) -> _Text:
         return cls(given, _version(given), given.detach().clone())
 
-    def is_(self, given: Tensor) -> bool:
-        """No wait for the device where the memory is the same and nobody wrote to it."""
+    def stays(self, given: Tensor) -> bool:
+        """Whether it is the very memory, and nobody wrote to it: no wait for the device."""
         seen = self.seen
-        if given.shape != seen.shape or given.dtype != seen.dtype or given.device != seen.device:
-            return False
         if given.is_meta:
             return given is seen
-        stays = given is seen or (given.data_ptr() == seen.data_ptr() and given.stride() == seen.stride())
-        if stays and self.version is not None and self.version == _version(given):
-            return True
-        return self._equal(given)
+        alike = self._alike(given) and given.data_ptr() == seen.data_ptr() and given.stride() == seen.stride()
+        return alike and self.version is not None and self.version == _version(given)
 
-    def _equal(self, given: Tensor) -> bool:
-        if not torch.equal(given, self.numbers):
-            return False
+    def equals(self, given: Tensor) -> bool:
+        """Whether it holds the same numbers."""
+        return not given.is_meta and self._alike(given) and torch.equal(given, self.numbers)
+
+    def follow(self, given: Tensor) -> None:
+        """The same numbers lie elsewhere now."""
         self.seen, self.version = given, _version(given)
-        return True
+
+    def _alike(self, given: Tensor) -> bool:
+        seen = self.seen
+        return given.shape == seen.shape and given.dtype == seen.dtype and given.device == seen.device
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -75,34 +77,46 @@ class Branches:
         self._known: list[tuple[Any, list[_Text]]] = []
         self._alike: set[int] = set()
         self._called: list[int] = []
+        self._inputs: dict[int, list[Any]] = {}  # what the branches of this step were given, and how often written
         self._before: list[int] = []
         self._attending, self._hooked = _watched(self._denoiser)
 
     def turn(self) -> None:
         """A new step."""
         self._before, self._called = self._called or self._before, []
+        self._inputs = {}
 
     def of(self, context: str | None, args: tuple, kwargs: Mapping[str, Any]) -> int:
         """The branch of a call; UNTOLD where another call of the same step is like it, and from then on."""
         given = self._by_name(args, dict(kwargs))
-        for name in self._first:
-            given.pop(name, None)
-        settings = (context, _settings(given), *self._inside())
-        found = self._find(settings, _texts(given))
+        latents = _versions([given.pop(name, None) for name in self._first])
+        settings, texts = (context, _settings(given), *self._inside()), _texts(given)
+        times, found = 0, self._find((settings, 0), texts)
+        while found in self._inputs and _same(self._inputs[found], latents):  # the very same call once more
+            times += 1
+            found = self._find((settings, times), texts)
         if found in self._called:
             self._alike.add(found)
         if found == UNTOLD or found in self._alike:
             return UNTOLD
         self._called.append(found)
+        self._inputs[found] = latents
         return found
 
     def _find(self, settings: Any, texts: list[Tensor]) -> int:
-        for number, (known, own) in enumerate(self._known):
-            alike = known == settings and len(own) == len(texts)
-            if alike and all(text.is_(tensor) for text, tensor in zip(own, texts, strict=True)):
+        alike = [n for n, (known, own) in enumerate(self._known) if known == settings and len(own) == len(texts)]
+        for number in alike:
+            if all(text.stays(tensor) for text, tensor in zip(self._known[number][1], texts, strict=True)):
                 return number
+        equal = [n for n in alike if all(map(_Text.equals, self._known[n][1], texts))]
+        if len(equal) > 1 or not self._alike.isdisjoint(equal):
+            return UNTOLD  # texts that are equal are told by where they lie, and these lie elsewhere
+        if equal and equal[0] not in self._called:
+            for text, tensor in zip(self._known[equal[0]][1], texts, strict=True):
+                text.follow(tensor)
+            return equal[0]
         made = settings, [_Text.of(tensor) for tensor in texts]
-        grown = self._grown(texts)
+        grown = self._grown(texts) if not equal else None
         if grown is not None:
             self._known[grown] = made
             return grown
@@ -130,6 +144,16 @@ class Branches:
                 names = [type(hook).__name__ for hook in registry.hooks.values()]
                 hooks += [(place, n) for n in names if not any(part in n.lower() for part in _UNTOLD_HOOKS)]
         return tuple(id(module.processor) for module in self._attending), tuple(hooks)
+
+
+def _versions(inputs: Any) -> list[tuple[Tensor, int | None]]:
+    return [(leaf, _version(leaf)) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def _same(one: list[tuple[Tensor, int | None]], other: list[tuple[Tensor, int | None]]) -> bool:
+    """Whether two calls of a step were given the very same tensors, written to by nobody in between."""
+    pairs = [a is b and told is not None and told == now for (a, told), (b, now) in zip(one, other, strict=False)]
+    return len(one) == len(other) > 0 and all(pairs)
 
 
 def _watched(denoiser: nn.Module) -> tuple[list[Any], list[nn.Module]]:

@@ -74,14 +74,45 @@ def test_each_branch_is_as_in_a_loop_in_the_usual_order(name, method):
     torch.testing.assert_close(found, usual, rtol=1e-4, atol=1e-4)
 
 
+def views(pipe: Any, latents: list[torch.Tensor]) -> torch.Tensor:
+    """A loop whose steps call the model for each of these latents, with one text."""
+    pipe.scheduler.set_timesteps(6)
+    own = text(0)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            output = torch.stack([pipe.unet(given, t, encoder_hidden_states=own).sample for given in latents]).mean(0)
+            latents = [pipe.scheduler.step(output, t, latents[0]).prev_sample, *latents[1:]]
+    return latents[0]
+
+
 def test_two_calls_that_nothing_tells_apart_are_computed_and_said():
     pipe = tiny.make("sd15")
-    twice: list[Call] = [("cond", 0.5), ("cond", 0.5)]
-    plain = loop(pipe, lambda i: twice)
+    latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    plain = views(pipe, latents)
     handle = fastdiff.accelerate(pipe, cache=REUSE)
-    assert torch.equal(loop(pipe, lambda i: twice), plain)
+    assert torch.equal(views(pipe, latents), plain)
     assert "nothing tells apart" in str(handle.report) and handle.report.cached == 0
     assert handle.report.branch_names()[UNTOLD] == "untold"
+
+
+def test_the_very_same_call_once_more_is_a_branch_too():
+    """A guider of diffusers that is given no negative prompt calls the model twice with all the same."""
+    pipe = tiny.make("sd15")
+    handle = fastdiff.accelerate(pipe, cache=REUSE)
+    loop(pipe, lambda i: [("cond", 0.5), ("cond", 0.5)])
+    assert handle.report.cached == 4 and set(handle.report.branches) == {0, 1}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_equal_texts_are_told_by_where_they_lie_while_they_lie_there(moved):
+    """Without a prompt both halves of guidance have the same text."""
+    branches, twins = Branches(tiny.make("sd15").unet), [text(0), text(0)]
+    found = []
+    for _ in range(3):
+        branches.turn()
+        given = [own.clone() for own in twins] if moved else twins
+        found.append([branches.of(None, (), {"encoder_hidden_states": own}) for own in given])
+    assert found == ([[0, 1], [UNTOLD, UNTOLD], [UNTOLD, UNTOLD]] if moved else [[0, 1]] * 3)
 
 
 def test_a_text_that_is_written_over_is_another_text():
