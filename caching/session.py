@@ -44,9 +44,7 @@ class Session:
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
         self._readers = Readers(unit for region in self.regions for unit in region.units)
-        self._whole = self._read = (
-            False  # whether the present call, or all of the run, is computed whatever was decided
-        )
+        self._whole = self._read = False  # whether the present call, or all of the run, is computed in any case
         clock.on_expect.append(self._readers.expect)
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)

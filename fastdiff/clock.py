@@ -84,6 +84,7 @@ class StepClock:
         self._branches: dict[str, Branches] = {}
         self._called = self._fresh = self._copied = self._hearing = self._viewed = False
         self._lists: list[Any] = []  # the scheduler's timesteps when they were set, and when the run began
+        self._takes: list[str] = []  # names of what the scheduler's step is given
         self._ticked: Any = None  # place in the scheduler's list of the step that was taken last
         self._patches = PatchSet()
         self._schedulers: list[Any] = []
@@ -105,11 +106,15 @@ class StepClock:
             self._patches.set(self.pipe, "progress_bar", watched_bar)
 
     def _hear(self) -> None:
-        self._schedulers = [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
+        self._schedulers = self._held()
         for scheduler in self._schedulers:
             listen(scheduler, self._heard)
         own = getattr(self.pipe, "scheduler", None)
         self.scheduler = next(iter(self._schedulers), None) if own is None else own
+
+    def _held(self) -> list[Any]:
+        """The pipeline's schedulers, as they are now."""
+        return [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
 
     def _heard(self, scheduler: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of a scheduler's method, or of a copy's."""
@@ -137,13 +142,12 @@ class StepClock:
     def _step(self, scheduler: Any, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if self.run is None or scheduler is not self.scheduler or self._thread != threading.get_ident():
             return method(*args, **kwargs)
-        order = list(inspect.signature(method).parameters)
-        given = dict(zip(order, args, strict=False)) | kwargs
+        given = dict(zip(self._takes, args, strict=False)) | kwargs
         at = self._place(given.get("timestep"))
         again = not self._called if None in (at, self._ticked) else at == self._ticked
         index = self.index - 1 if again else self.index
         self.repeats |= again
-        args, kwargs = self._with_sample(order, index, args, kwargs)
+        args, kwargs = self._with_sample(index, args, kwargs)
         solve = None if again else self.solve
         result = method(*args, **kwargs) if solve is None else solve(method, args, kwargs)
         self.solved, self._ticked, self._called = result, at, False
@@ -153,9 +157,11 @@ class StepClock:
             self._tick()
         return result
 
-    def _with_sample(self, order: list[str], index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _with_sample(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of scheduler.step with the latents of `before_step`, which it calls `sample`."""
-        place = order.index("sample") if "sample" in order else 2  # CogVideoX's DPM solver takes more before it
+        place = (
+            self._takes.index("sample") if "sample" in self._takes else 2
+        )  # CogVideoX's DPM solver takes more before it
         for change in self.before_step:
             if "sample" in kwargs:
                 kwargs = {**kwargs, "sample": change(index, kwargs["sample"])}
@@ -306,7 +312,7 @@ class StepClock:
 
     def _follow(self) -> None:
         """Listen to what took a scheduler's place after `attach`."""
-        parts = [part for part in vars(self.pipe).values() if hasattr(type(part), "set_timesteps")]
+        parts = self._held()
         if len(parts) == len(self._schedulers) and all(a is b for a, b in zip(parts, self._schedulers, strict=True)):
             return
         known = self._schedulers
@@ -360,6 +366,7 @@ class StepClock:
         )  # fmt: skip
         self.index, self._ticked, self._called, self._copied, self.repeats = 0, None, False, False, False
         self._viewed = self._place(timestep) is not None
+        self._takes = list(inspect.signature(type(scheduler).step).parameters)[1:]
         for branches in self._branches.values():
             branches.begin()
         self._turn()

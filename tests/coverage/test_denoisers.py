@@ -15,13 +15,13 @@ import torch
 from diffusers import ModelMixin
 from diffusers.hooks._helpers import TransformerBlockRegistry, _register_transformer_blocks_metadata
 from diffusers.models.controlnets.controlnet_xs import UNetControlNetXSModel
-from torch import Tensor, nn
+from torch import nn
 
 import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.pipelines.families import KNOWN, anatomies
 from tests import zoo_denoisers, zoo_denoisers_clips, zoo_denoisers_unets
-from tests.coverage.test_descriptions import left, streams
+from tests.coverage.test_descriptions import cached_stack, left, streams
 from tests.packaging.tree import ROOT
 from tests.zoo import ZOO
 from tests.zoo_loop import Denoiser, Loop
@@ -126,17 +126,7 @@ def test_streams_are_returned_as_diffusers_says():
 @pytest.mark.parametrize("name", STACKED)
 def test_a_cached_step_leaves_the_stack_with_its_own_input_and_the_residual_of_before(name):
     pipe = DENOISERS[name].make()
-    (anatomy,) = anatomies(pipe)
-    first, last = anatomy.blocks[1], anatomy.blocks[-1]
-    returned = anatomy.stack_of(last).returns
-    before: list[list[Tensor]] = []
-    after: list[list[Tensor | None]] = []
-    fastdiff.accelerate(pipe, cache={"method": "first_block", "threshold": 1e9})
-    first.register_forward_pre_hook(
-        lambda block, args, kwargs: before.append([s.clone() for s in streams(block, returned, args, kwargs)]),
-        with_kwargs=True,
-    )
-    last.register_forward_hook(lambda _block, _args, output: after.append(left(output)))
+    before, after = cached_stack(pipe)
     DENOISERS[name].draw(pipe, 2)
     for own, entered, computed, served in zip(before[1], before[0], after[0], after[1], strict=True):
         if served is not None:

@@ -49,10 +49,8 @@ def test_blocks_run_in_the_described_order_and_carry_the_described_streams(name)
     assert ran == anatomy.blocks * 2 * entry.calls
 
 
-@pytest.mark.parametrize("name", STACKED)
-def test_a_cached_step_leaves_the_stack_with_its_own_input_and_the_residual_of_before(name):
-    entry = ZOO[name]
-    pipe = entry.make()
+def cached_stack(pipe: Any) -> tuple[list[list[Tensor]], list[list[Tensor | None]]]:
+    """What enters the cached blocks, and what leaves them, in the calls to come; the first block always runs."""
     (anatomy,) = anatomies(pipe)
     first, last = anatomy.blocks[1], anatomy.blocks[-1]
     returned = anatomy.stack_of(last).returns
@@ -64,6 +62,14 @@ def test_a_cached_step_leaves_the_stack_with_its_own_input_and_the_residual_of_b
         with_kwargs=True,
     )
     last.register_forward_hook(lambda _block, _args, output: after.append(left(output)))
+    return before, after
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_cached_step_leaves_the_stack_with_its_own_input_and_the_residual_of_before(name):
+    entry = ZOO[name]
+    pipe = entry.make()
+    before, after = cached_stack(pipe)
     entry.run(pipe, 2)
     for branch in range(entry.calls):
         computed, cached = branch, branch + entry.calls

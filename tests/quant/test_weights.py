@@ -219,7 +219,9 @@ def test_weights_tell_and_not_the_configuration():
     """A model that was dequantized keeps the configuration that it had."""
     pipe = tiny.make("pixart")
     pipe.transformer.register_to_config(quantization_config={"quant_method": "bitsandbytes"})
-    fastdiff.accelerate(pipe, quant="w8a16").restore()
+    handle = fastdiff.accelerate(pipe, quant="w8a16")
+    assert handle.active and handle.quantized.report.layers
+    handle.restore()
 
 
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
