@@ -1,34 +1,51 @@
 """How many threads OpenMP takes and what they do while they wait; it reads both once, when torch is loaded.
 
-Its threads spin by default. Where other processes want the processor too, a thread spins away the time slice of the
-very one that it waits for, and a step takes many times as long.
+Its threads spin by default, for milliseconds. Where other processes want the processor too, a thread spins away the time
+slice of the very one that it waits for, and a step takes many times as long. Threads that sleep at once must be woken at
+each of a small model's thousand operations. A spin of some microseconds costs neither (benchmarks/busy.json).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-WAITING, THREADS = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
-PASSIVE = "PASSIVE"
+WAITING, SPINS, THREADS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"
+BRIEFLY = {WAITING: "PASSIVE", SPINS: "1000"}  # the second, in GNU's library alone, goes before the first: 10 us or so
+ON_ERRORS, LEAVE_THEM = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"
 
 
 def settle(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Let threads sleep while they wait, and be no more than a container may run; what the user has set stays.
+    """Let threads wait briefly, then sleep, and be no more than a container may run; what the user has set stays.
 
     To be called before torch is loaded; for processes that are started afterwards it is never too late.
     """
-    environment.setdefault(WAITING, PASSIVE)
+    environment.update(waiting(environment))
     quota = processor_quota(root)
     if quota is not None and quota < processors():
         environment.setdefault(THREADS, str(math.ceil(quota)))
 
 
-def policy() -> str:
-    """What threads do while they wait, for workers that another program starts: it gives them their own number."""
-    return os.environ.get(WAITING, PASSIVE)
+def waiting(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """How threads wait: as the user has set, else briefly. For workers too, whose number of threads is their own."""
+    own = {name: environment[name] for name in BRIEFLY if name in environment}
+    return own or BRIEFLY
+
+
+@contextmanager
+def survivable(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Process groups that are made inside leave it to their user what a lost peer means; by default NCCL ends the
+    whole process. What the user has set stays, and groups made elsewhere are as they were."""
+    ours = ON_ERRORS not in environment
+    environment.setdefault(ON_ERRORS, LEAVE_THEM)
+    try:
+        yield
+    finally:
+        if ours:
+            del environment[ON_ERRORS]
 
 
 def processors() -> int:

@@ -2,8 +2,9 @@
 
 python scripts/measure_busy.py
 
-Each row is a command of its own, in turns. `unset` is OpenMP's own default, a spin of some milliseconds; `PASSIVE` is
-what the command line sets. Idle is as idle as the machine is: each row says the load average before it, without ours.
+Each row is a command of its own, in turns. `unset` is OpenMP's own default, a spin of some milliseconds; with `PASSIVE`
+threads sleep at once; `briefly` is what the command line sets, a spin of microseconds. Idle is as idle as the machine is:
+each row says the load average before it, without ours.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from fastdiff.threads import processor_quota, processors
 ROOT = Path(__file__).parents[1]
 OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 UNSET = "import sys; from fastdiff.cli import run; sys.exit(run(sys.argv[1:]))"  # all of the program but what it sets
-POLICIES = {"unset": ["-c", UNSET], "PASSIVE": ["-m", "fastdiff"]}
+POLICIES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "unset": (["-c", UNSET], {}),
+    "PASSIVE": (["-c", UNSET], {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "briefly": (["-m", "fastdiff"], {}),
+}
 PROMPT = "a large red circle above a small blue square"
 TASKS: dict[str, tuple[list[str], float]] = {  # with the seconds after which it is ended
     "generate": (["generate", PROMPT, "--steps", "20", "--seed", "1", "--json", "-o", "out.png"], 60.0),
@@ -67,15 +72,14 @@ def main(
 def measured(task: str, policy: str, busy: int) -> dict[str, Any]:
     words, most = TASKS[task]
     load = os.getloadavg()[0]
-    environment = {**os.environ}
-    for name in OPENMP:
-        environment.pop(name, None)
+    program, told = POLICIES[policy]
+    environment = {name: value for name, value in os.environ.items() if name not in OPENMP} | told
     seconds: float | None
     with tempfile.TemporaryDirectory() as folder, others(busy):
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, *POLICIES[policy], *words], cwd=folder, env=environment, timeout=most,
+                [sys.executable, *program, *words], cwd=folder, env=environment, timeout=most,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True,
             )  # fmt: skip
             seconds, drawing = round(time.perf_counter() - began, 2), json.loads(done.stdout).get("seconds")

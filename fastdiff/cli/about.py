@@ -62,7 +62,7 @@ def facts() -> dict[str, Any]:
         "cores": threads.processors(),
         "cpu_quota": threads.processor_quota(),
         "torch_threads": torch.get_num_threads(),
-        "omp_wait_policy": threads.policy(),
+        "openmp": threads.waiting(),
         "cuda": torch.version.cuda,
         "cuda_devices": [f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {d.major}.{d.minor}" for d in cuda],
         "packages": {name: package_version(name) for name in (*NEEDED, *OPTIONAL)},

@@ -73,7 +73,7 @@ def _hire(order: Order, workers: int | None, most: int) -> list[Any]:
         raise FastdiffError(f"{workers or 1} workers need a {kind} each, the Ray cluster has {there}")
     count = min(workers or there, most)
     resources: dict[str, Any] = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-    resources["runtime_env"] = {"env_vars": {threads.WAITING: threads.policy()}}
+    resources["runtime_env"] = {"env_vars": threads.waiting()}
     actor: Any = ray.remote(Painter).options(max_restarts=-1, max_task_retries=_TRIES - 1, **resources)
     order = replace(order, jobs=(), targets=())  # each worker needs to know how, not what
     painters = [actor.remote(order) for _ in range(count)]

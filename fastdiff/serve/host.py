@@ -81,7 +81,7 @@ def serve_on_ray(options: Options, host: str, port: int, replicas: int, ready: C
     if replicas > (free := ray.available_resources().get(kind, 0)):
         raise FastdiffError(f"{replicas} replicas need a {kind} each, the Ray cluster has {free:g} free")
     resources: Any = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-    resources["runtime_env"] = {"env_vars": {threads.WAITING: threads.policy()}}
+    resources["runtime_env"] = {"env_vars": threads.waiting()}
     ray_serve.start(http_options={"host": host, "port": port})
     deployment: Any = ray_serve.deployment(
         name="fastdiff", num_replicas=replicas, ray_actor_options=resources, max_constructor_retry_count=1,
