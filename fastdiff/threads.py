@@ -1,8 +1,8 @@
 """How many threads OpenMP takes and what they do while they wait; it reads both once, when torch is loaded.
 
-Its threads spin by default, for milliseconds. Where other processes want the processor too, a thread spins away the time
-slice of the very one that it waits for, and a step takes many times as long. Threads that sleep at once must be woken at
-each of a small model's thousand operations. A spin of some microseconds costs neither (benchmarks/busy.json).
+Its threads spin by default, for milliseconds. Where other processes want the processor too, a thread spins away the
+time slice of the very one that it waits for, and a step takes many times as long. Threads that sleep at once must be
+woken at each of a small model's thousand operations. A spin of some microseconds costs neither (benchmarks/busy.json).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 python scripts/measure_busy.py
 
-Each row is a command of its own, in turns. `unset` is OpenMP's own default, a spin of some milliseconds; with `PASSIVE`
-threads sleep at once; `briefly` is what the command line sets, a spin of microseconds. Idle is as idle as the machine is:
-each row says the load average before it, without ours.
+Each row is a command of its own, in turns. `unset` is OpenMP's own default, a spin of some milliseconds; with
+`PASSIVE` threads sleep at once; `briefly` is what the command line sets, a spin of microseconds. Idle is as idle as the
+machine is: each row says the load average before it, without ours.
 """
 
 from __future__ import annotations
