@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 SOURCES := pyproject.toml requirements/constraints.txt
 
-.PHONY: image test test-slow test-machines install lint types bench readme docs wheel
+.PHONY: image test test-slow test-machines gpu-kit install lint types bench readme docs wheel
 
 image: .venv/.installed
 	$(BIN)/fastdiff generate "$(PROMPT)" --preset $(PRESET) --seed $(SEED) -o out.png
@@ -44,6 +44,16 @@ bench: .venv/.installed-dev
 
 readme: .venv/.installed-dev
 	$(BIN)/python scripts/readme.py
+
+# What a machine with its own torch lacks, for another Python if need be: scripts/bench_gpu.py says how to use it.
+KIT_PYTHON ?= 3.12
+KIT_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+KIT := diffusers pydantic pydantic-core annotated-types typing-inspection importlib_metadata zipp cache-dit torchao
+gpu-kit: .venv/.made
+	rm -rf build/gpu-kit
+	$(BIN)/python -m pip download $(PIP_FLAGS) -q -c requirements/constraints.txt --no-deps --only-binary=:all: \
+	  --implementation cp --python-version $(KIT_PYTHON) $(addprefix --platform ,$(KIT_PLATFORMS)) -d build/gpu-kit $(KIT)
+	@du -sh build/gpu-kit
 
 # Strict: a dead link fails. The tests build it too.
 docs: .venv/.installed-dev

@@ -1,0 +1,48 @@
+"""The script for a card, rehearsed on a CPU: every section runs, and what fails in one is told and not raised."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TITLES = ["the card", "gates", "compile gate", "waits for NCCL", "layers", "SDXL", "FLUX"]
+
+
+def rehearsed(tmp_path: Path, *options: str) -> dict:
+    file = tmp_path / "found.json"
+    script = [sys.executable, str(ROOT / "scripts/bench_gpu.py"), "--dry-run", "-o", str(file), *options]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout) <= 12_001
+    return json.loads(file.read_text())
+
+
+def failed(found: dict) -> list[dict]:
+    rows = [row for section in found["sections"].values() for row in section["rows"]]
+    return [row for row in rows if "failed" in row or row.get("passed") is False]
+
+
+def test_the_gates_open_on_a_cpu(tmp_path):
+    found = rehearsed(tmp_path, "--sections", "0,1,3")
+    assert list(found["sections"]) == ["the card", "gates", "waits for NCCL"]
+    assert all(section["state"] == "complete" for section in found["sections"].values())
+    assert not failed(found)
+    gates = found["sections"]["gates"]["rows"]
+    assert {row["name"].split()[0] for row in gates} >= {"format", "kernel", "static"}
+    assert all(row["passed"] for row in gates if "skipped" not in row)
+
+
+@pytest.mark.slow
+def test_all_sections_run(tmp_path):
+    found = rehearsed(tmp_path)
+    assert list(found["sections"]) == TITLES
+    assert all(section["state"] == "complete" for section in found["sections"].values())
+    assert not failed(found)
+    sdxl = {row["name"]: row for row in found["sections"]["SDXL"]["rows"]}
+    assert sdxl["sdxl deepcache"]["cached"] == 8 and sdxl["sdxl eager"]["cached"] == 0
+    assert sdxl["sdxl deepcache"]["cached_step_ms"] < sdxl["sdxl deepcache"]["computed_step_ms"]
