@@ -167,6 +167,26 @@ def spread(steps: Sequence[int], length: int, run: Run, name: str) -> list[bool]
     return [i in chosen for i in range(run.total)]
 
 
+def placed(mask: list[bool] | None, own: Sequence[int], total: int) -> list[bool] | None:
+    """A mask of this rank's own steps, as one of all; the others are computed, or not its business."""
+    if mask is None:
+        return None
+    known = dict(zip(own, mask, strict=True))
+    return [known.get(index, True) for index in range(total)]
+
+
+def needed(mask: Sequence[bool], order: int) -> list[bool]:
+    """For each step, whether a cached step may use its computed value: only the `order` newest ones are used."""
+    use, computed = [False] * len(mask), []
+    for index, compute in enumerate(mask):
+        if compute:
+            computed.append(index)
+        else:
+            for anchor in computed[-order:]:
+                use[anchor] = True
+    return use
+
+
 def relative_change(now: Tensor, before: Tensor) -> Tensor:
     """Mean absolute change relative to the mean magnitude before; huge where that is zero."""
     tiny = torch.finfo(torch.float32).tiny

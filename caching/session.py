@@ -15,7 +15,8 @@ from fastdiff.clock import Run, Step, StepClock
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
-from .base import CacheMethod, Gated
+from .base import CacheMethod, Gated, needed, placed
+from .holding import Holding, bytes_of
 from .predictors import combine
 from .readers import Readers
 from .reading import peak, unbounded
@@ -43,6 +44,7 @@ class Session:
         self._branches: dict[int, list[Memory]] = {}
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
+        self.holding = Holding(method, anatomy, self.regions, recorder)
         self._readers = Readers(unit for region in self.regions for unit in region.units)
         self._whole = self._read = False  # whether the present call, or all of the run, is computed in any case
         clock.on_expect.append(self._readers.expect)
@@ -80,8 +82,9 @@ class Session:
         masks = [self.method.guarded_mask(run.only(own), region) for region in self.regions]
         if self._read:
             masks = [mask and [True] * len(mask) for mask in masks]
-        self.masks = [_placed(mask, own, run.total) for mask in masks]
-        self._needed = [_placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
+        self.masks = [placed(mask, own, run.total) for mask in masks]
+        self._needed = [placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
+        self.holding.start(max((sum(mask) if mask else run.total for mask in self.masks), default=run.total))
         self._weigh = self.method.weigher(run)
         self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
         for note in self.method.notes(run, self.anatomy):
@@ -134,6 +137,7 @@ class Session:
     def _enter(self, step: Step, args: tuple, kwargs: dict) -> None:
         shape = signature(args, kwargs)
         if self._shapes.get(step.branch) != shape:
+            self.holding.enter(bytes_of(pytree.tree_leaves((args, kwargs))[:1]))
             self._shapes[step.branch] = shape
             self._branches[step.branch] = [Memory(placeholders=[None] * len(region.units)) for region in self.regions]
         self._current = self._branches[step.branch]
@@ -264,10 +268,13 @@ class Session:
             ]
         else:
             memory.taken = _own(leaves)
+        if not self.ahead and not memory.values and self.clock.now is not None:
+            self.holding.take(self.clock.now.branch, number, memory.taken)
         return output
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
+        grown = False
         for memory in self._all():
             memory.entry = []
             if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
@@ -284,11 +291,16 @@ class Session:
                 memory.probes.append(memory.probe)
             for history in (memory.indices, memory.values, memory.peaks, memory.probes):
                 del history[: -self.method.history]
-            memory.taken = None
+            memory.taken, grown = None, True
+        if grown:
+            self.holding.count(
+                own for rows in self._branches.values() for first in rows for own in (first, *first.again)
+            )
 
     def forget(self) -> None:
         """What is remembered holds no longer: compute anew."""
         self._branches, self._shapes = {}, {}
+        self.holding.forget()
 
     def skipping(self, number: int) -> bool:
         """Whether a region is left out in the present call; known of a static one before the denoiser is entered."""
@@ -370,23 +382,3 @@ def _differentiable(args: tuple, kwargs: dict) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-
-
-def _placed(mask: list[bool] | None, own: Sequence[int], total: int) -> list[bool] | None:
-    """A mask of this rank's own steps, as one of all; the others are computed, or not its business."""
-    if mask is None:
-        return None
-    known = dict(zip(own, mask, strict=True))
-    return [known.get(index, True) for index in range(total)]
-
-
-def needed(mask: Sequence[bool], order: int) -> list[bool]:
-    """For each step, whether a cached step may use its computed value: only the `order` newest ones are used."""
-    use, computed = [False] * len(mask), []
-    for index, compute in enumerate(mask):
-        if compute:
-            computed.append(index)
-        else:
-            for anchor in computed[-order:]:
-                use[anchor] = True
-    return use

@@ -45,5 +45,9 @@ class NotCopyable(FastdiffError):
     """A patched pipeline or denoiser that somebody pickles or deep-copies."""
 
 
+class DoesNotFit(FastdiffError):
+    """More memory than there is, known before it is taken."""
+
+
 class PeerLost(FastdiffError):
     """Another rank of a parallel run died, hung, or broke off."""

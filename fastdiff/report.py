@@ -23,7 +23,7 @@ class RunReport:
     `branches` has one list a branch (`UNTOLD` for calls that nothing tells apart), with "computed", "cached" or
     "absent" (not called) for each step; `predicted` the steps in which a skipped value was made of several, or
     corrected, and not used as it was; `step_seconds` has one entry a step, in seconds of the device, `host_seconds`
-    what the host took to launch it.
+    what the host took to launch it; `cache_mb` the most that a cache held.
     """
 
     total: int = 0
@@ -32,6 +32,7 @@ class RunReport:
     step_seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
     peak_memory_mb: float = 0.0
+    cache_mb: float = 0.0
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[Any] = field(default_factory=list)
@@ -95,6 +96,7 @@ class RunReport:
             "host_seconds": round(sum(self.host_seconds), 4),
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
+            "cache_mb": round(self.cache_mb, 3),
             "bytes_sent": self.bytes_sent,
             "ranks": list(self.ranks),
             "branches": {names[b]: row for b, row in sorted(self.branches.items())},
@@ -113,7 +115,8 @@ class RunReport:
             parts.append(f"about {saved:.2f} s saved")
         if self.bytes_sent:
             parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
-        parts.append(f"peak {self.peak_memory_mb:.0f} MB")
+        cached = f", {self.cache_mb:.0f} of them cached values" if self.cache_mb >= 1 else ""
+        parts.append(f"peak {self.peak_memory_mb:.0f} MB{cached}")
         return " · ".join([*parts, *self.notes])
 
     def _launched(self) -> str:

@@ -1,0 +1,77 @@
+"""SDXL, FLUX and Wan at their full size, on the meta device: what caches hold, what ranks of a patch split send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.caching.session import Session
+from fastdiff.clock import Run, Step, StepClock
+from fastdiff.parallel.mesh import Topology
+from fastdiff.parallel.rehearsal import rehearse
+from fastdiff.patch import PatchSet
+from fastdiff.recorder import Recorder
+from fastdiff.registry import registry
+
+from .full_size import model
+
+STEPS = 6
+HELD: dict[tuple[str, str], tuple[dict[str, Any], float]] = {
+    # [2, 4, 128, 128] in bf16, once
+    ("sdxl", "ab_cache"): ({"site": "output", "predictor": "reuse"}, 2 * 4 * 128 * 128 * 2),
+    ("flux", "ab_cache"): ({"site": "output", "predictor": "reuse"}, 4096 * 64 * 2),
+    # residuals of 4096 + 512 tokens of 3072 channels
+    ("flux", "first_block"): ({}, (4096 + 512) * 3072 * 2),
+    # 19 double blocks with attention and feed-forward of both streams, 38 single ones with one sum of both
+    ("flux", "fora"): ({"interval": 2}, (19 * 2 + 38) * (4096 + 512) * 3072 * 2),
+    # self-attention, cross-attention and feed-forward of 40 blocks, 32,760 tokens of 5120 channels, in two calls
+    ("wan", "fora"): ({"interval": 2}, 3 * 40 * 32760 * 5120 * 2 * 2),
+    ("wan", "ab_cache"): ({"site": "output", "predictor": "reuse"}, 2 * 16 * 21 * 60 * 104 * 2),
+}
+
+
+@pytest.mark.parametrize(("name", "method"), HELD, ids=[" ".join(key) for key in HELD])
+def test_a_cache_holds_what_its_regions_give(name, method):
+    told, wanted = HELD[name, method]
+    settings = registry("cache")[method].model_validate({"method": method, **told})
+    anatomy, calls = model(name)
+    clock = StepClock(None)
+    times = tuple(map(float, range(STEPS, 0, -1)))
+    clock.run = Run(1, times, times, False)
+    recorder = Recorder(clock)
+    with PatchSet() as patches, torch.no_grad():
+        session = Session(settings, anatomy, clock, recorder)
+        session.attach(patches)
+        session.attach_denoiser(patches)
+        for callback in clock.on_start:
+            callback(clock.run)
+        for branch, (args, kwargs) in enumerate(calls):
+            clock.now = Step(clock.run, 0, branch)
+            anatomy.denoiser(*args, **kwargs)
+        clock.now = None
+        held, foreseen = round(recorder.report.cache_mb * 1e6), session.holding.foreseen
+        patches.restore()
+    assert held == wanted
+    assert foreseen == held * settings.history
+
+
+_KEYS = 2 * 32760 // 2 * 5120 * 2  # keys and values of a half of Wan's tokens, in bf16
+SENT: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    # 70 self-attentions: 10 of 4096 tokens of 640 channels, 60 of 1024 of 1280; both halves of guidance, half the rows
+    "sdxl": ({"kv": 70, "norm": 6, "halo": 5, "output": 1}, {"kv": 2 * (10 * 4096 * 640 + 60 * 1024 * 1280) * 2}),
+    # 40 self-attentions of two calls; what leaves the last block is put together, before it is made pixels
+    "wan": ({"kv": 80, "output": 2}, {"kv": 80 * _KEYS, "output": 2 * _KEYS // 2}),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_what_a_rank_of_two_sends_in_a_step(name):
+    """FLUX is not here: its width is read from its list of places, of which meta has no values."""
+    exchanges, sent = SENT[name]
+    anatomy, calls = model(name)
+    settings = registry("parallel")["distrifusion"].model_validate({"method": "distrifusion", "devices": 2})
+    found = rehearse(anatomy, calls, settings, Topology(1, 1, 2, rank=0)).stale
+    assert dict(found.exchanges) == exchanges
+    assert {kind: found.sent[kind] for kind in sent} == sent
