@@ -98,11 +98,12 @@ class Accelerated:
             patches.call(self.clock.attach, self.clock.detach)
 
     def _quantize(self, found: list[Anatomy], patches: PatchSet) -> None:
-        method = self.config.quant
+        method: Any = self.config.quant
+        by_clock = self.config.parallel is None and not self.config.compile.enabled
         if method is None:
-            follow_standing(found, self.clock, self._recorder, patches)
+            follow_standing(found, self.clock, self._recorder, patches, by_clock)
             return
-        done = installed(self.pipe, method, found, self.clock, self._recorder, patches)  # type: ignore[arg-type]
+        done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
         if self.config.compile.enabled and done.opaque:
             raise BadConfig("8-bit layers on a CPU do not compile (oneDNN packs them); leave out compile or quant")
         self.quantized = done

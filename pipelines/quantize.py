@@ -84,7 +84,8 @@ def quantize(
         origin = done.calibration.origin if done.calibration else None
         Standing(methods[name].model_dump(mode="json"), present, origin).attach(parts[name])
     _measure(done.report, measured, predicted, before)
-    done.report.notes = done.notes(freed=True)
+    done.report.notes = [*done.notes(freed=True), *done.timed()]
+    done.report.timed = {key: ms for present in done.presents.values() for key, ms in present.times.items()}
     return done.report
 
 

@@ -89,4 +89,4 @@ def _described(part: nn.Module) -> dict[str, Any]:
     assert state is not None
     layers = {name: asdict(m.recipe) for name, m in part.named_modules() if isinstance(m, QLayer)}
     origin = None if state.origin is None else state.origin.model_dump(mode="json")
-    return {"method": state.method, "origin": origin, "layers": layers}
+    return {"method": state.method, "origin": origin, "layers": layers, "times": state.present.times}

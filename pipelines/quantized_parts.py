@@ -76,7 +76,8 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= {name: t.clone() for name, t in load_file(file).items()}  # one view would keep the whole file mapped
     origin = None if described["origin"] is None else Origin(**described["origin"])
-    present = Present()
+    told = described.get("times", {}).items()  # none in the files of earlier versions
+    present = Present(times={key: {name: float(ms) for name, ms in row.items()} for key, row in told if row})
     for name, recipe in described["layers"].items():
         own = {k.rpartition(".")[2]: tensors.pop(k) for k in [k for k in tensors if k.rpartition(".")[0] == name]}
         parent, _, child = name.rpartition(".")

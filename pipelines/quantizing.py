@@ -18,10 +18,12 @@ from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.calibration import Calibration, Origin
 from fastdiff.quant.install import Learned, Put, QuantReport, quantize_model
+from fastdiff.quant.layer import QLayer
 from fastdiff.quant.observe import noise_share
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.reversible import stand_in
 from fastdiff.quant.standing import standing
+from fastdiff.quant.timed import verdict
 from fastdiff.recorder import Recorder
 from fastdiff.weights import foreign, require
 
@@ -50,7 +52,17 @@ class Quantized:
             for note in [*self.notes(), *(self.calibration.differences(run) if self.calibration else [])]:
                 recorder.note(note)
 
+        def ended(run: Run) -> None:
+            for said in self.timed():
+                recorder.note(said)
+
         clock.on_start.append(started)
+        clock.on_end.append(ended)
+
+    def timed(self) -> list[str]:
+        """What the clock chose so far, by component, where there was something to choose."""
+        said = {name: verdict(present.used, present.times) for name, present in self.presents.items()}
+        return [f"timed in {name}: {text}" for name, text in said.items() if text]
 
     @property
     def opaque(self) -> bool:
@@ -80,6 +92,7 @@ class Quantized:
         if report.patched:
             said.append(f"{report.patched} layers have a forward or hooks that somebody put on them, and stay float")
         passed = Counter(layer.said for layer in report.layers if layer.said)
+        said += report.notes
         return [*said, *(f"{count} layers passed over {reason}" for reason, count in passed.most_common(3))]
 
 
@@ -203,16 +216,26 @@ def print_of(name: str, module: nn.Module) -> str:
 
 
 def installed(
-    pipe: Any, method: QuantMethod, found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet
-) -> Quantized:
-    """Quantize a live pipeline reversibly: the float layers come back with the patches."""
+    pipe: Any, method: QuantMethod, found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet,
+    by_clock: bool,
+) -> Quantized:  # fmt: skip
+    """Quantize a live pipeline reversibly: the float layers come back with the patches.
+
+    by_clock: whether layers may be timed at their first call, and run as float where that is faster."""
 
     def put(parent: nn.Module, name: str, instead: nn.Module) -> None:
         if "state_dict" not in vars(instead):  # a layer that is held in two places is put twice
-            stand_in(instead, parent.get_submodule(name))
+            floats = parent.get_submodule(name)
+            stand_in(instead, floats)
+            if isinstance(instead, QLayer):
+                instead.floats = (floats,)
         patches.replace(parent, name, instead)
 
     done = quantize_parts(pipe, method, found, put)
+    for present in done.presents.values():
+        present.by_clock = by_clock
+    if not by_clock and method.speed != "smallest":
+        done.report.notes.append("layers are not timed under parallel, where ranks must agree, and under compile")
     done.listen(clock, recorder, patches)
     if hasattr(pipe, "fuse_lora"):
         patches.set(pipe, "fuse_lora", refuse_fusing)
@@ -225,13 +248,16 @@ def refuse_fusing(*_: Any, **__: Any) -> None:
     )
 
 
-def follow_standing(found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
-    """A pipeline whose denoiser was quantized for good: its layers go by the clock, the report says what they are."""
+def follow_standing(
+    found: list[Anatomy], clock: StepClock, recorder: Recorder, patches: PatchSet, by_clock: bool
+) -> None:
+    """A pipeline whose denoiser was quantized for good: its layers go by the step, the report says what they are."""
     states = {anatomy.component: state for anatomy in found if (state := standing(anatomy.denoiser)) is not None}
     if not states:
         return
     for state in states.values():
         follow(state.present, state.origin, clock, patches)
+        patches.set(state.present, "by_clock", by_clock)
 
     def started(run: Run) -> None:
         for name, state in states.items():

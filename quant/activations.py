@@ -39,6 +39,9 @@ class Present:
 
     bucket: int | None = None
     clocked: bool = False  # whether somebody who knows the step sets the bucket
+    by_clock: bool = True  # whether layers may be timed: not where ranks must agree, nor for what is compiled
+    times: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)  # milliseconds by shape, candidate
+    used: dict[str, int] = field(default_factory=dict, repr=False)  # layers by the shape that settled them
     _last: tuple[Any, ...] = field(default=(), repr=False)
 
     def shared(self, x: Tensor, key: Hashable, make: Callable[[], Levels]) -> Levels:

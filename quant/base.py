@@ -13,7 +13,7 @@ from fastdiff.method import Method
 from fastdiff.plans import own
 
 from .prune import PruneOption
-from .recipe import Activations, Recipe
+from .recipe import Activations, Recipe, Speed
 from .rounding import Rounding
 
 KEPT = (
@@ -49,6 +49,11 @@ class QuantMethod(Method):
         None, description="what is removed before: a plan, the path of its file, or a relative error to plan for"
     )
     kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")
+    speed: Speed = Field(
+        "never slower",
+        description="never slower: where the float layer is held and faster, it runs; fastest: also where it must be "
+        "made again, and held; smallest: always the quantized layer",
+    )
 
     format: ClassVar[str]
     activations: ClassVar[Activations] = "none"
@@ -91,8 +96,9 @@ class QuantMethod(Method):
         `mixed` gives each layer its own.
         """
         return Recipe(
-            self.weight_format(), self.activations, self.group_size, self.rounding, self.low_rank, self.kernel
-        )
+            self.weight_format(), self.activations, self.group_size, self.rounding, self.low_rank, self.kernel,
+            self.speed,
+        )  # fmt: skip
 
     def takes(self, name: str) -> bool:
         """Whether the layer of this name may be quantized."""

@@ -42,7 +42,8 @@ class LayerReport:
 @dataclass
 class QuantReport:
     """What quantizing did. `output_error` is |changed - float| / |float| of the denoiser's output, `float_ms`,
-    `compiled_ms` (float under torch.compile) and `quantized_ms` a call of it, where they were measured."""
+    `compiled_ms` (float under torch.compile) and `quantized_ms` a call of it, where they were measured; `timed`
+    has milliseconds of a layer's candidates by its shape."""
 
     method: str
     layers: list[LayerReport] = field(default_factory=list)
@@ -54,6 +55,7 @@ class QuantReport:
     float_ms: float | None = None
     compiled_ms: float | None = None
     quantized_ms: float | None = None
+    timed: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

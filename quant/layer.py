@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ from .activations import Levels, Present, channels_of, fixed, per_token, ranged,
 from .lazy import LazyWeight
 from .packing import FORMATS, Format, Tensors
 from .recipe import Recipe
+from .timed import FLOAT, fastest, timed, where
 
 
 class Kernel(Protocol):
@@ -44,8 +46,8 @@ class Kernel(Protocol):
     def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
 
 
-# gives the kernel for a layer, the packed weight, and what was passed over and why
-Choose = Callable[["QLayer"], tuple[Kernel, Any, str]]
+# gives the kernels for a layer, each with the packed weight, and what was passed over and why
+Choose = Callable[["QLayer"], tuple[list[tuple[Kernel, Any]], str]]
 
 
 class QLayer(nn.Module):
@@ -82,7 +84,10 @@ class QLayer(nn.Module):
         self._kernel: Kernel | None = None
         self._packed: Any = None
         self._home: torch.device | None = None  # where it was packed
-        self._proved: dict[torch.device, Kernel] = {}
+        self._others: list[tuple[Kernel, Any]] = []  # that proved themselves too, for the clock to choose from
+        self._proved: dict[torch.device, list[Kernel]] = {}
+        self._runs: dict[Any, Callable[[Tensor], Tensor]] = {}  # what the clock chose, by shape and type
+        self.floats: tuple[nn.Module, ...] = ()  # the float layer, where it is kept; no part of this module
         self._ranges: list[tuple[float, float]] = []
         self._inverse: Tensor | None = None
         self._smooth_key: int | None = None
@@ -128,8 +133,72 @@ class QLayer(nn.Module):
         if self._kernel is None or self._home != self.q.device:  # offloading moves buffers without a word
             self.choose_kernel()
         assert self._kernel is not None
-        y = self._kernel(self, self._packed, input)
-        return y if self.down is None else y + self._residual(input).to(y.dtype)
+        # Inside a graph nothing is timed. Meta tensors take no time at all.
+        if self._timeable and self.present.by_clock and not torch.compiler.is_compiling() and not input.is_meta:
+            shape = (input.shape, input.dtype)
+            if shape not in self._runs:
+                self._runs[shape] = self._settled(input)
+            return self._runs[shape](input)
+        return self._quantized(self._kernel, self._packed, input)
+
+    def _quantized(self, kernel: Kernel, packed: Any, x: Tensor) -> Tensor:
+        y = kernel(self, packed, x)
+        return y if self.down is None else y + self._residual(x).to(y.dtype)
+
+    @property
+    def _timeable(self) -> bool:
+        """Whether there is more than one way to compute the layer, and the clock may choose."""
+        if self.recipe.speed == "smallest" or self.recipe.kernel != "auto":
+            return False
+        return bool(self._others or self.floats or self.recipe.speed == "fastest")
+
+    def _settled(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The fastest way to compute the layer on such an input; layers of one shape are timed once."""
+        assert self._kernel is not None
+        able = [(self._kernel, self._packed), *self._others]
+        runs: dict[str, Callable[[Tensor], Tensor]] = {
+            kernel.name: partial(self._quantized, kernel, packed) for kernel, packed in able
+        }
+        key, known = self._key(x), self.present.times
+        if key not in known or fastest(known[key]) not in (*runs, FLOAT):
+            with torch.no_grad():
+                every = {**runs, **({FLOAT: self._float(x.dtype)} if self._has_float(x.dtype) else {})}
+                known[key] = timed({name: partial(self._alone, run, x) for name, run in every.items()}, x.device)
+        best = fastest(known[key])
+        if best == FLOAT and not self._has_float(x.dtype):  # a table of a layer that had one
+            best = fastest({name: known[key].get(name, torch.inf) for name in runs})
+        self.present.used[key] = self.present.used.get(key, 0) + 1
+        return self._float(x.dtype) if best == FLOAT else runs[best]
+
+    def _alone(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        """Levels that another layer, or the last round, left behind would be for nothing."""
+        self.present.forget()
+        run(x)
+
+    def _has_float(self, dtype: torch.dtype) -> bool:
+        kept: Any = self.floats[0] if self.floats else None
+        return self.recipe.speed == "fastest" if kept is None else kept.weight.dtype == dtype
+
+    def _float(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The float layer: the one that is kept, or what the integers stand for, made once and held from then on."""
+        if self.floats:
+            kept: Any = self.floats[0]
+            return lambda x: self.apply_weight(x, kept.weight, kept.bias)
+        weight, bias = self.float_weight(dtype), None if self.bias is None else self.bias.to(dtype)
+        return lambda x: self.apply_weight(x, weight, bias)
+
+    def _key(self, x: Tensor) -> str:
+        """What layers have in common that take the same time."""
+        sizes = x.shape if isinstance(self, nn.Conv2d) else (x.numel() // x.shape[-1], x.shape[-1])
+        rank = 0 if self.down is None else self.down.shape[0]
+        given, own = "x".join(map(str, sizes)), "x".join(map(str, self.weight_shape))
+        how = f"{self.recipe.format} {self.recipe.activations} {'static' if self._ranges else 'dynamic'} rank {rank}"
+        return f"{given} by {own}{self.geometry} {x.dtype} {how} on {where(x.device)}"
+
+    @property
+    def geometry(self) -> str:
+        """How a kernel goes over a picture."""
+        return ""
 
     def levels(self, x: Tensor, top: int) -> Levels:
         """The input as 8-bit levels 0 .. top."""
@@ -163,14 +232,13 @@ class QLayer(nn.Module):
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
-        kernel, said = self._proved.get(self.q.device), ""
-        if kernel is None:
-            kernel, packed, said = self._choose(self)
+        if (proved := self._proved.get(self.q.device)) is None:
+            found, said = self._choose(self)
         else:
-            packed = kernel.pack(self)
-        self._kernel, self._packed = kernel, packed
-        self._home, self._proved[self.q.device] = self.q.device, kernel
-        if kernel.replaces_q:
+            found, said = [(kernel, kernel.pack(self)) for kernel in proved], ""
+        (self._kernel, self._packed), *self._others = found
+        self._home, self._proved[self.q.device] = self.q.device, [kernel for kernel, _ in found]
+        if self._kernel.replaces_q:
             self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
 
@@ -206,6 +274,7 @@ class QLayer(nn.Module):
         """Back to plain buffers, without a kernel."""
         self.q = self.tensors()["q"]
         self._kernel = self._packed = None
+        self._others, self._runs = [], {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
         """Moves to another device; never changes the type of a buffer, as `pipe.to(dtype)` would: that is the type of
@@ -238,7 +307,8 @@ class QLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
         buffers = {**self._buffers, "q": self.tensors()["q"]}
-        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_packed": None, "_proved": {}}
+        emptied = {"_kernel": None, "_packed": None, "_others": [], "_proved": {}, "_runs": {}, "floats": ()}
+        return {**self.__dict__, "_buffers": buffers, **emptied}
 
     def extra_repr(self) -> str:
         outputs, inputs = self.matrix_shape

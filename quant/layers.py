@@ -59,6 +59,10 @@ class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
+    def geometry(self) -> str:
+        return f" / {self.stride} {self.padding} {self.dilation} {self.groups}"
+
+    @property
     def is_product(self) -> bool:
         """Whether it is one matrix product of its pixels."""
         plain = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)

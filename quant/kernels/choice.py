@@ -61,23 +61,32 @@ def kernel_named(name: str) -> Kernel:
     return known[name]
 
 
-def choose(layer: QLayer) -> tuple[Kernel, Any, str]:
-    """The kernel, the packed weight, and what was passed over and why.
+def choose(layer: QLayer) -> tuple[list[tuple[Kernel, Any]], str]:
+    """The kernels that proved themselves, each with its packed weight, and what was passed over and why.
+
+    The first is the one of choice; others only where the clock is to decide, and the first needs no layout of its own,
+    beside which the plain integers would have to be held.
 
     Raises BackendUnavailable where the recipe asks for one kernel and that does not work here.
     """
     asked = layer.recipe.kernel
     wanted = [kernel_named(name) for name in (AUTOMATIC if asked == "auto" else (asked,))]
     said: list[str] = []
+    found: list[tuple[Kernel, Any]] = []
     for kernel in wanted:
         reason = kernel.refuses(layer)
         if reason is None:
             packed, reason = _proved(kernel, layer)
             if reason is None:
-                return kernel, packed, "; ".join(said)
-            said.append(f"{kernel.name}: {reason}")
+                found.append((kernel, packed))
+                if kernel.replaces_q or layer.recipe.speed == "smallest":
+                    break
+            else:
+                said.append(f"{kernel.name}: {reason}")
         elif asked != "auto":
             said.append(f"{kernel.name} {reason}")
+    if found:
+        return found, "; ".join(said)
     raise BackendUnavailable(f"{'; '.join(said)}; set quant.kernel to auto, or to reference, which works everywhere")
 
 

@@ -103,7 +103,7 @@ class Mixed(QuantMethod):
         if name not in self.plan.bits:
             raise BadConfig(f"the bit plan says nothing of layer {name}; it was made for {self.plan.denoiser}")
         form, group = stored_as(self.plan.bits[name], self.plan.group_size)
-        return Recipe(form, "none", group, self.rounding, self.low_rank, self.kernel)
+        return Recipe(form, "none", group, self.rounding, self.low_rank, self.kernel, self.speed)
 
     def planned(self, calls: Calls, watch: Callable[[int, int], None] | None = None) -> BitPlan:
         """A plan for the denoiser of these calls, measured on them; the table of a plan that is there is used again.
