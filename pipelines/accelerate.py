@@ -104,8 +104,6 @@ class Accelerated:
             follow_standing(found, self.clock, self._recorder, patches, by_clock)
             return
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
-        if self.config.compile.enabled and done.opaque:
-            raise BadConfig("8-bit layers on a CPU do not compile (oneDNN packs them); leave out compile or quant")
         self.quantized = done
 
     def _methods(self, found: list[Anatomy]) -> dict[str, CacheMethod]:

@@ -64,11 +64,6 @@ class Quantized:
         said = {name: verdict(present.used, present.times) for name, present in self.presents.items()}
         return [f"timed in {name}: {text}" for name, text in said.items() if text]
 
-    @property
-    def opaque(self) -> bool:
-        """Whether some layers' weights are packed in a way that a graph cannot hold."""
-        return any(layer.kernel.startswith("onednn") for layer in self.report.layers)
-
     def notes(self, freed: bool = False) -> list[str]:
         """What the report of a run should say."""
         report, kept = self.report, "the float layers are freed" if freed else "the float layers are kept for restore()"
@@ -258,6 +253,8 @@ def follow_standing(
     for state in states.values():
         follow(state.present, state.origin, clock, patches)
         patches.set(state.present, "by_clock", by_clock)
+    for layer in (part for anatomy in found for part in anatomy.denoiser.modules() if isinstance(part, QLayer)):
+        layer.ready()  # before a graph is made: choosing cannot be in one
 
     def started(run: Run) -> None:
         for name, state in states.items():

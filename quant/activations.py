@@ -20,11 +20,19 @@ _CHUNK = 1 << 17  # elements that stay in a core's cache from one pass to the ne
 
 @dataclass(frozen=True)
 class Levels:
-    """Quantized rows [n, channels], uint8; `scale` is a number, or [n, 1] with a scale for each row."""
+    """Quantized rows [n, channels], uint8; `scale` is a number, or [n, 1] with a scale for each row.
+
+    Numbers that were found on a device, or are looked up in a graph, are tensors without dimensions.
+    """
 
     q: Tensor
     scale: float | Tensor
-    zero: int
+    zero: int | Tensor
+
+    @property
+    def by_row(self) -> Tensor | None:
+        """The scale, where each row has its own."""
+        return self.scale if isinstance(self.scale, Tensor) and self.scale.ndim == 2 else None
 
     def values(self) -> Tensor:
         return (self.q.float() - self.zero) * self.scale
@@ -43,6 +51,19 @@ class Present:
     times: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)  # milliseconds by shape, candidate
     used: dict[str, int] = field(default_factory=dict, repr=False)  # layers by the shape that settled them
     _last: tuple[Any, ...] = field(default=(), repr=False)
+    _at: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name == "bucket":
+            for at in vars(self).get("_at", {}).values():
+                at.fill_(-1 if value is None else value)
+
+    def at(self, device: torch.device) -> Tensor:
+        """The bucket as a tensor [1], -1 outside of a run: written once a step, read by graphs."""
+        if device not in self._at:
+            self._at[device] = torch.full((1,), -1 if self.bucket is None else self.bucket, device=device)
+        return self._at[device]
 
     def shared(self, x: Tensor, key: Hashable, make: Callable[[], Levels]) -> Levels:
         """`make()`, or what it gave for the same unchanged tensor and key."""
@@ -59,7 +80,7 @@ class Present:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have inputs of their own."""
-        return {**self.__dict__, "_last": (), "clocked": False}
+        return {**self.__dict__, "_last": (), "_at": {}, "clocked": False}
 
 
 def rows_of(x: Tensor, layer: nn.Module) -> Tensor:
@@ -97,38 +118,56 @@ def batched(x: Tensor) -> Tensor:
     return x[None] if x.ndim == 3 else x
 
 
-def fixed(rows: Tensor, low: float, high: float, top: int, inverse: Tensor | None = None) -> Levels:
-    """Levels 0 .. top of a range; `inverse` [channels] multiplies the input first."""
+def scale_and_zero(low: float, high: float, top: int) -> tuple[float, int]:
+    """Of levels 0 .. top for a range."""
     scale = max(high - low, 1e-12) / top
-    zero = min(max(round(-low / scale), 0), top)
+    return scale, min(max(round(-low / scale), 0), top)
+
+
+def fixed(
+    rows: Tensor, scale: float | Tensor, zero: int | Tensor, top: int, inverse: Tensor | None = None
+) -> Levels:  # fmt: skip
+    """Levels 0 .. top; `inverse` [channels] multiplies the input first."""
     factor = 1 / scale if inverse is None else inverse / scale
     return Levels(_quantized(rows, factor, zero, top), scale, zero)
 
 
 def ranged(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
     """Levels of the tensor's own range, which always holds 0. NaN makes the range, and so all values, NaN."""
-    rows, inverse = (rows, None) if inverse is None else (rows * inverse, None)
-    low, high = torch.stack(torch.aminmax(rows)).tolist()  # one wait for a device
-    if not abs(high - low) < float("inf"):
+    rows = rows if inverse is None else rows * inverse
+    edges = torch.aminmax(rows)
+    if _launched(rows):  # to read the edges would be a wait
+        low, high = edges[0].float().clamp_max(0), edges[1].float().clamp_min(0)
+        scale = ((high - low) / top).clamp_min(1e-12)
+        return fixed(rows, scale, (-low / scale).round().clamp(0, top), top)
+    least, most = (float(edge) for edge in edges)
+    if not abs(most - least) < float("inf"):
         return Levels(torch.zeros_like(rows, dtype=torch.uint8), float("nan"), 0)
-    return fixed(rows, min(low, 0.0), max(high, 0.0), top)
+    return fixed(rows, *scale_and_zero(min(least, 0.0), max(most, 0.0), top), top)
 
 
 def per_token(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
-    """Symmetric levels around top // 2 + 1, with a scale for each row. NaN makes the scale of its row NaN."""
+    """Symmetric levels around top // 2 + 1, with a float32 scale for each row. NaN makes the scale of its row NaN."""
     rows = rows if inverse is None else rows * inverse
-    scale = (rows.abs().amax(-1, keepdim=True) / (top // 2)).clamp_min(1e-12)
+    scale = (rows.abs().amax(-1, keepdim=True).float() / (top // 2)).clamp_min(1e-12)
     return Levels(_quantized(rows, 1 / scale, top // 2 + 1, top), scale, top // 2 + 1)
 
 
-def _quantized(rows: Tensor, factor: float | Tensor, zero: int, top: int) -> Tensor:
+def _launched(rows: Tensor) -> bool:
+    """Whether values are not at hand: they are a device's, or a graph's."""
+    return rows.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _quantized(rows: Tensor, factor: float | Tensor, zero: int | Tensor, top: int) -> Tensor:
     """round(rows * factor) + zero within 0 .. top as uint8: three passes over as much as the cache holds."""
-    step = max(1, _CHUNK // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, len(rows))
+    if _launched(rows):  # where one kernel is made of it, or none can be
+        return (rows.float() * factor + (zero + 0.5)).clamp(0, top).to(torch.uint8)
+    step = max(1, _CHUNK // max(1, rows.shape[-1]))
     found = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     for start in range(0, len(rows), step):
         part = rows[start : start + step].float()
         if isinstance(factor, float):
-            scaled = torch.add(part.new_full((), zero + 0.5), part, alpha=factor)  # made where it is used, no copy
+            scaled = torch.add(part.new_full((), zero + 0.5), part, alpha=factor)
         else:
             scaled = (part * (factor if factor.ndim == 1 else factor[start : start + step])).add_(zero + 0.5)
         # The cast cuts what comes after the point; through 16 bits, as there is no fast one to 8 without a sign.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .activations import Levels, Present, channels_of, fixed, per_token, ranged, rows_of
+from .activations import Levels, Present, channels_of, fixed, per_token, ranged, rows_of, scale_and_zero
 from .lazy import LazyWeight
 from .packing import FORMATS, Format, Tensors
 from .recipe import Recipe
@@ -89,6 +89,8 @@ class QLayer(nn.Module):
         self._runs: dict[Any, Callable[[Tensor], Tensor]] = {}  # what the clock chose, by shape and type
         self.floats: tuple[nn.Module, ...] = ()  # the float layer, where it is kept; no part of this module
         self._ranges: list[tuple[float, float]] = []
+        self._tables: dict[int, Tensor] = {}  # [buckets + 1, 2] of scale and zero, by the highest level
+        self._at: Tensor | None = None  # which row of them holds now
         self._inverse: Tensor | None = None
         self._smooth_key: int | None = None
 
@@ -113,9 +115,9 @@ class QLayer(nn.Module):
         home = {name: t.to(self._home) for name, t in found.items()}
         return {**found, "q": self._kernel.unpack(self, self._packed, home).to(self.q.device)}
 
-    def matrix(self) -> Tensor:
-        """The float32 weight [outputs, inputs] that the integers stand for, for an input that was smoothed."""
-        return self.format.unpack(self.tensors(), self.matrix_shape[1])
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [outputs, inputs] that the integers stand for, for an input that was smoothed."""
+        return self.format.unpack(self.tensors(), self.matrix_shape[1], dtype)
 
     @property
     def quantized_as(self) -> str:
@@ -130,8 +132,7 @@ class QLayer(nn.Module):
         return sum(t.numel() * t.element_size() for t in [*self.tensors().values(), *extra])
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that the float layers have for it
-        if self._kernel is None or self._home != self.q.device:  # offloading moves buffers without a word
-            self.choose_kernel()
+        self.ready()
         assert self._kernel is not None
         # Inside a graph nothing is timed. Meta tensors take no time at all.
         if self._timeable and self.present.by_clock and not torch.compiler.is_compiling() and not input.is_meta:
@@ -140,6 +141,11 @@ class QLayer(nn.Module):
                 self._runs[shape] = self._settled(input)
             return self._runs[shape](input)
         return self._quantized(self._kernel, self._packed, input)
+
+    def ready(self) -> None:
+        """Have a kernel for where the layer is: offloading moves buffers without a word."""
+        if self._kernel is None or self._home != self.q.device:
+            self.choose_kernel()
 
     def _quantized(self, kernel: Kernel, packed: Any, x: Tensor) -> Tensor:
         y = kernel(self, packed, x)
@@ -203,10 +209,14 @@ class QLayer(nn.Module):
     def levels(self, x: Tensor, top: int) -> Levels:
         """The input as 8-bit levels 0 .. top."""
         picture = isinstance(self, nn.Conv2d)
+        if self._ranges and torch.compiler.is_compiling():
+            assert self._at is not None
+            scale, zero = self._tables[top].index_select(0, self._at % len(self._ranges))[0].unbind()
+            return fixed(rows_of(x, self), scale, zero, top, self._inverse)
         if self._ranges:
             low, high = self._ranges[-1 if self.present.bucket is None else self.present.bucket]
-            key: tuple = (picture, low, high, top, self._smooth_key)
-            return self.present.shared(x, key, lambda: fixed(rows_of(x, self), low, high, top, self._inverse))
+            own, key = scale_and_zero(low, high, top), (picture, low, high, top, self._smooth_key)
+            return self.present.shared(x, key, lambda: fixed(rows_of(x, self), *own, top, self._inverse))
         make = ranged if picture else per_token
         return self.present.shared(
             x, (picture, top, self._smooth_key), lambda: make(rows_of(x, self), top, self._inverse)
@@ -218,8 +228,11 @@ class QLayer(nn.Module):
         return self._ranges[-1][1] if self._ranges else 3.0
 
     def finite(self, x: Tensor) -> bool:
-        """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait."""
-        return not self._ranges or x.device.type != "cpu" or math.isfinite(float(x.sum()))
+        """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait, nor
+        in a graph, which cannot branch on it."""
+        if not self._ranges or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return True
+        return math.isfinite(float(x.sum()))
 
     def smoothed(self, x: Tensor) -> Tensor:
         if self.smooth is None:
@@ -230,6 +243,8 @@ class QLayer(nn.Module):
         """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
         self._plain()
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
+        self._tables = {top: self._table(top) for top in (255, 127)} if self._ranges else {}
+        self._at = self.present.at(self.q.device) if self._ranges else None
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
         if (proved := self._proved.get(self.q.device)) is None:
@@ -241,6 +256,10 @@ class QLayer(nn.Module):
         if self._kernel.replaces_q:
             self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
+
+    def _table(self, top: int) -> Tensor:
+        rows = [scale_and_zero(low, high, top) for low, high in self._ranges]
+        return torch.tensor(rows, dtype=torch.float32, device=self.q.device)
 
     @property
     def kernel_name(self) -> str:

@@ -57,8 +57,8 @@ class Format(ABC):
         """Plain tensors that hold a float32 weight [n, k]."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        """The float32 weight [n, k] that the tensors stand for; `inputs` is k."""
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [n, k] that the tensors stand for, rounded once to a type; `inputs` is k."""
 
     @abstractmethod
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
@@ -95,8 +95,8 @@ class Int8(Format, Integers):
     def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
         return integers
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        return tensors["q"].float() * tensors["scale"][:, None]
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _times(tensors["q"], tensors["scale"][:, None], dtype)
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         return outputs * (inputs + 4)
@@ -117,10 +117,10 @@ class Int4(Format):
         """integers [n, groups, group] in -8 .. 7 and scale [n, groups, 1], however they were found."""
         return {"q": nibbles((integers + 8).flatten(1)), "scale": scale[..., 0].half()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         scale = tensors["scale"].float()
-        integers = from_nibbles(tensors["q"]).float().unflatten(-1, (scale.shape[1], -1)) - 8
-        return (integers * scale[..., None]).flatten(1)[:, :inputs]
+        integers = (from_nibbles(tensors["q"]).view(torch.int8) - 8).unflatten(-1, (scale.shape[1], -1))
+        return _times(integers, scale[..., None], dtype).flatten(1)[:, :inputs]
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         size, count = group_of(inputs, group)
@@ -155,17 +155,18 @@ class Dual4(Format, Integers):
         return {"q": nibbles(integers.flatten(1)), "group": packed, "scale": scale[:, 0, 0].contiguous()}
 
     def eight_bits(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        packed = tensors["group"].to(torch.int16)[..., None]
-        integers = from_nibbles(tensors["q"]).to(torch.int16).unflatten(-1, (packed.shape[1], -1))
-        return ((integers - (packed & 15)) * (packed >> 4)).flatten(1)[:, :inputs].to(torch.int8)
+        packed = tensors["group"][..., None]
+        zero, step = (packed & 15).view(torch.int8), (packed >> 4).view(torch.int8)
+        integers = from_nibbles(tensors["q"]).view(torch.int8).unflatten(-1, (packed.shape[1], -1))
+        return ((integers - zero) * step).flatten(1)[:, :inputs]
 
     def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
         packed = tensors["group"].to(torch.int16)[..., None]
         grouped = in_groups(integers.to(torch.int16), group)
         return nibbles((grouped // (packed >> 4) + (packed & 15)).flatten(1))
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        return self.eight_bits(tensors, inputs).float() * tensors["scale"][:, None]
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _times(self.eight_bits(tensors, inputs), tensors["scale"][:, None], dtype)
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         size, count = group_of(inputs, group)
@@ -189,10 +190,10 @@ class Normal4(Format):
         numbers = torch.bucketize(turned / scale.clamp_min(1e-12), (levels[1:] + levels[:-1]) / 2)
         return {"q": nibbles(numbers.flatten(1)), "scale": scale[..., 0].half(), "signs": signs}
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         scale, signs = tensors["scale"].float(), tensors["signs"].float()
         values = _normal_levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
-        return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs]
+        return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs].to(dtype)
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         size, count = group_of(inputs, power_of_two(group_of(inputs, group)[0]))
@@ -211,8 +212,8 @@ class Float8(Format):
         scale = (weight.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-12)
         return {"q": (weight / scale).to(torch.float8_e4m3fn), "scale": scale[:, 0].contiguous()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        return tensors["q"].float() * tensors["scale"][:, None]
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _times(tensors["q"].to(dtype), tensors["scale"][:, None], dtype)
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         return outputs * (inputs + 4)
@@ -225,8 +226,8 @@ class Half(Format):
     def pack(self, weight: Tensor, group: int, rounding: Rounding) -> Tensors:
         return {"q": weight.half()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], inputs: int) -> Tensor:
-        return tensors["q"].float()
+    def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return tensors["q"].to(dtype)
 
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
         return 2 * outputs * inputs
@@ -254,3 +255,9 @@ def format_named(name: str) -> Format:
 def _smaller(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """For each row, the one of two findings whose error, the first of them, is smaller."""
     return tuple(torch.where(a[0] < b[0], one, other) for one, other in zip(a, b, strict=True))
+
+
+def _times(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """numbers * scale, multiplied in float32 and written in the type asked for: one pass over a weight, none of it
+    in float32 on the way."""
+    return torch.mul(numbers, scale, out=torch.empty_like(numbers, dtype=dtype))

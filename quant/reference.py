@@ -11,7 +11,7 @@ from .layer import QLayer
 
 def reference(layer: QLayer, x: Tensor, top: int = 255) -> Tensor:
     """The float layer on what the integers stand for, in the type of the input."""
-    weight = layer.matrix()
+    weight = layer.matrix(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     if layer.recipe.activations == "int8" and layer.finite(x):
         x = shaped(layer.levels(x, top).values().to(x.dtype), x, layer)
@@ -19,7 +19,7 @@ def reference(layer: QLayer, x: Tensor, top: int = 255) -> Tensor:
         x = layer.smoothed(x)
         if layer.recipe.activations == "fp8":
             x = float8(x, layer).to(x.dtype)
-    return layer.apply_weight(x, weight.to(x.dtype), bias)
+    return layer.apply_weight(x, weight, bias)
 
 
 def float8(x: Tensor, layer: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which of the candidates for a layer is the fastest on this machine: the clock says, capability alone is often wrong."""
+"""Which of the candidates for a layer is the fastest on this machine: the clock says, capability is often wrong."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
             given = {name: t for name, t in layer.tensors().items() if name != "q"}
             if not torch.equal(kernel.unpack(layer, packed, given), layer.q):
                 return None, "does not give the weight back"
-    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as error:  # torchao asserts
+    except Exception as error:  # whatever a library raises: Triton's errors have no base of their own
         return None, f"fails: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
     finally:
         layer.present.forget()

@@ -1,7 +1,7 @@
 """8 bit on NVIDIA GPUs through PyTorch's own matrix products. Run by the tests on CPUs, never on a GPU.
 
-`_scaled_mm`: E4M3 times E4M3 with a scale for each row and column (compute capability 8.9, row scales 9.0), bfloat16
-result. `_int_mm`: int8 times int8 to int32, more than 16 rows, sizes in multiples of 8; the scales that follow are one
+`_scaled_mm`: E4M3 times E4M3 with a scale for each row and column (compute capability 8.9), bfloat16 result.
+ `_int_mm`: int8 times int8 to int32, more than 16 rows, sizes in multiples of 8; the scales that follow are one
 expression, which torch.compile fuses. Convolutions of one pixel are matrix products; others go to the reference.
 """
 
@@ -55,20 +55,20 @@ class ScaledMM(Product):
             return "computes 8-bit floats only"
         if any(size % 16 for size in layer.matrix_shape):
             return f"needs sizes in multiples of 16, not {layer.matrix_shape}"
-        return lacks_cuda(layer, (9, 0)) or lacks_convolutions(layer)
+        return lacks_cuda(layer, (8, 9)) or lacks_convolutions(layer)
 
-    def pack(self, layer: QLayer) -> tuple[Tensor, Tensor]:
-        """The weight [inputs, outputs], column-major as the product wants it, and its scales [1, outputs]."""
-        tensors = layer.tensors()
-        return tensors["q"].t(), tensors["scale"][None, :].contiguous()
+    def pack(self, layer: QLayer) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The weight [inputs, outputs], column-major as the product wants it, its scales [1, outputs], and the bias."""
+        tensors, bias = layer.tensors(), layer.bias
+        scale = tensors["scale"][None, :].contiguous()
+        return tensors["q"].t(), scale, None if bias is None else bias.to(torch.bfloat16)
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
         rows = rows_of(layer.smoothed(x), layer)
         scale = (rows.abs().amax(-1, keepdim=True).float() / 448).clamp_min(1e-12)
         eight = (rows.float() / scale).to(torch.float8_e4m3fn)
-        y = torch._scaled_mm(eight, packed[0], scale, packed[1], out_dtype=torch.bfloat16, use_fast_accum=True)
-        if layer.bias is not None:
-            y = y + layer.bias.to(y.dtype)
+        weight, scales, bias = packed
+        y = torch._scaled_mm(eight, weight, scale, scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
         return shaped(y.to(x.dtype), x, layer)
 
 

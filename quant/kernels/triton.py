@@ -7,6 +7,7 @@ has one scale for each output. W4A16 dequantizes the tile to the type of x and s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from fastdiff.quant.activations import rows_of, shaped
 from fastdiff.quant.layer import QLayer
 from fastdiff.quant.packing import Integers
+from fastdiff.quant.reference import reference
 from fastdiff.quant.rounding import group_of, power_of_two
 
 from .cuda import Product, lacks_convolutions, lacks_cuda, scaled, signed
 
 _TILE = 64
+_FEW = 64  # rows; for more of them a library's product on the weight made float is faster than unpacking on the way
 
 
 class TritonW4(Product):
@@ -44,6 +47,8 @@ class TritonW4(Product):
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
         from .triton_program import product
 
+        if packed is None and x.numel() // layer.matrix_shape[1] > _FEW:
+            return reference(layer, x)
         (outputs, inputs), tensors = layer.matrix_shape, layer.tensors()
         size, groups = group_of(inputs, layer.recipe.group)
         levels = None if packed is None else layer.levels(x, 255)
@@ -54,9 +59,15 @@ class TritonW4(Product):
         y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
         sizes = (len(rows), outputs, inputs, groups)
         grid = (-(-len(rows) // _TILE), -(-outputs // _TILE))
-        product[grid](rows, tensors["q"], fine, y, *sizes, levels is not None, _TILE, _TILE, size)
+        with _device_of(rows):
+            product[grid](rows, tensors["q"], fine, y, *sizes, levels is not None, _TILE, _TILE, size)
         if levels is not None:
             y = scaled(y, levels, tensors["scale"], packed)
         if layer.bias is not None:
             y += layer.bias
         return shaped(y.to(x.dtype), x, layer)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its tensors are on; a graph launches where they are."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)

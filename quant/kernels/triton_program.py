@@ -15,8 +15,8 @@ def product(
     WHOLE: int32 y of int8 x and (q - zero) * step, with fine uint8 [N, groups] = zero + 16 step. Else: float32 y of
     float x and (q - 8) * scale, with fine [N, groups] = scale.
     """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # offsets pass 2^31 in long videos
+    n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), dtype=y.dtype.element_ty)
     for group in range(groups):
         at = group * G + tl.arange(0, G)

@@ -54,8 +54,8 @@ from fastdiff.quant.reference import reference
 torch.manual_seed(0)
 kernel, worst = TritonW4(), 0.0
 for layer, shape in (
-    (nn.Linear(128, 96), (3, 50, 128)), (nn.Linear(200, 70, bias=False), (65, 200)),
-    (nn.Linear(64, 130), (1, 64)), (nn.Conv2d(96, 40, 1), (2, 96, 5, 7)),
+    (nn.Linear(128, 96), (3, 20, 128)), (nn.Linear(200, 70, bias=False), (64, 200)),
+    (nn.Linear(64, 130), (1, 64)), (nn.Conv2d(96, 40, 1), (1, 96, 5, 7)),
 ):
     x = torch.randn(shape)
     for form, eight in (("int4", "none"), ("dual4", "int8")):
