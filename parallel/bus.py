@@ -2,6 +2,9 @@
 
 Every wait ends, at the latest after the time-out, and says who was waited for, where and when. Messages between two
 ranks are matched by order, which is the order of the layers.
+
+What is on a GPU travels over NCCL and is waited for by the device, in the order of its work: whether it came is known
+later (see `watch`). What is on the CPU travels over gloo and is waited for by the host.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff.errors import PeerLost
+from fastdiff.threads import survivable
 
+from .codec import raw
 from .mesh import Topology
+from .watch import Watch
 
+FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
+ASKED = 4711  # tag of a message that nobody expects: only a peer that is gone refuses it
 SMALL = 8  # messages of halos and statistics that travel as one; the first waits for the last to be there
 
 
@@ -66,7 +74,7 @@ class Bus:
     """Sends to and receives from the other ranks; counts bytes by kind and seconds waited.
 
     `where` tells the present step, for errors. After a failure the groups are closed, so that the others learn of it at
-    once, and made anew for the next run.
+    once, and made anew for the next run. `device` is the run's: a rank that sends nothing receives there.
     """
 
     def __init__(
@@ -76,40 +84,56 @@ class Bus:
         where: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.topology, self.timeout, self.where = topology, timeout, where
-        self.device = torch.device("cpu")  # where a rank that sends nothing receives: a peer's backend goes by its own
-        self.traffic = Traffic()
+        self.device = torch.device("cpu")
+        self.traffic, self._watch = Traffic(), self._watched()
         self.alone = False  # whether the others are lost, and this rank goes on without them
-        self._groups: list[Any] = []
+        self._groups: dict[str, Any] = {}
+        self._asked: list[Sent] = []
         self._sending: list[Sent] = []  # of exchanges that are waited for
         self._leaving: list[list[Sent]] = [[], []]  # for the next step: those of the step before, those of this one
 
-    @property
-    def groups(self) -> list[Any]:
+    def _group(self, name: str) -> Any:
         """Process groups of our own: closing them wakes whoever waits for us, and leaves the user's alone.
 
-        Two, which are two connections: what is needed now does not queue behind what has a whole step to travel.
+        Over gloo `now` and `later` are two connections: what is needed now does not queue behind what has a whole step
+        to travel. A device has a single communicator, since two that ranks enter in different orders never end.
         """
-        if not self._groups:
-            wait, backend = datetime.timedelta(seconds=self.timeout), str(dist.get_backend())
-            if backend == "nccl":  # decisions and the random state are tensors on the CPU, which NCCL refuses
-                backend = "cpu:gloo,cuda:nccl"
-            for _ in range(2):
-                group = self._guarded("meeting", set(), lambda: dist.new_group(timeout=wait, backend=backend))
-                self._groups.append(group)
-        return self._groups
+        if name not in self._groups:
+            backend, seconds = "gloo", self.timeout
+            if name == "device":
+                backend, seconds = dist.get_default_backend_for_device(self.device), max(FAR, 10 * self.timeout)
+            limit = datetime.timedelta(seconds=seconds)
+            with survivable():
+                made = self._guarded("meeting", set(), lambda: dist.new_group(timeout=limit, backend=backend))
+            self._groups[name] = made
+        return self._groups[name]
+
+    def _carrier(self, tensor: Tensor, later: bool = False) -> Any:
+        """The group that a tensor goes by."""
+        if not tensor.is_cpu:
+            return self._group("device")
+        return self._group("later" if later and self.device.type == "cpu" else "now")
 
     def begin(self) -> None:
-        """A run begins: forget what was counted."""
-        self.traffic = Traffic()
-        _ = self.groups
+        """A run begins: forget what was counted. All ranks are here, and make what groups it needs."""
+        self._watch.stop()
+        self.traffic, self._watch = Traffic(), self._watched()
+        if self.device.type != "cpu":
+            self._watch.start()
+        for name in ("now", "later" if self.device.type == "cpu" else "device"):
+            self._group(name)
+
+    def _watched(self) -> Watch:
+        return Watch(self.timeout, self._gone, lambda: _close("device", self._groups.get("device")))
 
     def post(
         self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
     ) -> list[Pending]:
         """Send bytes to peers and expect so many of others, without waiting; `later`: they are for the next step."""
-        group, sending = self.groups[later], self._leaving[-1] if later else self._sending
+        sending = self._leaving[-1] if later else self._sending
         device = next(iter(sends.values())).device if sends else self.device
         buffers = {peer: torch.empty(size, dtype=torch.uint8, device=device) for peer, size in sizes.items()}
+        group = self._carrier(next(iter((*sends.values(), *buffers.values())), torch.empty(0)), later)
         ops, order = [], []
         for peer in sorted({*sends, *sizes}):
             both: list[tuple[Any, Tensor]] = []
@@ -134,8 +158,14 @@ class Bus:
         return found
 
     def wait(self, pending: Sequence[Pending], kind: str = "") -> dict[int, Tensor]:
-        """The bytes of each peer. Raises PeerLost."""
+        """The bytes of each peer: there at once, or, on a device, for whatever it is told to do from now on.
+
+        Raises PeerLost; of what a device waits for, at a later call.
+        """
         began = time.perf_counter()
+        if pending and not pending[0].buffer.is_cpu:
+            self._stand([item.work for item in pending], pending[0].buffer, {i.peer for i in pending}, pending[0].layer)
+            return {item.peer: item.buffer for item in pending}
         for item in pending:
             self._guarded(item.layer, {item.peer}, partial(item.work.wait, self._limit()))
         ended = time.perf_counter()
@@ -146,6 +176,36 @@ class Bus:
             spans.append(Span("transfer", f"{kind} {pending[0].layer}".strip(), pending[0].posted, ended, step))
             spans.append(Span("wait", pending[0].layer, began, ended, step))
         return {item.peer: item.buffer for item in pending}
+
+    def _stand(self, works: Sequence[Any], tensor: Tensor, peers: set[int], layer: str) -> None:
+        different = {id(work): work for work in works}  # NCCL has one for all messages of a post
+        self._guarded(
+            layer, peers, lambda: self._watch.wait(different.values(), tensor.device, peers, layer, self.where())
+        )
+
+    def look(self) -> None:
+        """Raises PeerLost where a device has waited for too long."""
+        lost = self._watch.lost
+        if lost is not None:
+            raise self._lost(lost.peers, self._watch.waited, lost.layer, lost.step)
+
+    def arrived(self) -> None:
+        """Go on when the device is past all its waits, so that what it made is true. Raises PeerLost.
+
+        Nothing to do where the host has waited itself.
+        """
+        self._watch.settle()
+        self.look()
+
+    def _gone(self, peers: Set[int]) -> bool:
+        """Whether a peer has ended or broken off: its connection on the host is closed."""
+        try:
+            for peer in peers - {self.topology.rank}:
+                word = torch.zeros(1, dtype=torch.uint8)
+                self._asked.append((dist.isend(word, peer, group=self._group("now"), tag=ASKED), word))
+        except RuntimeError:
+            return True
+        return False
 
     def swap(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> dict[int, Tensor]:
         """Send and receive now."""
@@ -159,14 +219,18 @@ class Bus:
         self._leaving.append([])
 
     def settle(self) -> None:
-        """Wait until everything sent has left."""
+        """Wait until everything sent has left, and all that was waited for is there."""
         for _ in self._leaving:
             self.turn()
+        self.arrived()
+        self._watch.stop()
+        self.traffic.waited, self._watch.seconds = self.traffic.waited + self._watch.seconds, 0.0
 
     def _left(self, sending: list[Sent]) -> None:
         began = time.perf_counter()
-        for work, _ in sending:
-            self._guarded("sending", set(), partial(work.wait, self._limit()))
+        for work, message in sending:
+            limit = (self._limit(),) if message.is_cpu else ()  # see Watch.wait
+            self._guarded("sending", set(), partial(work.wait, *limit))
         sending.clear()
         self.traffic.waited += time.perf_counter() - began
 
@@ -187,46 +251,65 @@ class Bus:
         for axis in axes:
             ranks = self.topology.group(axis)
             if len(ranks) > 1:
-                told = self.gather("decision", "decision", value.double().reshape(1), axis, [(1,)] * len(ranks))
+                wide = torch.promote_types(value.dtype, torch.float32)  # not every device has float64
+                told = self.gather("decision", "decision", value.to(wide).reshape(1), axis, [(1,)] * len(ranks))
                 value = torch.cat(told).mean()
         return value
 
     def broadcast(self, layer: str, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, which has the shape of ours."""
         message = tensor.contiguous().clone()
-        if message.numel():
-            self._guarded(
-                layer, {0}, lambda: dist.broadcast(message, 0, group=self.groups[0], async_op=True).wait(self._limit())
-            )
+        if not message.numel():
+            return message
+
+        def call() -> Any:
+            return dist.broadcast(raw(message), 0, group=self._carrier(message), async_op=True)
+
+        if message.is_cpu:
+            self._guarded(layer, {0}, lambda: call().wait(self._limit()))
+        else:
+            self._stand([self._guarded(layer, {0}, call)], message, {0}, layer)
         return message
 
     def tell(self, what: Any) -> list[Any]:
         """What each rank has to say, in order of rank."""
         told: list[Any] = [None] * self.topology.size
-        self._guarded("the report", set(), lambda: dist.all_gather_object(told, what, group=self.groups[0]))
+        self._guarded("the report", set(), lambda: dist.all_gather_object(told, what, group=self._group("now")))
         return told
 
     def abort(self) -> None:
         """Break off: whoever waits for this rank learns of it now."""
-        self._sending, self._leaving = [], [[], []]
-        groups, self._groups = self._groups, []
-        for group in groups:
-            with suppress(Exception):  # it is broken already
-                dist.destroy_process_group(group)
+        self._watch.stop()
+        self._watch = self._watched()
+        self._sending, self._leaving, self._asked = [], [[], []], []
+        groups, self._groups = self._groups, {}
+        for name, group in groups.items():
+            _close(name, group)
 
     def _limit(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=self.timeout)
 
     def _guarded(self, layer: str, peers: set[int], call: Callable[[], Any]) -> Any:
+        self.look()
         began = time.perf_counter()
         try:
             return call()
         except (RuntimeError, ValueError) as error:
-            waited, step = time.perf_counter() - began, self.where()
-            who = " or ".join(f"rank {peer}" for peer in sorted(peers)) or "another rank"
-            did = "did not answer" if waited >= 0.9 * self.timeout else "broke off or died"
-            when = "between steps" if step is None else f"at step {step}"
-            raise PeerLost(
-                f"{who} {did}: rank {self.topology.rank} waited {waited:.1f} s (parallel.timeout = {self.timeout:g}) "
-                f"for {layer} {when}"
-            ) from error
+            self.look()  # the group was closed because of what is told there
+            raise self._lost(peers, time.perf_counter() - began, layer, self.where()) from error
+
+    def _lost(self, peers: Set[int], waited: float, layer: str, step: int | None) -> PeerLost:
+        who = " or ".join(f"rank {peer}" for peer in sorted(peers)) or "another rank"
+        did = "did not answer" if waited >= 0.9 * self.timeout else "broke off or died"
+        when = "between steps" if step is None else f"at step {step}"
+        return PeerLost(
+            f"{who} {did}: rank {self.topology.rank} waited {waited:.1f} s (parallel.timeout = {self.timeout:g}) "
+            f"for {layer} {when}"
+        )
+
+
+def _close(name: str, group: Any) -> None:
+    """NCCL's must not be destroyed: that waits for what a lost peer will never send."""
+    close = dist.distributed_c10d._abort_process_group if name == "device" else dist.destroy_process_group
+    with suppress(Exception):  # it is broken already
+        close(group)

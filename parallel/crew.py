@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fastdiff.weights import absent
 
 from .base import ParallelMethod
 from .bus import Bus
-from .mesh import join
+from .mesh import card, join
 from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
 from .split import Forward
@@ -47,6 +47,7 @@ class Crew:
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
         _compare({"kind of device": device.type, **alike}, self.bus)
+        _apart(device, self.bus)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
         self._others_inputs = False
@@ -118,9 +119,13 @@ class Crew:
             if step is None or self.bus.alone:
                 return forward(*args, **kwargs)
             try:
+                self.bus.look()
                 if step.index == 0 or self._others_inputs:
                     args, kwargs = self._same(args, kwargs, step.index == 0 and step.branch == 0)
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                if self.method.on_peer_loss == "local":
+                    self.bus.arrived()  # who goes on alone goes on from what is true
+                return output
             except PeerLost as error:
                 self._lost(error)
                 return forward(*args, **kwargs)
@@ -133,9 +138,10 @@ class Crew:
         told = [
             self.bus.broadcast("the inputs of rank 0", leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
+        self.bus.arrived()  # the host reads them
         if first:
-            state = self.bus.broadcast("the random state of rank 0", torch.get_rng_state())
-            torch.set_rng_state(state)
+            for get, put in _random_states(self.bus.device):
+                put(self.bus.broadcast("the random state of rank 0", get()))
             if self.clock.before_step.count(self._latents) == 0:
                 self.clock.before_step.append(self._latents)
         changed = any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(leaves, told, strict=True))
@@ -167,8 +173,11 @@ class Crew:
             self._own()  # the others may be anywhere
             self.bus.abort()
             return
-        self.bus.settle()
-        self._report()
+        try:
+            self.bus.settle()
+            self._report()
+        except PeerLost as error:
+            self._lost(error)
 
     def _own(self) -> dict[str, Any]:
         """What this rank sent, into the report."""
@@ -183,10 +192,11 @@ class Crew:
         return own
 
     def _report(self) -> None:
+        self.bus.arrived()
         solved = self.clock.solved
         latents = solved[0] if isinstance(solved, tuple) else getattr(solved, "prev_sample", None)
         own = self._own()
-        digest = float(latents.double().sum()) if isinstance(latents, Tensor) else 0.0
+        digest = float(latents.cpu().double().sum()) if isinstance(latents, Tensor) else 0.0
         everyone = self.bus.tell((own, digest))
         self.recorder.report.ranks = [one for one, _ in everyone]
         if any(d != digest and d == d for _, d in everyone):
@@ -204,6 +214,25 @@ def _compare(alike: Mapping[str, str], bus: Bus) -> None:
             )
 
 
+def _apart(device: torch.device, bus: Bus) -> None:
+    """On GPUs each rank has one of its own, else NCCL does not begin."""
+    own = card(device)
+    same = [str(rank) for rank, other in enumerate(bus.tell(own)) if other == own] if own else []
+    if len(same) > 1:
+        raise BadConfig(
+            f"ranks {' and '.join(same)} are on the same GPU, and each needs its own: call "
+            "torch.cuda.set_device(LOCAL_RANK) before the pipeline is loaded, and start no more processes than GPUs"
+        )
+
+
+def _random_states(device: torch.device) -> Iterator[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """What reads and what sets the states that noise comes from where nobody gives a generator."""
+    yield torch.get_rng_state, torch.set_rng_state
+    if device.type != "cpu":
+        own = torch.get_device_module(device)
+        yield partial(own.get_rng_state, device), partial(own.set_rng_state, device=device)
+
+
 def fingerprint(module: nn.Module) -> str:
     """Names, shapes and, where they are here, a sample of the values of all weights, in a short number."""
     import zlib
@@ -213,6 +242,6 @@ def fingerprint(module: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             total = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total)
         if isinstance(tensor, Tensor) and here:
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].double().cpu()
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].cpu().double()
             total = zlib.crc32(some.numpy().tobytes(), total)
     return f"{total:08x}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,11 @@ def own_device() -> None:
     """Under torchrun on GPUs each process of a machine takes another one, before a model is loaded."""
     if torch.cuda.is_available() and dist.is_available() and dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+
+
+def card(device: torch.device) -> str:
+    """Which of all GPUs a process computes on; nothing for what processes can share."""
+    return f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
 
 
 def join(devices: int | None, device: torch.device, timeout: float) -> int:

@@ -36,6 +36,8 @@ class Tokens:
         self.split, self.kind = split, anatomy.family.tokens
         self.text_first = self.kind == "text_first"
         self.text_tokens = 0
+        self._rows: dict[torch.Size, int] = {}  # tokens in a row, by the shape of a list of places
+        split.at_reset(self._rows.clear)
 
     def counts(self, own: int) -> list[int]:
         return [end - begin for begin, end in self.split.parts]
@@ -52,6 +54,21 @@ class Tokens:
                 f"{keys} keys are not {end - begin} tokens of the picture with or without the text's"
             )
         return text
+
+    def row(self, total: int) -> int:
+        """Tokens in a row of the picture, of latents (batch, channels, [frames,] height, width) or from Flux' list of
+        places, which is read once a run; 1 where neither tells."""
+        latents = self.split.latents
+        places = latents.get("img_ids")
+        if isinstance(places, Tensor):
+            if places.shape not in self._rows:
+                self._rows[places.shape] = int(places[..., -1].max()) + 1
+            return self._rows[places.shape]
+        sample = next((leaf for leaf in latents.values() if isinstance(leaf, Tensor)), None)
+        if sample is None or sample.ndim < 4:
+            return 1
+        frames = sample.shape[2] if sample.ndim == 5 else 1
+        return max(1, round(sample.shape[-1] / math.sqrt(frames * sample.shape[-2] * sample.shape[-1] / total)))
 
     def crosses(self, given: dict[str, Any]) -> bool:
         return self.kind == "apart" and given.get("encoder_hidden_states") is not None
@@ -146,7 +163,7 @@ def _block(
 
 def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any], stack: Stack) -> None:
     total, ranks, split.shape = image.shape[1], len(split.ranks), tuple(image.shape)
-    split.width = _row(split.latents, total)
+    split.width = layout.row(total)
     if total < ranks:
         raise UnsupportedModel(f"{total} tokens cannot be split over {ranks} patch ranks; draw a larger picture")
     rows, rest = divmod(total, split.width)
@@ -155,18 +172,6 @@ def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any
     split.parts = [(begin * split.width, end * split.width) for begin, end in shares(rows, ranks)]
     joint = layout.kind != "apart" and len(stack.takes) > 1
     layout.text_tokens = given[stack.takes[1]].shape[1] if joint and given.get(stack.takes[1]) is not None else 0
-
-
-def _row(latents: dict[str, Any], total: int) -> int:
-    """Tokens in a row of the picture, of latents (batch, channels, [frames,] height, width) or from Flux' list of
-    places; 1 where neither tells."""
-    if isinstance(latents.get("img_ids"), Tensor):
-        return int(latents["img_ids"][..., -1].max()) + 1
-    sample = next((leaf for leaf in latents.values() if isinstance(leaf, Tensor)), None)
-    if sample is None or sample.ndim < 4:
-        return 1
-    frames = sample.shape[2] if sample.ndim == 5 else 1
-    return max(1, round(sample.shape[-1] / math.sqrt(frames * sample.shape[-2] * sample.shape[-1] / total)))
 
 
 def _whole(split: Split, stack: Stack, output: Any) -> Any:

@@ -47,7 +47,7 @@ class Cycle:
     def __init__(
         self, method: ParallelMethod, bus: Bus, clock: StepClock, recorder: Recorder, lost: Callable[[PeerLost], None]
     ) -> None:
-        self.lost = lost  # raises, or lets this rank go on alone
+        self.lost, self.sure = lost, method.on_peer_loss == "local"  # raises, or lets this rank go on alone
         self.warmup, self.order = max(1, method.warmup_steps), getattr(method, "order", 1)
         self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place, self.length = bus.topology.place("step"), bus.topology.step
@@ -125,7 +125,10 @@ class Cycle:
         told: list[Tensor] | None = None
         try:
             if not self.bus.alone:
-                told = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+                shown = self.bus.gather("step", "the outputs of a cycle", own, "step", [like.shape] * self.length)
+                if self.sure:
+                    self.bus.arrived()
+                told = shown
         except PeerLost as error:
             self.lost(error)
         vars(self.clock.scheduler).update(self._before)

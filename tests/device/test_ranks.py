@@ -28,11 +28,13 @@ def test_under_torchrun_each_process_takes_a_card_of_its_own(monkeypatch):
 
 def test_a_rank_that_sends_nothing_receives_on_the_device_of_the_run(monkeypatch):
     """A convolution of stride 2 shows nothing to the rank below: send and receive are of one backend."""
-    bus = Bus(Topology(cfg=1, step=1, patch=2, rank=1), 1.0)
-    bus._groups = [object(), object()]
+    bus, own = Bus(Topology(cfg=1, step=1, patch=2, rank=1), 1.0), object()
+    bus._groups = {"device": own}
     posted: list[Any] = []
-    monkeypatch.setattr(buses.dist, "P2POp", lambda op, tensor, peer, group: SimpleNamespace(tensor=tensor))
+    monkeypatch.setattr(
+        buses.dist, "P2POp", lambda op, tensor, peer, group: SimpleNamespace(tensor=tensor, group=group)
+    )
     monkeypatch.setattr(buses.dist, "batch_isend_irecv", lambda ops: posted.extend(ops) or [None] * len(ops))
     bus.device = torch.device("meta")
     bus.post("halo", "conv_in", {}, {0: 16})
-    assert [op.tensor.device.type for op in posted] == ["meta"]
+    assert [(op.tensor.device.type, op.group) for op in posted] == [("meta", own)]
