@@ -143,8 +143,6 @@ class Gated(CacheMethod):
     threshold: float = Field(0.1, ge=0, description="relative change from which on a step is computed")
     lagged: bool = Field(False, description="decide on the change up to the step before: no wait for the device")
 
-    accumulates: ClassVar[bool] = False  # whether `change` builds on the drift of the cached steps before
-
     def change(self, step: Step, memory: Memory) -> Tensor:
         """How far this step is from the last computed one, a scalar on the device."""
         raise NotImplementedError

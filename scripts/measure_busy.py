@@ -73,13 +73,15 @@ def measured(task: str, policy: str, busy: int) -> dict[str, Any]:
     words, most = TASKS[task]
     load = os.getloadavg()[0]
     program, told = POLICIES[policy]
-    environment = {name: value for name, value in os.environ.items() if name not in OPENMP} | told
+    environment = {**os.environ}
+    for name in OPENMP:
+        environment.pop(name, None)
     seconds: float | None
     with tempfile.TemporaryDirectory() as folder, others(busy):
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, *program, *words], cwd=folder, env=environment, timeout=most,
+                [sys.executable, *program, *words], cwd=folder, env=environment | told, timeout=most,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True,
             )  # fmt: skip
             seconds, drawing = round(time.perf_counter() - began, 2), json.loads(done.stdout).get("seconds")

@@ -26,8 +26,6 @@ class EasyCache(Gated):
     warmup_steps: int = Field(5, ge=0, description="computed steps at the start")
     cooldown_steps: int = Field(1, ge=0, description="computed steps at the end")
 
-    accumulates: ClassVar[bool] = True
-
     @property
     def history(self) -> int:
         """The rate of change is that between the two newest computed steps."""

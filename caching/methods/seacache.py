@@ -30,8 +30,6 @@ class SeaCache(Gated):
     cooldown_steps: int = Field(1, ge=0, description="computed steps at the end")
     site: Site = Field("output", description="what a cached step leaves out")
 
-    accumulates: ClassVar[bool] = True
-
     def regions(self, anatomy: Anatomy) -> list[Region]:
         if self.site != "output":
             return [at(self.site, anatomy, live=0, probe=latent_probe(anatomy))]

@@ -45,8 +45,6 @@ class TeaCache(Planned, Gated):
     plan: Annotated[Rescaling | Each[Rescaling] | None, from_file(Rescaling)] = Field(None, description=PLAN)
     cooldown_steps: int = Field(1, ge=0, description="computed steps at the end")
 
-    accumulates: ClassVar[bool] = True
-
     def regions(self, anatomy: Anatomy) -> list[Region]:
         if self.plan is not None:
             self.found.check_model(anatomy)

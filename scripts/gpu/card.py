@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -75,10 +74,10 @@ def waits(bench: Bench) -> Iterator[Row]:
 
 
 def _nccl(bench: Bench) -> Row:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29517")
     torch.cuda.set_device(bench.device)
-    distributed.init_process_group("nccl", rank=0, world_size=1, device_id=bench.device)
+    distributed.init_process_group(
+        "nccl", store=distributed.HashStore(), rank=0, world_size=1, device_id=bench.device
+    )  # fmt: skip
     try:
         x = torch.ones(1024, device=bench.device)
         into = [torch.empty_like(x)]

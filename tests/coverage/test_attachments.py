@@ -25,7 +25,16 @@ from tests.zoo_entry import noise
 STEPS = 6
 CPU = torch.device("cpu")
 CASES = [("sd15", method) for method in OF_A_UNET] + [("flux", method) for method in OF_A_TRANSFORMER]
-each = pytest.mark.parametrize(("name", "method"), CASES)
+QUICK = (
+    ("sd15", "deepcache"),
+    ("sd15", "fora"),
+    ("sd15", "tgate"),
+    ("flux", "first_block"),
+    ("flux", "faster_diffusion"),
+)
+each = pytest.mark.parametrize(
+    ("name", "method"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 
 
 def run(pipe: DiffusionPipeline, name: str, **changes: Any) -> Tensor:
@@ -111,7 +120,10 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-@pytest.mark.parametrize(("name", "method"), [("sd15", "fora"), ("sd15", "faster_diffusion"), ("flux", "fora")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("sd15", "fora"), pytest.param("sd15", "faster_diffusion", marks=pytest.mark.slow), ("flux", "fora")],
+)
 def test_whatever_the_order_the_pipeline_is_afterwards_what_it_was(name, method, order):
     pipe = tiny.make(name)
     states: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from tests.state import differences, snapshot
 from tests.zoo import ZOO
 
 STEPS = 6
+SLOW = pytest.mark.slow
 AB = {"method": "ab_cache", "interval": 2, "warmup_steps": 1}
 STATIC = {
     "ab_cache output": AB,
@@ -53,10 +54,10 @@ DENOISER_CASES = [
 ]
 
 
-def sorted_out(cases: list[tuple[str, str]], quick: set[str]) -> list[Any]:
-    """Cases for parametrize; those of other families than the quick ones, which trace for seconds each, are slow."""
+def sorted_out(cases: list[tuple[str, str]], family: str, *more: tuple[str, str]) -> list[Any]:
+    """Cases for parametrize; but for one family and some more they are slow: tracing takes seconds each."""
     return [
-        pytest.param(row, name, id=f"{row}-{name}", marks=() if name in quick else pytest.mark.slow)
+        pytest.param(row, name, id=f"{row}-{name}", marks=() if name == family or (row, name) in more else SLOW)
         for row, name in cases
     ]
 
@@ -112,7 +113,7 @@ def leaf(pipe: DiffusionPipeline, name: str) -> Tensor:
     return SHORT[name].deepest_leaf(pipe).weight
 
 
-@pytest.mark.parametrize(("row", "name"), sorted_out(DENOISER_CASES, {"sd2", "pixart"}))
+@pytest.mark.parametrize(("row", "name"), sorted_out(DENOISER_CASES, "pixart", ("deepcache", "sd2")))
 def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(row, name, graphs):
     entry = SHORT[name]
     pipe = entry.make()
@@ -131,7 +132,11 @@ def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(
 
 @pytest.mark.parametrize(
     ("row", "name"),
-    [("deepcache", "sd2"), ("ab_cache stack", "pixart"), ("ab_cache blocks", "flux"), ("a_sdm", "sd2")],
+    [
+        ("deepcache", "sd2"),
+        ("ab_cache stack", "pixart"),
+        *(pytest.param(*pair, marks=SLOW) for pair in (("ab_cache blocks", "flux"), ("a_sdm", "sd2"))),
+    ],
 )
 def test_the_graph_of_a_cached_step_does_not_read_the_weights_of_what_it_leaves_out(row, name, graphs):
     entry = SHORT[name]
@@ -174,7 +179,7 @@ def test_sites_with_their_own_intervals_have_a_graph_for_each_combination(graphs
     assert len(graphs.sizes) == 3
 
 
-@pytest.mark.parametrize("guidance", ["drop", "delta", "keep"])
+@pytest.mark.parametrize("guidance", [pytest.param("drop", marks=SLOW), "delta", pytest.param("keep", marks=SLOW)])
 def test_tgate_is_one_graph_of_both_halves_and_one_of_the_conditional_half(guidance, graphs):
     pipe = SHORT["pixart"].make()
     tgate = {"method": "tgate", "gate": 0.5, "guidance": guidance}
@@ -188,7 +193,7 @@ def test_tgate_is_one_graph_of_both_halves_and_one_of_the_conditional_half(guida
 # what decides outside, and what decides inside
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux"])
+@pytest.mark.parametrize("name", ["pixart", pytest.param("flux", marks=SLOW)])
 @pytest.mark.parametrize("row", OUTSIDE)
 def test_a_dynamic_method_that_looks_at_the_denoiser_s_input_decides_outside_the_graph(row, name, graphs):
     pipe = SHORT[name].make()
@@ -254,7 +259,7 @@ BLOCK_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("row", "name"), sorted_out(BLOCK_CASES, {"sd2", "flux"}))
+@pytest.mark.parametrize(("row", "name"), sorted_out(BLOCK_CASES, "flux", ("deepcache", "sd2")))
 def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, name, graphs):
     entry, cache = SHORT[name], (STATIC | INSIDE | OUTSIDE)[row]
     pipe = entry.make()
@@ -275,7 +280,7 @@ def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, nam
         assert graphs.reads(leaf(pipe, name)) == (STEPS - cached) * entry.calls
 
 
-@pytest.mark.parametrize("name", ["sd2", "pixart", "flux"])
+@pytest.mark.parametrize("name", [pytest.param("sd2", marks=SLOW), "pixart", pytest.param("flux", marks=SLOW)])
 def test_decoding_ahead_works_around_compiled_blocks(name, graphs):
     """Batches of several sizes: torch makes one more graph of a kind, for any size."""
     pipe = SHORT[name].make()
@@ -306,7 +311,9 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("flux2", "hidream") else pytest.param(name, marks=SLOW) for name in LISTS]
+)
 def test_every_list_of_blocks_is_compiled_described_or_not(name, graphs):
     entry = ZOO[name]
     pipe = entry.make()
@@ -329,6 +336,7 @@ def test_what_diffusers_calls_repeated_blocks_is_among_what_is_compiled(name):
     assert chosen and {m for m in known if kinds[type(m)] > 1} <= {m for block in chosen for m in block.modules()}
 
 
+@SLOW
 def test_a_unet_with_more_kinds_of_layers_than_torch_keeps_graphs_of_one_function_is_compiled_in_full(graphs):
     pipe = ZOO["sd15"].make()
     layers = repeated(anatomies(pipe)[0])
@@ -353,7 +361,7 @@ def test_restore_leaves_nothing_of_the_compiler_behind(scope):
     assert differences(before, snapshot(pipe)) == []
 
 
-@pytest.mark.parametrize("scope", ["blocks", "denoiser"])
+@pytest.mark.parametrize("scope", [pytest.param("blocks", marks=SLOW), "denoiser"])
 def test_settings_tried_one_after_the_other_do_not_use_up_torch_s_graphs(scope, graphs):
     pipe = SHORT["pixart"].make()
     made = []

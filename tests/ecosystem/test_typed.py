@@ -41,6 +41,9 @@ WRONG = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("typed")  # mypy takes a minute where nothing was checked before
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> list[str]:
     """What mypy says of the program with the mistakes at its end."""

@@ -7,7 +7,7 @@ A new method fails `test_every_method_has_a_row` until it has a row here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -272,12 +272,29 @@ ONE_A_KIND = [(row, name) for row, name in SUPPORTED if name in KINDS or ROWS[ro
 _CHEAPEST_FIRST = sorted(ONE_A_KIND, key=lambda pair: ("sd3", "wan", "flux", "sd15").index(pair[1]))
 ONCE = list({row.removesuffix(f" {name}"): (row, name) for row, name in reversed(_CHEAPEST_FIRST)}.values())
 
+# Two families are built like another one: a larger sd15, and a video transformer beside wan.
+UNLIKE = [(row, name) for row, name in SUPPORTED if name not in ("sdxl", "cogvideox")]
 
-def each(pairs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
-    """Parametrize a test over (row, family) pairs, with readable ids."""
+
+def each(pairs: Iterable[tuple[str, str]], quick: Container[tuple[str, str]] | None = None) -> pytest.MarkDecorator:
+    """Parametrize a test over (row, family) pairs, with readable ids; all but the quick pairs are slow.
+
+    Unless told, those of `KINDS` are quick, and whatever no family of these has.
+    """
     pairs = list(pairs)
-    ids = [row if row.endswith(f" {name}") else f"{row}-{name}" for row, name in pairs]
-    return pytest.mark.parametrize(("row", "name"), pairs, ids=ids)
+    of_kinds = {_method(*pair) for pair in pairs if pair[1] in KINDS}
+
+    def case(row: str, name: str) -> Any:
+        now = (row, name) in quick if quick is not None else name in KINDS or _method(row, name) not in of_kinds
+        told = row if row.endswith(f" {name}") else f"{row}-{name}"
+        return pytest.param(row, name, id=told, marks=() if now else pytest.mark.slow)
+
+    return pytest.mark.parametrize(("row", "name"), [case(*pair) for pair in pairs])
+
+
+def _method(row: str, name: str) -> str:
+    """The row without the family that a plan or a scheme is made for."""
+    return row if isinstance(ROWS.get(row), Row) else row.removesuffix(f" {name}")
 
 
 def plain(name: str, steps: int = STEPS) -> Tensor:

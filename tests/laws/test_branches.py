@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.caching.session import Session
 from tests import tiny
-from tests.laws.rows import CROSS, ONE_A_KIND, ROWS, SCHEMES, STEPS, SUPPORTED, accelerate, each
+from tests.laws.rows import CROSS, ONCE, ONE_A_KIND, ROWS, SCHEMES, STEPS, SUPPORTED, accelerate, each
 from tests.near import apart, flips, rounding
 
 TWO_CALLS = [(row, name) for row, name in SUPPORTED if name in tiny.TWO_CALLS]
@@ -104,7 +104,7 @@ def test_one_prompt_of_a_batch_does_not_change_the_other(row):
 
 
 # where tgate drops guidance and finds no cross-attention, it remembers nothing but the present step's output
-@each((row, name) for row, name in ONE_A_KIND if ROWS[row].saves == 2 or name in CROSS)
+@each(((row, name) for row, name in ONE_A_KIND if ROWS[row].saves == 2 or name in CROSS), quick=ONCE)
 def test_what_was_remembered_is_given_back_when_the_run_ends(row, name):
     pipe = tiny.make(name)
     kept: list[weakref.ref] = []

@@ -18,6 +18,7 @@ from tests.laws.rows import (
     SCHEMES,
     STEPS,
     SUPPORTED,
+    UNLIKE,
     accelerate,
     cached_afresh,
     each,
@@ -44,7 +45,7 @@ def test_the_tiny_pipelines_are_deterministic_and_depend_on_prompt_and_seed(name
     assert not torch.equal(tiny.run(pipe, name, steps=STEPS, seed=1), again)
 
 
-@each(SUPPORTED)
+@each(SUPPORTED, quick=UNLIKE)
 def test_neutral_settings_change_no_bit(row, name):
     pipe = tiny.make(name)
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].neutral)
@@ -75,7 +76,7 @@ def test_restore_leaves_no_trace(row, name):
     assert differences(before, snapshot(pipe)) == [], "a second restore() does nothing"
 
 
-@each([*SUPPORTED, *QUANTIZED])
+@each([*SUPPORTED, *QUANTIZED], quick=[*ONCE, *QUANTIZED_ONCE])
 def test_the_context_manager_restores_even_if_nothing_ran(row, name):
     pipe = tiny.make(name)
     before = snapshot(pipe)

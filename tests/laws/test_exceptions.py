@@ -76,7 +76,8 @@ def fail_while_decoding(pipe, name):
         hook.remove()
 
 
-@each([*ONE_A_KIND, *QUANTIZED_KINDS])  # several runs each; what is forgotten, and when, no family has a part in
+# several runs each; what is forgotten, and when, no family has a part in
+@each([*ONE_A_KIND, *QUANTIZED_KINDS], quick=[*ONCE, *QUANTIZED_ONCE])
 def test_after_an_exception_in_a_run_the_next_call_equals_a_fresh_one(row, name):
     pipe = used(name)
     before = snapshot(pipe)

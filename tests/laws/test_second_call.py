@@ -37,7 +37,7 @@ def changes(name: str) -> dict[str, dict]:
     return known
 
 
-@each([*SUPPORTED, *QUANTIZED_KINDS])
+@each([*SUPPORTED, *QUANTIZED_KINDS], quick=[*ONCE, *QUANTIZED_ONCE])  # several runs each
 def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, name):
     """The solver, too: each takes its own arguments."""
     pipe = tiny.make(name)
@@ -52,9 +52,8 @@ def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, nam
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name)), "and the first one again"
 
 
-@each(
-    [*ONCE, *QUANTIZED_ONCE]
-)  # ten runs each: where a change of everything is a fresh start, this tells which change was not
+# ten runs each: where a change of everything is a fresh start, this tells which change was not
+@each([*ONCE, *QUANTIZED_ONCE])
 def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name):
     pipe = tiny.make(name)
     accelerate(pipe, row)
@@ -97,7 +96,7 @@ def repaint(pipe, name: str, strength: float) -> torch.Tensor:
     return pipe(**settings)[0]
 
 
-@each((row, name) for row, name in ONE_A_KIND if name in IMG2IMG and ROWS[row].method != "static")
+@each(((row, name) for row, name in ONE_A_KIND if name in IMG2IMG and ROWS[row].method != "static"), quick=ONCE)
 def test_a_call_with_another_strength_equals_that_of_a_fresh_pipeline(row, name):
     pipe = img2img(name)
     handle = accelerate(pipe, row)

@@ -84,12 +84,18 @@ def drawn(name: str, method: dict[str, Any], rate: float) -> dict[str, float]:
     return mean | {"transfer": mean["bytes"] / rate}
 
 
-def at_rates(rank: int, ranks: int) -> dict[str, dict[str, float]]:
+def sd15(rank: int, ranks: int) -> dict[str, dict[str, float]]:
+    return at_rates("sd15")
+
+
+def sd3(rank: int, ranks: int) -> dict[str, dict[str, float]]:
+    return at_rates("sd3")
+
+
+def at_rates(name: str) -> dict[str, dict[str, float]]:
     """Each method where the synchronous exchange takes a half, about all, and twice of the computing."""
-    found = {}
-    for name in ("sd15", "sd3"):
-        free = drawn(name, METHODS["patch"], 1e30)
-        for share in (0.5, 0.95, 2.0):
-            rate = free["bytes"] / (share * free["computed"])
-            found |= {f"{name} {method} {share}": drawn(name, METHODS[method], rate) for method in METHODS}
+    found, free = {}, drawn(name, METHODS["patch"], 1e30)
+    for share in (0.5, 0.95, 2.0):
+        rate = free["bytes"] / (share * free["computed"])
+        found |= {f"{method} {share}": drawn(name, METHODS[method], rate) for method in METHODS}
     return found

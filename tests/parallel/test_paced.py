@@ -10,14 +10,15 @@ import pytest
 from .ranks import start
 
 pytestmark = pytest.mark.xdist_group("ranks")
+MODELS = pytest.mark.parametrize("model", [pytest.param("sd15", marks=pytest.mark.slow), "sd3"])  # a minute of UNet
 
 
 @cache
-def found() -> list[dict[str, Any]]:
-    (said,) = start("tests.parallel.paced", [(("at_rates",), 2)])
-    for one in said["at_rates"]:
+def found(model: str) -> list[dict[str, Any]]:
+    (said,) = start("tests.parallel.paced", [((model,), 2)])
+    for one in said[model]:
         assert isinstance(one, dict), one
-    return said["at_rates"]
+    return said[model]
 
 
 def exposed(step: dict[str, float]) -> float:
@@ -25,13 +26,13 @@ def exposed(step: dict[str, float]) -> float:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.95, 2.0])
-@pytest.mark.parametrize("model", ["sd15", "sd3"])
+@MODELS
 def test_exposed_wait_is_what_does_not_fit_into_computing(model: str, share: float) -> None:
-    for one in found():
-        patch = one[f"{model} patch {share}"]
+    for one in found(model):
+        patch = one[f"patch {share}"]
         assert exposed(patch) == pytest.approx(patch["transfer"], rel=1e-6), "what is synchronous hides nothing"
         for method in ("distrifusion", "pcpp"):
-            step = one[f"{model} {method} {share}"]
+            step = one[f"{method} {share}"]
             left = max(0.0, step["transfer"] - step["computed"])
             assert step["waited"] <= left + 1e-9, "what has a whole step to travel waits for the link alone"
             # the output, which no step can end without, shares the wire
@@ -39,8 +40,8 @@ def test_exposed_wait_is_what_does_not_fit_into_computing(model: str, share: flo
             assert exposed(step) == pytest.approx(max(left, step["output"]), rel=1e-2), (method, step)
 
 
-@pytest.mark.parametrize("model", ["sd15", "sd3"])
+@MODELS
 def test_a_part_of_the_keys_and_values_takes_less_time(model: str) -> None:
-    for one in found():
-        whole, part = (one[f"{model} {method} 2.0"] for method in ("distrifusion", "pcpp"))
+    for one in found(model):
+        whole, part = (one[f"{method} 2.0"] for method in ("distrifusion", "pcpp"))
         assert part["bytes"] < whole["bytes"] and exposed(part) < exposed(whole)
