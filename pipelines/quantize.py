@@ -46,15 +46,16 @@ def method_of(pipe: Any, config: Source) -> QuantMethod:
 
 def quantize(
     pipe: Any, config: Source, prompts: Sequence[str] = (), *, seed: int = 0, batch: int = 4, corrupt: bool = False,
-    calibration: Calibration | None = None, predict: bool = True, compiled: bool = False, watch: Watch | None = None,
+    calibration: Calibration | None = None, predict: bool = False, compiled: bool = False, watch: Watch | None = None,
     **call: Any,
 ) -> QuantReport:  # fmt: skip
     """Quantize a pipeline for good; its float weights are freed, and `save` writes it.
 
     config: name of a method, or anything that `accelerate` takes, with a `quant`. With `prompts` the ranges of 8-bit
     activations are calibrated (unless given), and the error of the denoiser's output and its time are measured; without
-    any, ranges are dynamic. `predict` measures each layer alone too, on one call, for what a linear model predicts of
-    that error; `compiled` times the float denoiser under torch.compile too. Arguments `call` are the pipeline's.
+    any, ranges are dynamic. `predict` measures each layer alone too, a call of the denoiser for each, for what a linear
+    model predicts of that error; `compiled` times the float denoiser under torch.compile too. Arguments `call` are the
+    pipeline's.
 
     Raises BadConfig, UnsupportedModel or BackendUnavailable; the pipeline is then as it was.
     """
@@ -72,11 +73,13 @@ def quantize(
     learned = learned_by(method, heard)
     methods = methods_of(method, parts, found)
     measured = {name: calls for name, calls in (heard or {}).items() if calls.given}
+    begun = time.perf_counter()
     predicted = {
         name: _predicted(methods[name], calls, calibration)
         for name, calls in measured.items()
         if predict and name in methods
     }
+    predicting = time.perf_counter() - begun if predicted else None
     before = _times(measured, compiled)
     with PatchSet() as patches:
         done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
@@ -84,6 +87,7 @@ def quantize(
         origin = done.calibration.origin if done.calibration else None
         Standing(methods[name].model_dump(mode="json"), present, origin).attach(parts[name])
     _measure(done.report, measured, predicted, before)
+    done.report.predict_seconds = predicting
     done.report.notes = [*done.notes(freed=True), *done.timed()]
     done.report.timed = {key: ms for present in done.presents.values() for key, ms in present.times.items()}
     return done.report

@@ -52,6 +52,7 @@ class QuantReport:
     static: int = 0
     output_error: float | None = None
     predicted_error: float | None = None
+    predict_seconds: float | None = None
     float_ms: float | None = None
     compiled_ms: float | None = None
     quantized_ms: float | None = None

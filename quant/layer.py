@@ -134,13 +134,12 @@ class QLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # by the name that the float layers have for it
         self.ready()
         assert self._kernel is not None
-        # Inside a graph nothing is timed. Meta tensors take no time at all.
-        if self._timeable and self.present.by_clock and not torch.compiler.is_compiling() and not input.is_meta:
-            shape = (input.shape, input.dtype)
-            if shape not in self._runs:
-                self._runs[shape] = self._settled(input)
-            return self._runs[shape](input)
-        return self._quantized(self._kernel, self._packed, input)
+        if not self.present.by_clock or torch.compiler.is_compiling():  # inside a graph nothing is timed
+            return self._quantized(self._kernel, self._packed, input)
+        run = self._runs.get((input.shape, input.dtype))
+        if run is None:
+            run = self._runs[input.shape, input.dtype] = self._settled(input)
+        return run(input)
 
     def ready(self) -> None:
         """Have a kernel for where the layer is: offloading moves buffers without a word."""
@@ -161,6 +160,8 @@ class QLayer(nn.Module):
     def _settled(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The fastest way to compute the layer on such an input; layers of one shape are timed once."""
         assert self._kernel is not None
+        if not self._timeable or x.is_meta:  # whose tensors take no time at all
+            return partial(self._quantized, self._kernel, self._packed)
         able = [(self._kernel, self._packed), *self._others]
         runs: dict[str, Callable[[Tensor], Tensor]] = {
             kernel.name: partial(self._quantized, kernel, packed) for kernel, packed in able

@@ -73,7 +73,7 @@ class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
         return y[0] if input.ndim == 3 else y
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = weight.view(self.weight_shape)
+        weight = weight if weight.ndim == 4 else weight.view(self.weight_shape)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _residual(self, x: Tensor) -> Tensor:

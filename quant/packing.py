@@ -158,7 +158,7 @@ class Dual4(Format, Integers):
         packed = tensors["group"][..., None]
         zero, step = (packed & 15).view(torch.int8), (packed >> 4).view(torch.int8)
         integers = from_nibbles(tensors["q"]).view(torch.int8).unflatten(-1, (packed.shape[1], -1))
-        return ((integers - zero) * step).flatten(1)[:, :inputs]
+        return ((integers - zero) * step).flatten(1)[:, :inputs].contiguous()  # as kernels want it
 
     def back(self, integers: Tensor, tensors: Mapping[str, Tensor], group: int) -> Tensor:
         packed = tensors["group"].to(torch.int16)[..., None]

@@ -48,6 +48,8 @@ FILES = {
     "prune": "quant-prune.json",
     "rounding": "quant-rounding.json",
 }
+_ALL: dict[str, Any] = {"speed": "smallest"}  # all layers run quantized, whatever the clock says
+_EIGHT = {"method": "w8a8", **_ALL}
 Rows = Iterator[tuple[str, Config, dict[str, Any]]]
 # a cached step of a UNet leaves out all of it: inside its outermost skip connection it would still cost a seventh
 CACHE = {
@@ -134,13 +136,13 @@ def cachequant(study: Study, interval: int) -> Rows:
 
     yield "float", Config(), {}
     better = known | {"predictor": "adams_bashforth"}
-    schedule = planned(cache=better | {"correct": False}, quant="w8a8")
+    schedule = planned(cache=better | {"correct": False}, quant=_EIGHT)
     yield "naive both: even steps, reuse", uniform(schedule, predictor="reuse"), {}
     yield "both + predictor", uniform(schedule), {}
     yield "both + predictor + schedule", schedule, {"plan": list(schedule.cache.plan.compute)}  # type: ignore
-    full = planned(cache=better, quant="w8a8")
+    full = planned(cache=better, quant=_EIGHT)
     yield "both + predictor + schedule + correction", full, {"fed_layers": len(full.cache.plan.layers)}  # type: ignore
-    yield "quantization only", Config(quant="w8a8"), {}
+    yield "quantization only", Config(quant=_EIGHT), {}
     alone = planned(cache=better)
     yield "cache only: predictor, schedule, correction", alone, {}
     yield "cache only: even steps, reuse", uniform(alone, predictor="reuse"), {}
@@ -151,13 +153,13 @@ def mixed(study: Study, _interval: int) -> Rows:
     yield "float", Config(), {"denoiser_mb": round(size_of(study, Config()) / 1e6, 4)}
     table = None
     for name, uniform in (
-        ("int4, groups of 16", {"method": "w4a16", "group_size": 16}),
-        ("int8", {"method": "w8a16"}),
+        ("int4, groups of 16", {"method": "w4a16", "group_size": 16, **_ALL}),
+        ("int8", {"method": "w8a16", **_ALL}),
     ):
         config = Config(quant=uniform)
         budget = size_of(study, config)
         yield f"uniform: {name}", config, {"denoiser_mb": round(budget / 1e6, 4)}
-        method = Mixed(budget_mb=budget / 1e6, plan=table)
+        method = Mixed(budget_mb=budget / 1e6, plan=table, **_ALL)
         method = plan_bits(study.pipe, method, study.prompts[:4], batch=4, moments=4, **study.call)
         table = method.plan
         assert table is not None and table.bytes <= budget
@@ -169,7 +171,7 @@ def mixed(study: Study, _interval: int) -> Rows:
         }  # fmt: skip
     yield (
         "uniform: int4, groups of 64",
-        (four := Config(quant="w4a16")),
+        (four := Config(quant={"method": "w4a16", **_ALL})),
         {"denoiser_mb": round(size_of(study, four) / 1e6, 4)},
     )
 
@@ -183,11 +185,12 @@ def prune(study: Study, _interval: int) -> Rows:
         told = {"removed": [r.path for r in plan.removed], "parameters_removed": round(plan.parameters / total, 4)}
         told |= {"output_error": round(plan.error**0.5, 5)}
         for quant in ("w4a16", "w8a16"):
-            config = Config(quant={"method": quant, "prune": plan})
+            config = Config(quant={"method": quant, "prune": plan, **_ALL})
             told["denoiser_mb"] = round(size_of(study, config) / 1e6, 4)
             yield f"prune {gate:g} rank {rank} + {quant}", config, dict(told)
     for quant in ("w4a16", "w8a16"):
-        yield quant, Config(quant=quant), {"denoiser_mb": round(size_of(study, Config(quant=quant)) / 1e6, 4)}
+        config = Config(quant={"method": quant, **_ALL})
+        yield quant, config, {"denoiser_mb": round(size_of(study, config) / 1e6, 4)}
 
 
 def rounding(study: Study, _interval: int) -> Rows:

@@ -26,8 +26,8 @@ def quantize(
     prompts: Annotated[int, typer.Option(min=0, help="Images to calibrate on; 0 finds ranges at each call.")] = 8,
     predict: Annotated[
         bool,
-        typer.Option("--predict/--no-predict", help="Measure each layer alone, too: what errors should add up to."),
-    ] = True,
+        typer.Option("--predict", help="Measure each layer alone, too: what errors should add up to; a call for each."),
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also time float under torch.compile; slow.")] = False,
     report: Annotated[Path | None, typer.Option(help="Another file for the report that the directory has.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files (never directories).")] = False,
@@ -103,5 +103,7 @@ def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -
     for note in done.notes:
         say(note)
     if done.output_error is not None:
-        predicted = f" (its layers predict {done.predicted_error:.2%})" if done.predicted_error is not None else ""
+        predicted = ""
+        if done.predicted_error is not None:
+            predicted = f" (its layers predict {done.predicted_error:.2%}, found in {done.predict_seconds:.1f} s)"
         say(f"output of the denoiser off by {done.output_error:.2%}{predicted}; speed: {done.speed}")

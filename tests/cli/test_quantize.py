@@ -11,12 +11,13 @@ FEW = ("--steps", 3, "--prompts", 2, "--set", 'quant.skip=["down_blocks*", "up_b
 
 
 def test_a_directory_is_written_that_generate_reads(cli, model: str) -> None:
-    done = cli("quantize", "-m", model, "-o", "small", "--report", "report.json", *FEW)
+    done = cli("quantize", "-m", model, "-o", "small", "--report", "report.json", "--predict", *FEW)
     assert (done.code, done.files) == (0, ["small"])
     assert "quant w8a8" in done.err and "speed:" in done.err
     report = json.loads(Path("report.json").read_text())
     assert report["bytes_before"] > 2 * report["bytes_after"] and report["layers"][0]["kernel"]
     assert json.loads(Path("small/fastdiff_quant_report.json").read_text()) == report
+    assert report["predict_seconds"] > 0 and f"found in {report['predict_seconds']:.1f} s" in done.err
     assert 0.2 < report["predicted_error"] / report["output_error"] < 5 and report["float_ms"] > 0
     made = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "--width", 64, "--height", 64)
     assert made.code == 0 and "unet is quantized for good: w8a8" in made.err

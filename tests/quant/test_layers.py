@@ -207,6 +207,19 @@ def test_a_kernel_that_is_wrong_is_passed_over_and_the_reason_told(monkeypatch):
     assert off(quantized(x), layer(x)) < 0.02
 
 
+class Broken(OneDNN):
+    def pack(self, layer):
+        raise KeyError  # as Triton's CompilationError no RuntimeError, and without a word
+
+
+@torch.no_grad()
+def test_a_kernel_that_fails_in_any_way_is_passed_over(monkeypatch):
+    monkeypatch.setattr(kernels, "KERNELS", (Broken("onednn_7bit", 127), kernels.Reference()))
+    monkeypatch.setattr(kernels, "AUTOMATIC", ("onednn_7bit", "reference"))
+    quantized = build(made("linear")[0], Recipe("int8", "int8"), Present())
+    assert quantized.choose_kernel() == "onednn_7bit: fails: KeyError" and quantized.kernel_name == "reference"
+
+
 _SATURATES = """
 import torch
 from torch import nn

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UnknownName
+from fastdiff.quant.activations import per_token
 from fastdiff.quant.packing import FORMATS, Dual4, format_named
 from fastdiff.quant.rounding import from_nibbles, hadamard, nibbles
 
@@ -84,3 +85,19 @@ def test_hadamard_is_its_own_inverse_and_keeps_lengths(size):
 def test_unknown_format():
     with pytest.raises(UnknownName, match="int4"):
         format_named("int5")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_weight_is_rounded_once_to_the_type_asked_for(name, dtype):
+    weight = torch.randn(24, 70, generator=torch.Generator().manual_seed(0))
+    packed = FORMATS[name].pack(weight, 32, "nearest")
+    found = FORMATS[name].unpack(packed, 70, dtype)
+    assert found.dtype == dtype and torch.equal(found, FORMATS[name].unpack(packed, 70).to(dtype))
+
+
+def test_scales_of_rows_in_half_precision_are_exact():
+    rows = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    levels = per_token(rows, 255)
+    assert levels.scale.dtype == torch.float32
+    assert torch.equal(levels.scale, rows.float().abs().amax(-1, keepdim=True) / 127)
