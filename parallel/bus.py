@@ -118,8 +118,6 @@ class Bus:
         """A run begins: forget what was counted. All ranks are here, and make what groups it needs."""
         self._watch.stop()
         self.traffic, self._watch = Traffic(), self._watched()
-        if self.device.type != "cpu":
-            self._watch.start()
         for name in ("now", "later" if self.device.type == "cpu" else "device"):
             self._group(name)
 
@@ -195,6 +193,7 @@ class Bus:
         Nothing to do where the host has waited itself.
         """
         self._watch.settle()
+        self.traffic.waited, self._watch.seconds = self.traffic.waited + self._watch.seconds, 0.0
         self.look()
 
     def _gone(self, peers: Set[int]) -> bool:
@@ -223,8 +222,6 @@ class Bus:
         for _ in self._leaving:
             self.turn()
         self.arrived()
-        self._watch.stop()
-        self.traffic.waited, self._watch.seconds = self.traffic.waited + self._watch.seconds, 0.0
 
     def _left(self, sending: list[Sent]) -> None:
         began = time.perf_counter()
@@ -258,7 +255,7 @@ class Bus:
 
     def broadcast(self, layer: str, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, which has the shape of ours."""
-        message = tensor.contiguous().clone()
+        message = tensor.clone(memory_format=torch.contiguous_format)  # with strides in which bytes can be seen
         if not message.numel():
             return message
 

@@ -131,9 +131,8 @@ def _moments(wide: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(wide.reshape(len(wide), groups, -1), -1, correction=0)
         return mean, variance
     # many times faster than var_mean on CPUs; of the normalized tensor it makes too there is no use
-    _, mean, root = torch.native_group_norm(
-        wide, None, None, *wide.shape[:2], wide[0, 0].numel(), groups, 0.0
-    )  # fmt: skip
+    batch, channels, pixels = len(wide), wide.shape[1], wide[0, 0].numel()
+    _, mean, root = torch.native_group_norm(wide, None, None, batch, channels, pixels, groups, 0.0)
     return mean, root.square().reciprocal()
 
 

@@ -39,18 +39,14 @@ class Stand:
 
 class Watch:
     """The waits of one run on one device. `lost` is the one that did not end within `limit` seconds, or whose peer is
-    `gone`; the device is then set `free`."""
+    `gone`; the device is then set `free`. The thread lives while there is something to wait for."""
 
     def __init__(self, limit: float, gone: Callable[[Set[int]], bool], free: Callable[[], None]) -> None:
         self.limit, self.gone, self.free = limit, gone, free
         self.lost: Stand | None = None
         self.seconds = self.waited = 0.0  # that the device stood, in all, and at the wait that was lost
         self._stands: deque[Stand] = deque()
-        self._lock, self._ended = threading.Lock(), threading.Event()
-
-    def start(self) -> Watch:
-        threading.Thread(target=self._look, name="fastdiff watch", daemon=True).start()
-        return self
+        self._lock, self._ended, self._looks = threading.Lock(), threading.Event(), False
 
     def stop(self) -> None:
         self._ended.set()
@@ -63,6 +59,9 @@ class Watch:
         stand = Stand(frozenset(peers), layer, step, begin, moment(device))
         with self._lock:
             self._stands.append(stand)
+            if not self._looks:
+                threading.Thread(target=self._look, name="fastdiff watch", daemon=True).start()
+            self._looks = True
 
     def settle(self) -> None:
         """Come back when the device is past all waits, or one is lost."""
@@ -81,6 +80,10 @@ class Watch:
         at, since, asked = None, 0.0, 0.0
         while not self._ended.wait(PACE):
             stand, now = self._next(), time.perf_counter()
+            with self._lock:
+                self._looks = bool(self._stands)
+                if not self._looks:
+                    return
             if stand is None or stand is not at or not stand.begin.query():
                 at, since, asked = stand, now, now  # it computes what comes before
                 continue

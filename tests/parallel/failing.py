@@ -11,6 +11,8 @@ import torch
 
 import fastdiff
 from fastdiff.errors import PeerLost
+from fastdiff.parallel.bus import Bus
+from fastdiff.parallel.mesh import Topology
 
 from .checks import latents, moved, pipeline
 
@@ -69,6 +71,19 @@ def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
+
+
+def asked_whether_it_lives(rank: int, ranks: int) -> list[Any]:
+    """What a rank with a GPU asks its peer over gloo while the GPU waits: letters that nobody ever takes."""
+    bus, end = Bus(Topology(cfg=1, step=1, patch=ranks, rank=rank), 60.0), time.monotonic() + 60
+    bus.begin()
+    alive = not bus._gone({1 - rank})
+    mean = float(bus.mean(torch.tensor(float(rank)), ("patch",)))  # others are not in their way
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not bus._gone({1 - rank}) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [alive, mean, bus._gone({1 - rank})]
 
 
 def hangs(which: int) -> None:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 @cache
 def said() -> dict[str, list[Any]]:
-    groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in GOES_ON]
+    pairs = (*GOES_ON, "asked_whether_it_lives")
+    groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in pairs]
     return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
 
 
@@ -43,6 +44,10 @@ def test_who_is_left_finishes_alone(name: str) -> None:
     assert state == "finished" and any("this rank finished alone" in note for note in notes)
     # every rank has whole latents after each step or cycle, so going on alone is what one device does
     assert far < 1e-12
+
+
+def test_a_peer_that_died_is_known_by_its_connection() -> None:
+    assert said()["asked_whether_it_lives"][0] == [True, 0.5, True]
 
 
 @pytest.mark.parametrize("which", [0, 1])

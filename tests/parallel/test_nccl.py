@@ -41,12 +41,12 @@ NEAR = [
 ]  # fmt: skip
 
 
-def pipeline(name: str, card: Card | None = None) -> Any:
-    """A pipeline of its own in float64, on a card where there is one."""
+def pipeline(name: str, card: Card | None = None, dtype: torch.dtype = torch.float64) -> Any:
+    """A pipeline of its own, on a card where there is one."""
     pipe = tiny.make(name)
     for part, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            own = copy.deepcopy(module).to(torch.float64)
+            own = copy.deepcopy(module).to(dtype)
             setattr(pipe, part, own)
             if card is not None:
                 card.put(own)
@@ -58,10 +58,13 @@ def latents(pipe: Any, name: str, **changes: Any) -> Tensor:
     return pipe(**(tiny.arguments(name, STEPS) | SMALL.get(name, {}) | changes))[0]
 
 
-def ranks_draw(name: str, parallel: dict[str, Any], monkeypatch: Any, ranks: int = 2, cards: bool = True) -> list[Any]:
+def ranks_draw(
+    name: str, parallel: dict[str, Any], monkeypatch: Any, ranks: int = 2, cards: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> list[Any]:  # fmt: skip
     """Latents and handle of each rank, on cards over NCCL or on CPUs over gloo."""
     world = World(ranks)
-    pipes = [pipeline(name, card if cards else None) for card in world.cards]
+    pipes = [pipeline(name, card if cards else None, dtype) for card in world.cards]
     with monkeypatch.context() as patch:
         install(world, patch)
 
@@ -107,6 +110,16 @@ def test_more_ranks(ranks, parallel, monkeypatch) -> None:
     assert all(torch.equal(one, found[0][0]) for one, *_ in found)
     if parallel["method"] == "patch":
         assert moved(found[0][0], alone("sd3")) < 1e-12
+
+
+def test_groups_are_normalized_in_half_precision(monkeypatch) -> None:
+    """On a GPU the layer reads what it is given, and not a copy of it in float32."""
+    found, *_ = ranks_draw("sd15", {"method": "patch"}, monkeypatch, dtype=torch.bfloat16)[0]
+    with torch.no_grad():
+        plain = latents(pipeline("sd15", dtype=torch.bfloat16), "sd15")
+    exact = alone("sd15")
+    assert found.dtype == torch.bfloat16
+    assert moved(found.double(), exact) < 1.5 * moved(plain.double(), exact)
 
 
 def goes_at(name: str, how: str, monkeypatch: Any, **parallel: Any) -> list[Any]:
@@ -304,9 +317,8 @@ def test_a_device_that_computes_for_long_is_no_loss(monkeypatch) -> None:
     monkeypatch.setattr(watch, "moment", lambda device: marks.pop(0))
     monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: float(next(times)), sleep=time.sleep))
     monkeypatch.setattr(watch, "PACE", 0.001)
-    bus._watch.wait([SimpleNamespace(wait=lambda: None)], DEVICE, {1}, "layer", 7)
     bus._watch.gone = lambda peers: False
-    bus._watch.start()
+    bus._watch.wait([SimpleNamespace(wait=lambda: None)], DEVICE, {1}, "layer", 7)
     while next(times) < 500:
         time.sleep(0.001)
     bus.look()
