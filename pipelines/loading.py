@@ -13,11 +13,15 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from fastdiff.errors import BadModel, UnknownName
+from fastdiff.config import Source
+from fastdiff.errors import BadConfig, BadModel, UnknownName
 from fastdiff.parallel.mesh import own_device
+from fastdiff.quant.install import QuantReport
 
 from .quantized_parts import align, is_quantized, load_components
+from .streamed import method_for, rest, streamed
 
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -46,32 +50,67 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
     return stock | dict(CALL_DEFAULTS.get(embedded_name(pipe) or "", {}))
 
 
-def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None) -> DiffusionPipeline:
+def load(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None, quant: Source = None
+) -> DiffusionPipeline:  # fmt: skip
     """A stock diffusers pipeline.
 
     model: `shapes-unet` or `shapes-dit` (come with fastdiff, work offline), a local directory, or a hub id.
     dtype: default float32 on a CPU, bfloat16 on a GPU. device: default CUDA where there is one; under torchrun each
-    process of a machine takes a card of its own.
+    process of a machine takes a card of its own. quant: a method's name, or anything that `accelerate` takes, with a
+    `quant`: the denoiser is read layer by layer and quantized for good, so that its floats are never held at once.
 
-    Raises BadModel for a path that does not exist, is no pipeline, is truncated, or holds pickles only.
+    Raises BadModel for a path that does not exist, is no pipeline, is truncated, or holds pickles only, BadConfig or
+    UnsupportedModel for what cannot be quantized.
     """
+    if quant is not None:
+        return load_quantized(model, quant, dtype=dtype, device=device)[0]
+    source, device, dtype = _source(str(model)), *_where(device, dtype)
+    if is_quantized(Path(source)):
+        pipe = _read(model, source, dtype, load_components(Path(source), dtype))
+        align(pipe)
+    else:
+        pipe = _read(model, source, dtype, {})
+    return pipe.to(device)
+
+
+def load_quantized(
+    model: str | Path, quant: Source, *, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[DiffusionPipeline, QuantReport]:  # fmt: skip
+    """`load` with `quant`, and what was done to each layer."""
+    source, device, dtype = _source(str(model)), *_where(device, dtype)
+    if is_quantized(Path(source)):
+        raise BadConfig(f"{str(model)!r} is quantized already; leave out quant, or load the float model")
+    if not Path(source).is_dir():
+        try:
+            source = str(DiffusionPipeline.download(source, use_safetensors=True))
+        except Exception as error:
+            raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+    method = method_for(quant, Path(source), str(model) if model in embedded() else None)
+    report = QuantReport(method.method)
+    parts = streamed(Path(source), method, dtype, device, report)
+    pipe = _read(model, source, dtype, parts)
+    align(pipe)
+    rest(pipe.to(device), method, parts, report)
+    return pipe, report
+
+
+def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
     if device is None:
         own_device()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    source = _source(str(model))
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-    quantized, kind = is_quantized(Path(source)), DiffusionPipeline
-    if quantized:
-        options |= load_components(Path(source), dtype)
-        kind = _kind(Path(source))
+    return device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def _read(
+    model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]
+) -> DiffusionPipeline:  # fmt: skip
+    """The pipeline, with these parts in the place of those of its directory."""
+    kind = _kind(Path(source)) if parts else DiffusionPipeline
     try:
-        pipe = kind.from_pretrained(source, **options)
+        return kind.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **parts)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
         raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    if quantized:
-        align(pipe)
-    return pipe.to(device)
 
 
 def _kind(folder: Path) -> Any:

@@ -13,7 +13,6 @@ import torch
 
 from fastdiff.config import Source, layers_of, resolve
 from fastdiff.errors import BadConfig
-from fastdiff.patch import PatchSet
 from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import build, chosen
@@ -22,7 +21,6 @@ from fastdiff.quant.calls import Calls, swapped
 from fastdiff.quant.install import QuantReport
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import within
-from fastdiff.quant.standing import Standing
 
 from .accelerate import restore
 from .calibrate import Watch
@@ -30,7 +28,7 @@ from .families import anatomies
 from .hearing import hear_each
 from .loading import embedded_name
 from .planning import learned_by, with_plans
-from .quantizing import methods_of, quantize_parts, targets
+from .quantizing import methods_of, quantize_for_good, targets
 from .ranges import calibrate_ranges
 
 
@@ -81,11 +79,7 @@ def quantize(
     }
     predicting = time.perf_counter() - begun if predicted else None
     before = _times(measured, compiled)
-    with PatchSet() as patches:
-        done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
-    for name, present in done.presents.items():
-        origin = done.calibration.origin if done.calibration else None
-        Standing(methods[name].model_dump(mode="json"), present, origin).attach(parts[name])
+    done = quantize_for_good(pipe, method, found, calibration=calibration, learned=learned)
     _measure(done.report, measured, predicted, before)
     done.report.predict_seconds = predicting
     done.report.notes = [*done.notes(freed=True), *done.timed()]

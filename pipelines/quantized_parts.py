@@ -57,7 +57,7 @@ def structure(module: nn.Module) -> nn.Module:
     assert state is not None
     with init_empty_weights(include_buffers=False):
         made = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
-    return _pruned(made, state.method)
+    return pruned(made, state.method)
 
 
 def align(pipe: Any) -> None:
@@ -70,8 +70,8 @@ def align(pipe: Any) -> None:
 
 
 def _component(folder: Path, named: list[str], described: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    module = _empty(folder, *named)
-    _pruned(module, described["method"])
+    module = empty(folder, *named)
+    pruned(module, described["method"])
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= {name: t.clone() for name, t in load_file(file).items()}  # one view would keep the whole file mapped
@@ -83,12 +83,12 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
         parent, _, child = name.rpartition(".")
         like = module.get_submodule(name)
         layer = _layer(folder, name, like, Recipe(**recipe), own, present)
-        layer.dtype = _type_of(f"{name}.weight", module, dtype)
+        layer.dtype = type_of(f"{name}.weight", module, dtype)
         module.get_submodule(parent)._modules[child] = layer
     expected = {k for k, t in module.state_dict().items() if t.is_meta}
     if foreign := sorted(tensors.keys() - module.state_dict().keys()):
         raise BadModel(f"{str(folder)!r} holds tensors that are not the model's: {', '.join(foreign[:3])}")
-    floats = {k: t.to(_type_of(k, module, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
+    floats = {k: t.to(type_of(k, module, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
     module.load_state_dict(floats, strict=False, assign=True)
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
@@ -99,7 +99,7 @@ def _component(folder: Path, named: list[str], described: Mapping[str, Any], dty
     return module.eval().requires_grad_(False)
 
 
-def _pruned(module: nn.Module, method: Mapping[str, Any]) -> nn.Module:
+def pruned(module: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     """The model without what its method removed."""
     given = method.get("prune")
     if given is not None and (plan := PrunePlan.model_validate(given)).denoiser == print_of("", module):
@@ -107,7 +107,7 @@ def _pruned(module: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def _type_of(name: str, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+def type_of(name: str, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The type that a class has its tensor of this name in, where it is loaded as `dtype`.
 
     Classes of diffusers keep modules in float32 whatever is asked for, those of transformers from float16, and some
@@ -123,7 +123,7 @@ def _type_of(name: str, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if any(f".{part}." in inside for part in kept) else dtype
 
 
-def _empty(folder: Path, library: str, name: str) -> nn.Module:
+def empty(folder: Path, library: str, name: str) -> nn.Module:
     """The model's structure, with weights that take no memory."""
     if library not in ("diffusers", "transformers"):
         raise BadModel(

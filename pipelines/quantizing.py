@@ -22,7 +22,7 @@ from fastdiff.quant.layer import QLayer
 from fastdiff.quant.observe import noise_share
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.reversible import stand_in
-from fastdiff.quant.standing import standing
+from fastdiff.quant.standing import Standing, standing
 from fastdiff.quant.timed import verdict
 from fastdiff.recorder import Recorder
 from fastdiff.weights import foreign, require
@@ -191,6 +191,21 @@ def quantize_parts(
         quantize_model(
             parts[name], name, own, put, done.presents[name], done.report, ranges=ranges, learned=rounds, watch=watch
         )
+    return done
+
+
+def quantize_for_good(
+    pipe: Any, method: QuantMethod, found: list[Anatomy], *, calibration: Calibration | None = None,
+    learned: Mapping[str, Learned] | None = None,
+) -> Quantized:  # fmt: skip
+    """`quantize_parts`, and the float layers are let go."""
+    parts = targets(pipe, method, found)
+    methods = methods_of(method, parts, found)
+    with PatchSet() as patches:
+        done = quantize_parts(pipe, method, found, patches.replace, calibration=calibration, learned=learned)
+    for name, present in done.presents.items():
+        origin = done.calibration.origin if done.calibration else None
+        Standing(methods[name].model_dump(mode="json"), present, origin).attach(parts[name])
     return done
 
 

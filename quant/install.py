@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from .packing import Tensors
 from .recipe import Recipe
 
 Put = Callable[[nn.Module, str, nn.Module], None]  # parent, name of the child, what comes in its place
+Weights = Callable[[Found], AbstractContextManager[Any]]
 Learned = Callable[[Found, Recipe], "Callable[[torch.Tensor, Recipe], Tensors] | None"]
 
 
@@ -92,12 +94,12 @@ class QuantReport:
 def quantize_model(
     root: nn.Module, component: str, method: QuantMethod, put: Put, present: Present, report: QuantReport, *,
     ranges: Mapping[str, Tensors] | None = None, learned: Learned | None = None,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, int], None] | None = None, weights: Weights = nullcontext,
 ) -> None:  # fmt: skip
     """Put a quantized layer in the place of each that the method takes, and add it to the report.
 
     ranges: static ranges by layer; layers without any find theirs at each call. learned: for a layer, what rounds its
-    weight, or None. watch: told how many layers of how many are done.
+    weight, or None. watch: told how many layers of how many are done. weights: entered while a layer's weight is read.
 
     Raises UnsupportedModel, with the layer's name, for what cannot be quantized.
     """
@@ -107,12 +109,14 @@ def quantize_model(
     _refuse_hooked(root, wanted, component)
     for number, (found, recipe) in enumerate(wanted, 1):
         known = dict((ranges or {}).get(found.name, {})) if recipe.activations == "int8" else {}
-        try:
-            layer = build(found.layer, recipe, present, learned=learned(found, recipe) if learned else None, **known)
-            said = layer.choose_kernel()
-        except UnsupportedModel as error:
-            raise UnsupportedModel(f"{component}.{found.name} cannot be quantized: {error}") from None
-        report.layers.append(_report(component, found, layer, said))
+        rounds = learned(found, recipe) if learned else None
+        with weights(found):
+            try:
+                layer = build(found.layer, recipe, present, learned=rounds, **known)
+                said = layer.choose_kernel()
+            except UnsupportedModel as error:
+                raise UnsupportedModel(f"{component}.{found.name} cannot be quantized: {error}") from None
+            report.layers.append(_report(component, found, layer, said))
         report.static += "low" in known
         for parent, name in found.places:
             put(parent, name, layer)

@@ -15,6 +15,7 @@ from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets
 
 if TYPE_CHECKING:
     from fastdiff.config import Config, Layer
+    from fastdiff.quant.install import QuantReport
 
 GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")]
 SchedulerName = Annotated[
@@ -61,6 +62,19 @@ class Calibration:
         if self.scheduler is not None:
             pipe.scheduler = solvers.solver(self.scheduler, pipe.scheduler)
         return pipe, resolve(layers, anatomies(pipe)[0].family, embedded_name(pipe)).config
+
+    def loaded_quantized(self, layers: list[Layer]) -> tuple[Any, QuantReport]:
+        """A pipeline whose denoiser was quantized layer by layer while it was read."""
+        from fastdiff.config import resolve
+        from fastdiff.pipelines.loading import load_quantized
+        from fastdiff.studio.console import quiet, waiting
+        from fastdiff.studio.drawing import described
+        from fastdiff.studio.settings import early
+
+        resolved = early(layers, described(self.model), self.model) or resolve(layers, None, self.model)
+        quiet()
+        with waiting(f"reading {self.model}, a layer at a time"):
+            return load_quantized(self.model, resolved.config)
 
     def call(self, pipe: Any) -> dict[str, Any]:
         """How the pipeline is called, with the seed and batch of the calibration. Raises BadConfig."""

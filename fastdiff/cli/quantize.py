@@ -48,6 +48,11 @@ def quantize(
     only = {".safetensors": "ranges", ".json": "plans"}.get(output.suffix)
     files.check([report, *([output] if only else [])], overwrite)
     _check(output, only, prompts)
+    if not only and not prompts:
+        pipe, done = asked.loaded_quantized(layers)
+        save(pipe, output, done)
+        _tell(output, done, report, as_json)
+        return
     pipe, resolved = asked.loaded(layers)
     call = asked.call(pipe)
     texts = asked.texts(pipe, prompts)

@@ -37,7 +37,9 @@ class Painter:
     def load(self) -> str | None:
         """The reason why this model or config cannot be had, if so."""
         try:
-            self._studio = self._studio or Studio(self._order.model, self._order.layers, self._order.dtype)
+            self._studio = self._studio or Studio(
+                self._order.model, self._order.layers, self._order.dtype, once=True
+            )  # fmt: skip
             self._studio.check([], self._order.preview_every)
         except FastdiffError as error:
             return str(error)

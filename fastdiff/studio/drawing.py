@@ -18,12 +18,13 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.anatomy import Family
-from fastdiff.config import Layer, resolve
+from fastdiff.config import Layer, Source, resolve
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost, UnknownName
 from fastdiff.images import Replay, Sampling, save
 from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import FAMILIES, anatomies, denoisers
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
+from fastdiff.pipelines.quantized_parts import is_quantized
 
 from .console import quiet, say, waiting, warn
 from .previews import Previews
@@ -49,11 +50,11 @@ def described(model: str) -> Family | None:
     return next((FAMILIES[name] for name in classes if name in FAMILIES), None)
 
 
-def opened(model: str, dtype: torch.dtype | None = None) -> Any:
-    """A plain pipeline, without the chatter of loading."""
+def opened(model: str, dtype: torch.dtype | None = None, quant: Source = None) -> Any:
+    """A plain pipeline, or one that is quantized while it is read, without the chatter of loading."""
     quiet()
     with waiting(f"loading {model}"):
-        return load(model, dtype=dtype)
+        return load(model, dtype=dtype, quant=quant)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Order:
 
 def draw(order: Order) -> None:
     """Load, check everything, and draw one picture after the other."""
-    studio = Studio(order.model, order.layers, order.dtype)
+    studio = Studio(order.model, order.layers, order.dtype, once=True)
     jobs, targets = studio.told((order.jobs, order.targets))  # each rank may have chosen other seeds
     studio.check(jobs, order.preview_every)
     if order.made:
@@ -109,13 +110,18 @@ class Drawn:
 
 
 class Studio:
-    """Loads the model and installs the config once, then paints."""
+    """Loads the model and installs the config, then paints. With `once` the config never changes, so that layers which
+    are to be as small as can be are quantized while they are read."""
 
-    def __init__(self, model: str, layers: Sequence[Layer], dtype: str | None) -> None:
+    def __init__(self, model: str, layers: Sequence[Layer], dtype: str | None, once: bool = False) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
-        early(layers, described(model), model)
-        self.pipe = opened(model, getattr(torch, dtype) if dtype else None)
+        resolved = early(layers, described(model), model)
+        quant: Any = resolved.config.quant if once and resolved is not None else None
+        small = quant is not None and quant.speed == "smallest" and not is_quantized(Path(model))
+        asked = resolved.config if resolved is not None and small else None
+        self.pipe = opened(model, getattr(torch, dtype) if dtype else None, asked)
+        layers = [*layers, ("quantized while it was read", {"quant": None})] if small else layers
         self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
         self.use(layers)
         self.known = inspect.signature(self.pipe.__call__).parameters

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 FEW = ("--steps", 3, "--prompts", 2, "--set", 'quant.skip=["down_blocks*", "up_blocks*"]')
 
 
@@ -73,3 +75,15 @@ def test_a_plan_alone(cli, model: str, option: str, chosen: tuple[str, ...]) -> 
     named = sets(chosen[0], f"quant.{option}={option}.json", chosen[2])
     made = cli("generate", "a cat", "-m", model, "--steps", 2, "--width", 64, "--height", 64, *named)
     assert made.code == 0, made.err
+
+
+def test_the_command_line_reads_so_where_the_smallest_is_asked_for(cli, tmp_path):
+    tiny.make("sd15").save_pretrained(tmp_path / "model")
+    folder, sets = str(tmp_path / "model"), ("--set", "quant.method=w8a16", "--set", "quant.speed=smallest")
+    done = cli("generate", "a cat", "-m", folder, *sets, "--steps", 2, "--seed", 1, "-o", "a.png", "--json")
+    assert done.code == 0, done.err
+    assert any("quantized for good: w8a16" in note for note in json.loads(done.out)["report"]["notes"])
+    again = cli("quantize", "-m", folder, "--prompts", 0, "--set", "quant.method=w8a16", "-o", "small")
+    assert again.code == 0 and "w8a16: " in again.err, again.err
+    drawn = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "-o", "b.png")
+    assert drawn.code == 0, drawn.err
