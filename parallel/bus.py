@@ -77,12 +77,7 @@ class Bus:
     once, and made anew for the next run. `device` is the run's: a rank that sends nothing receives there.
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        timeout: float,
-        where: Callable[[], int | None] = lambda: None,
-    ) -> None:
+    def __init__(self, topology: Topology, timeout: float, where: Callable[[], int | None] = lambda: None) -> None:
         self.topology, self.timeout, self.where = topology, timeout, where
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
@@ -162,7 +157,7 @@ class Bus:
         """
         began = time.perf_counter()
         if pending and not pending[0].buffer.is_cpu:
-            self._stand([item.work for item in pending], pending[0].buffer, {i.peer for i in pending}, pending[0].layer)
+            self._stand([i.work for i in pending], pending[0].buffer, {i.peer for i in pending}, pending[0].layer)
             return {item.peer: item.buffer for item in pending}
         for item in pending:
             self._guarded(item.layer, {item.peer}, partial(item.work.wait, self._limit()))
@@ -183,8 +178,7 @@ class Bus:
 
     def look(self) -> None:
         """Raises PeerLost where a device has waited for too long."""
-        lost = self._watch.lost
-        if lost is not None:
+        if (lost := self._watch.lost) is not None:
             raise self._lost(lost.peers, self._watch.waited, lost.layer, lost.step)
 
     def arrived(self) -> None:
@@ -199,7 +193,7 @@ class Bus:
     def _gone(self, peers: Set[int]) -> bool:
         """Whether a peer has ended or broken off: its connection on the host is closed."""
         try:
-            for peer in peers - {self.topology.rank}:
+            for peer in peers:
                 word = torch.zeros(1, dtype=torch.uint8)
                 self._asked.append((dist.isend(word, peer, group=self._group("now"), tag=ASKED), word))
         except RuntimeError:
@@ -256,16 +250,13 @@ class Bus:
     def broadcast(self, layer: str, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, which has the shape of ours."""
         message = tensor.clone(memory_format=torch.contiguous_format)  # with strides in which bytes can be seen
-        if not message.numel():
-            return message
-
-        def call() -> Any:
-            return dist.broadcast(raw(message), 0, group=self._carrier(message), async_op=True)
-
-        if message.is_cpu:
-            self._guarded(layer, {0}, lambda: call().wait(self._limit()))
-        else:
-            self._stand([self._guarded(layer, {0}, call)], message, {0}, layer)
+        peers, group = {0} if self.topology.rank else {*range(1, self.topology.size)}, self._carrier(message)
+        if message.numel():
+            work = self._guarded(layer, peers, lambda: dist.broadcast(raw(message), 0, group=group, async_op=True))
+            if message.is_cpu:
+                self._guarded(layer, peers, partial(work.wait, self._limit()))
+            else:
+                self._stand([work], message, peers, layer)
         return message
 
     def tell(self, what: Any) -> list[Any]:
