@@ -124,6 +124,12 @@ def scale_and_zero(low: float, high: float, top: int) -> tuple[float, int]:
     return scale, min(max(round(-low / scale), 0), top)
 
 
+def between(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The same of edges that are tensors, which nothing reads."""
+    scale = (high - low).clamp_min(1e-12) / top
+    return scale, (-low / scale).round().clamp(0, top)
+
+
 def fixed(
     rows: Tensor, scale: float | Tensor, zero: int | Tensor, top: int, inverse: Tensor | None = None
 ) -> Levels:  # fmt: skip
@@ -137,9 +143,7 @@ def ranged(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
     rows = rows if inverse is None else rows * inverse
     edges = torch.aminmax(rows)
     if _launched(rows):  # to read the edges would be a wait
-        low, high = edges[0].float().clamp_max(0), edges[1].float().clamp_min(0)
-        scale = ((high - low) / top).clamp_min(1e-12)
-        return fixed(rows, scale, (-low / scale).round().clamp(0, top), top)
+        return fixed(rows, *between(edges[0].float().clamp_max(0), edges[1].float().clamp_min(0), top), top)
     least, most = (float(edge) for edge in edges)
     if not abs(most - least) < float("inf"):
         return Levels(torch.zeros_like(rows, dtype=torch.uint8), float("nan"), 0)

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .activations import Levels, Present, channels_of, fixed, per_token, ranged, rows_of, scale_and_zero
+from .activations import Levels, Present, between, channels_of, fixed, per_token, ranged, rows_of, scale_and_zero
 from .lazy import LazyWeight
 from .packing import FORMATS, Format, Tensors
 from .recipe import Recipe
-from .timed import FLOAT, fastest, timed, where
+from .timed import FLOAT, fastest, machine, timed
 
 
 class Kernel(Protocol):
@@ -89,8 +89,7 @@ class QLayer(nn.Module):
         self._runs: dict[Any, Callable[[Tensor], Tensor]] = {}  # what the clock chose, by shape and type
         self.floats: tuple[nn.Module, ...] = ()  # the float layer, where it is kept; no part of this module
         self._ranges: list[tuple[float, float]] = []
-        self._tables: dict[int, Tensor] = {}  # [buckets + 1, 2] of scale and zero, by the highest level
-        self._at: Tensor | None = None  # which row of them holds now
+        self._at: Tensor | None = None  # which of them holds now, for graphs
         self._inverse: Tensor | None = None
         self._smooth_key: int | None = None
 
@@ -162,20 +161,18 @@ class QLayer(nn.Module):
         assert self._kernel is not None
         if not self._timeable or x.is_meta:  # whose tensors take no time at all
             return partial(self._quantized, self._kernel, self._packed)
-        able = [(self._kernel, self._packed), *self._others]
-        runs: dict[str, Callable[[Tensor], Tensor]] = {
-            kernel.name: partial(self._quantized, kernel, packed) for kernel, packed in able
-        }
+        able = {kernel.name: (kernel, packed) for kernel, packed in [(self._kernel, self._packed), *self._others]}
+        names = [*able, *([FLOAT] if self._has_float(x.dtype) else [])]
+
+        def runs(name: str) -> Callable[[Tensor], Tensor]:
+            return self._float(x.dtype) if name == FLOAT else partial(self._quantized, *able[name])
+
         key, known = self._key(x), self.present.times
-        if key not in known or fastest(known[key]) not in (*runs, FLOAT):
+        if known.get(key, {}).keys() != set(names):  # a table may be of a layer that had others
             with torch.no_grad():
-                every = {**runs, **({FLOAT: self._float(x.dtype)} if self._has_float(x.dtype) else {})}
-                known[key] = timed({name: partial(self._alone, run, x) for name, run in every.items()}, x.device)
-        best = fastest(known[key])
-        if best == FLOAT and not self._has_float(x.dtype):  # a table of a layer that had one
-            best = fastest({name: known[key].get(name, torch.inf) for name in runs})
+                known[key] = timed({name: partial(self._alone, runs(name), x) for name in names}, x.device)
         self.present.used[key] = self.present.used.get(key, 0) + 1
-        return self._float(x.dtype) if best == FLOAT else runs[best]
+        return runs(fastest(known[key]))
 
     def _alone(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
         """Levels that another layer, or the last round, left behind would be for nothing."""
@@ -199,8 +196,9 @@ class QLayer(nn.Module):
         sizes = x.shape if isinstance(self, nn.Conv2d) else (x.numel() // x.shape[-1], x.shape[-1])
         rank = 0 if self.down is None else self.down.shape[0]
         given, own = "x".join(map(str, sizes)), "x".join(map(str, self.weight_shape))
-        how = f"{self.recipe.format} {self.recipe.activations} {'static' if self._ranges else 'dynamic'} rank {rank}"
-        return f"{given} by {own}{self.geometry} {x.dtype} {how} on {where(x.device)}"
+        how = f"{self.quantized_as} {'static' if self._ranges else 'dynamic'} rank {rank}"
+        where = machine(x.device, torch.get_num_threads())
+        return f"{given} by {own}{self.geometry} {x.dtype} {how} on {where}"
 
     @property
     def geometry(self) -> str:
@@ -211,9 +209,9 @@ class QLayer(nn.Module):
         """The input as 8-bit levels 0 .. top."""
         picture = isinstance(self, nn.Conv2d)
         if self._ranges and torch.compiler.is_compiling():
-            assert self._at is not None
-            scale, zero = self._tables[top].index_select(0, self._at % len(self._ranges))[0].unbind()
-            return fixed(rows_of(x, self), scale, zero, top, self._inverse)
+            assert self._at is not None and self.low is not None and self.high is not None
+            now = self._at % len(self._ranges)
+            return fixed(rows_of(x, self), *between(self.low[now][0], self.high[now][0], top), top, self._inverse)
         if self._ranges:
             low, high = self._ranges[-1 if self.present.bucket is None else self.present.bucket]
             own, key = scale_and_zero(low, high, top), (picture, low, high, top, self._smooth_key)
@@ -244,7 +242,6 @@ class QLayer(nn.Module):
         """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
         self._plain()
         self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
-        self._tables = {top: self._table(top) for top in (255, 127)} if self._ranges else {}
         self._at = self.present.at(self.q.device) if self._ranges else None
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
@@ -257,10 +254,6 @@ class QLayer(nn.Module):
         if self._kernel.replaces_q:
             self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
-
-    def _table(self, top: int) -> Tensor:
-        rows = [scale_and_zero(low, high, top) for low, high in self._ranges]
-        return torch.tensor(rows, dtype=torch.float32, device=self.q.device)
 
     @property
     def kernel_name(self) -> str:

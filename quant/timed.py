@@ -45,42 +45,26 @@ def fastest(times: Times) -> str:
     return min(times, key=lambda name: times[name])
 
 
-def where(device: torch.device) -> str:
-    """The machine that a time holds for."""
-    return _gpu_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
 @cache
-def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
-
-
-@cache
-def _cpu_name() -> str:
-    return cpu_name()
+def machine(device: torch.device, threads: int) -> str:
+    """What a time holds for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {threads} threads"
 
 
 def verdict(used: Mapping[str, int], times: Mapping[str, Times]) -> str | None:
     """One sentence on what the clock chose: used has the number of layers by what was timed."""
-    stay, run = [], []
-    for key, layers in used.items():
-        best = min(ms for name, ms in times[key].items() if name != FLOAT)
-        pair = (layers, times[key].get(FLOAT, best) / max(best, 1e-9))
-        (stay if fastest(times[key]) == FLOAT else run).append(pair)
-    said = []
-    if stay:
-        said.append(f"{_layers(stay)} stay float, as quantized ones are {_times(stay)} times as fast here")
-    if run:
-        said.append(f"{_layers(run)} run quantized, {_times(run)} times as fast as float")
-    if stay and not run:
-        said.append("quant.speed = smallest insists on the quantized ones")
-    return "; ".join(said) or None
+    said, layers = [], {}
+    for what, floats in (("stay float, as quantized ones are", True), ("run quantized,", False)):
+        own = [key for key in used if (fastest(times[key]) == FLOAT) is floats]
+        layers[floats] = sum(used[key] for key in own)
+        ratios = sorted(f"{_ratio(times[key]):.2f}" for key in own)
+        if ratios:
+            span = " to ".join(dict.fromkeys((ratios[0], ratios[-1])))
+            said.append(f"{layers[floats]} layers {what} {span} times as fast as float here")
+    insist = ["quant.speed = smallest insists on the quantized ones"] if layers[True] and not layers[False] else []
+    return "; ".join(said + insist) or None
 
 
-def _layers(pairs: list[tuple[int, float]]) -> str:
-    return f"{sum(layers for layers, _ in pairs)} layers"
-
-
-def _times(pairs: list[tuple[int, float]]) -> str:
-    low, high = (f"{found(ratio for _, ratio in pairs):.2f}" for found in (min, max))
-    return low if low == high else f"{low} to {high}"
+def _ratio(times: Times) -> float:
+    best = min(ms for name, ms in times.items() if name != FLOAT)
+    return times.get(FLOAT, best) / max(best, 1e-9)

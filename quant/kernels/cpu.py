@@ -67,13 +67,12 @@ class OneDNN:
         levels = layer.levels(x, self.top)
         by_row = levels.by_row  # which the operator does not take
         tail = (weight, scale, zeros, None if by_row is not None else layer.bias)
-        in_graph = torch.compiler.is_compiling()  # eager calls go without the operators of our own, which take time
         if isinstance(layer, QConv2d) and weight.ndim == 4:
             q, geometry = shaped(levels.q, x, layer), _geometry(layer)
-            y = (_graph_convolution if in_graph else _convolution)(q, levels.scale, levels.zero, *tail, *geometry)
+            y = _called(_convolution, _convolution_operator, q, levels.scale, levels.zero, tail=(*tail, *geometry))
             return y.to(x.dtype)
         factor = 1.0 if by_row is not None else levels.scale
-        y = (_graph_linear if in_graph else _linear)(levels.q, factor, levels.zero, *tail)
+        y = _called(_linear, _linear_operator, levels.q, factor, levels.zero, tail=tail)
         if by_row is not None:
             y = y.mul_(by_row) if layer.bias is None else torch.addcmul(layer.bias, y, by_row)
         return shaped(y, x, layer).to(x.dtype)
@@ -84,60 +83,54 @@ class OneDNN:
 
 def _linear(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
     """tail: the packed weight, its scales and zero points, and the bias."""
-    return torch.ops.onednn.qlinear_pointwise(q, scale, zero, *tail, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(
+        q, float(scale), int(zero), *tail, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
 
 
 def _convolution(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
-    return torch.ops.onednn.qconv2d_pointwise(q, scale, zero, *tail, 1.0, 0, torch.float32, "none", [], "")
+    """tail: also stride, padding, dilation and groups."""
+    return torch.ops.onednn.qconv2d_pointwise(
+        q, float(scale), int(zero), *tail, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
 
 
-def _graph_linear(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
-    return torch.ops.fastdiff.onednn_linear(q, _number(scale), _number(zero), *tail)
-
-
-def _graph_convolution(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
-    return torch.ops.fastdiff.onednn_convolution(q, _number(scale), _number(zero), *tail)
-
-
-def _number(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((), float(value))
+def _called(direct: Any, in_graph: Any, q: Tensor, *numbers: Any, tail: tuple) -> Any:
+    """Eager calls go without an operator of our own, which takes time."""
+    if not torch.compiler.is_compiling():
+        return direct(q, *numbers, *tail)
+    return in_graph(q, *(n if isinstance(n, Tensor) else torch.full((), float(n)) for n in numbers), *tail)
 
 
 # oneDNN's own operators do not say what shape they give of a packed weight, so that no graph can hold them.
-@torch.library.custom_op("fastdiff::onednn_linear", mutates_args=())
-def _linear_op(
-    q: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
-) -> Tensor:  # fmt: skip
-    return _linear(q, float(scale), int(zero), weight, scales, zeros, bias)
+_OPERATOR = "(Tensor q, Tensor scale, Tensor zero, Tensor w, Tensor scales, Tensor zeros, Tensor? bias{}) -> Tensor"
+_SHAPED = _OPERATOR.format(", int[] stride, int[] padding, int[] dilation, int groups")
+_linear_operator = torch.library.custom_op(
+    "fastdiff::onednn_linear", _linear, mutates_args=(), schema=_OPERATOR.format("")
+)
 
 
-@_linear_op.register_fake
-def _linear_shape(q: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+@_linear_operator.register_fake
+def _(q: Tensor, scale: Tensor, zero: Tensor, w: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((len(q), len(scales)), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdiff::onednn_convolution", mutates_args=())
-def _convolution_op(
-    q: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
-) -> Tensor:  # fmt: skip
-    y = _convolution(
-        q, float(scale), int(zero), weight, scales, zeros, bias, stride, padding, dilation, groups
-    )  # fmt: skip
-    return y.contiguous(memory_format=torch.channels_last)
+@torch.library.custom_op("fastdiff::onednn_convolution", mutates_args=(), schema=_SHAPED)
+def _convolution_operator(*args: Any) -> Tensor:
+    return _convolution(*args).contiguous(memory_format=torch.channels_last)
 
 
-@_convolution_op.register_fake
-def _convolution_shape(
-    q: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
+@_convolution_operator.register_fake
+def _(
+    q: Tensor, scale: Tensor, zero: Tensor, w: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     sides = [
         (size + 2 * pad - wide * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, wide in zip(q.shape[2:], weight.shape[-2:], stride, padding, dilation, strict=True)
+        for size, kernel, step, pad, wide in zip(q.shape[2:], w.shape[-2:], stride, padding, dilation, strict=True)
     ]
-    made = q.new_empty((len(q), len(scales), *sides), dtype=torch.float32)
-    return made.contiguous(memory_format=torch.channels_last)
+    found = q.new_empty((len(q), len(scales), *sides), dtype=torch.float32)
+    return found.contiguous(memory_format=torch.channels_last)
 
 
 def _geometry(conv: QConv2d) -> tuple[list[int], list[int], list[int], int]:

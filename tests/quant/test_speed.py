@@ -56,7 +56,7 @@ def test_a_float_layer_that_is_faster_runs_and_its_result_is_exact(says):
     (first, second) = quantized.present.times
     assert first.startswith("5x32 by 16x32") and second.startswith("3x32 by 16x32")
     assert timed.verdict(quantized.present.used, quantized.present.times).startswith(
-        "2 layers stay float, as quantized ones are 0.50 times as fast here"
+        "2 layers stay float, as quantized ones are 0.50 times as fast as float here"
     )
 
 
@@ -66,7 +66,7 @@ def test_a_quantized_layer_that_is_not_slower_runs(says):
     layer, quantized, x = made("never slower")
     assert not torch.equal(quantized(x), layer(x))
     told = timed.verdict(quantized.present.used, quantized.present.times)
-    assert told == "1 layers run quantized, 1.00 times as fast as float"
+    assert told == "1 layers run quantized, 1.00 times as fast as float here"
 
 
 @torch.no_grad()
