@@ -119,6 +119,25 @@ def test_more_ranks(ranks, parallel, monkeypatch) -> None:
         assert moved(found[0][0], alone("sd3")) < 1e-12
 
 
+@pytest.mark.parametrize(("name", "method"), [("flux", "patch"), slow("sd3", "distrifusion"), slow("sd3", "parastep")])
+def test_no_host_waits_for_its_gpu_in_a_step(name, method, monkeypatch) -> None:
+    """The first step looks: at rank 0's inputs, and at Flux' list of places. The end of the run does once more."""
+    world, reads = World(2), [list[int](), list[int]()]
+    pipes = [pipeline(name, card) for card in world.cards]
+    install(world, monkeypatch)
+
+    def counts(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
+        reads[world.rank].append(world.cards[world.rank].reads)
+        return given
+
+    def work(rank: int) -> None:
+        with fastdiff.accelerate(pipes[rank], parallel={"method": method}):
+            latents(pipes[rank], name, callback_on_step_end=counts)
+
+    assert world.run(work) == [None, None]
+    assert all(first > 0 and [first, first, first + 1] == [first, *later] for first, *later in reads), reads
+
+
 def test_groups_are_normalized_in_half_precision(monkeypatch) -> None:
     """On a GPU the layer reads what it is given, and not a copy of it in float32."""
     once, half = {"num_inference_steps": 1}, torch.bfloat16
