@@ -182,10 +182,7 @@ class Bus:
             raise self._lost(lost.peers, self._watch.waited, lost.layer, lost.step)
 
     def arrived(self) -> None:
-        """Go on when the device is past all its waits, so that what it made is true. Raises PeerLost.
-
-        Nothing to do where the host has waited itself.
-        """
+        """Go on when the device is past all its waits, so that what it made is true. Raises PeerLost."""
         self._watch.settle()
         self.traffic.waited, self._watch.seconds = self.traffic.waited + self._watch.seconds, 0.0
         self.look()
@@ -196,7 +193,7 @@ class Bus:
             for peer in peers:
                 word = torch.zeros(1, dtype=torch.uint8)
                 self._asked.append((dist.isend(word, peer, group=self._group("now"), tag=ASKED), word))
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             return True
         return False
 
