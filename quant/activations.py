@@ -168,12 +168,13 @@ def _quantized(rows: Tensor, factor: float | Tensor, zero: int | Tensor, top: in
         return (rows.float() * factor + (zero + 0.5)).clamp(0, top).to(torch.uint8)
     step = max(1, _CHUNK // max(1, rows.shape[-1]))
     found = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    half = float(zero) + 0.5
     for start in range(0, len(rows), step):
         part = rows[start : start + step].float()
         if isinstance(factor, float):
-            scaled = torch.add(part.new_full((), zero + 0.5), part, alpha=factor)
+            scaled = torch.add(part.new_full((), half), part, alpha=factor)
         else:
-            scaled = (part * (factor if factor.ndim == 1 else factor[start : start + step])).add_(zero + 0.5)
+            scaled = (part * (factor if factor.ndim == 1 else factor[start : start + step])).add_(half)
         # The cast cuts what comes after the point; through 16 bits, as there is no fast one to 8 without a sign.
         found[start : start + step] = scaled.clamp_(0, top).to(torch.int16)
     return found

@@ -320,7 +320,14 @@ class QLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
         buffers = {**self._buffers, "q": self.tensors()["q"]}
-        emptied = {"_kernel": None, "_packed": None, "_others": [], "_proved": {}, "_runs": {}, "floats": ()}
+        emptied: dict[str, Any] = {
+            "_kernel": None,
+            "_packed": None,
+            "_others": [],
+            "_proved": {},
+            "_runs": {},
+            "floats": (),
+        }
         return {**self.__dict__, "_buffers": buffers, **emptied}
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from fastdiff.quant.recipe import Activations
 
 
 class FP8(QuantMethod):
-    """8-bit floats, for GPUs of compute capability 9.0 and up; elsewhere the same numbers, from slow reference code.
+    """8-bit floats, for GPUs of compute capability 8.9 and up; elsewhere the same numbers, from slow reference code.
 
     Formula: y = a s sum E4M3(x / a) E4M3(w / s), with a = max |x| / 448 of a row, s = max |w| / 448 of an output.
     """
