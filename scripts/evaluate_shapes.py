@@ -21,13 +21,12 @@ from rich.progress import track
 
 import fastdiff
 from fastdiff import output
-from fastdiff.bench import Settings, metrics
+from fastdiff.bench import Settings, checker, metrics
 from fastdiff.bench.measure import draw, to_bytes
 from fastdiff.bench.render import Tile, contact_sheet
 from fastdiff.bench.row import command, environment, model_name
+from fastdiff.bench.scenes import Scene, scenes
 from fastdiff.errors import FastdiffError
-from fastdiff.pipelines.shapes import checker
-from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
 _SHEET_IMAGES, _SHEET_COLUMNS = 64, 8
 

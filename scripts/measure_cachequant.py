@@ -27,17 +27,16 @@ from torch import nn
 
 import fastdiff
 from fastdiff import output
-from fastdiff.bench import metrics
+from fastdiff.bench import checker, metrics
 from fastdiff.bench.measure import draw, to_bytes
 from fastdiff.bench.row import command, environment
+from fastdiff.bench.scenes import scenes
 from fastdiff.config import Config
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.pipelines.quantize import quantize
-from fastdiff.pipelines.shapes import checker
-from fastdiff.pipelines.shapes.scenes import scenes
 from fastdiff.quant.schemes.mixed import Mixed
 from fastdiff.quant.sensitivity import FORMAT
 

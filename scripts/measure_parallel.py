@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 
 import fastdiff
 from fastdiff import output
-from fastdiff.bench import Prompts, prompts_for
+from fastdiff.bench import Prompts, checker, prompts_for
 from fastdiff.bench.measure import to_bytes
 from fastdiff.bench.metrics import PSNR_CAP, psnr, ssim
 from fastdiff.bench.row import command, environment
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost
-from fastdiff.pipelines.shapes import checker
 from fastdiff.studio.ranks import launch
 
 STEPS, GUIDANCE, SEED = 50, 3.0, 0

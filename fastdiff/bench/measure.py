@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdiff.bench import checker
 from fastdiff.errors import NotReversible, UnsupportedModel
-from fastdiff.pipelines.shapes import checker
 
 from .metrics import psnr, ssim
 from .peer import Running

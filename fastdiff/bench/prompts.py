@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdiff.bench.scenes import Scene, scenes
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.loading import embedded_name
-from fastdiff.pipelines.shapes.scenes import Scene, scenes
 
 _PROMPTS = (
     "a red fox in the snow, photograph",

@@ -1,1 +1,1 @@
-"""The embedded world: small captioned scenes that a small model can learn and a program can mark."""
+"""The models that come with fastdiff; their captioned scenes are rendered and marked in `fastdiff.bench`."""

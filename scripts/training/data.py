@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from fastdiff.pipelines.shapes.scenes import Scene, labels, render, scenes
+from fastdiff.bench.scenes import Scene, labels, render, scenes
 
 SEED = 5
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastdiff.pipelines.shapes.scenes import COLOURS, SHAPES
+from fastdiff.bench.scenes import COLOURS, SHAPES
 
 from .data import cell_labels, training_scenes
 from .text import tokenize

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fastdiff.pipelines.shapes.scenes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, TEXTURES, Scene
+from fastdiff.bench.scenes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, TEXTURES, Scene
 
 from .data import training_scenes
 from .loop import Schedule, train

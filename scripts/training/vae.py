@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from fastdiff.pipelines.shapes.checker import mark, summary
-from fastdiff.pipelines.shapes.scenes import render, scenes
+from fastdiff.bench.checker import mark, summary
+from fastdiff.bench.scenes import render, scenes
 
 from .data import to_images, to_tensor
 from .loop import Schedule, train

@@ -17,10 +17,10 @@ from fastdiff.bench.metrics import PSNR_CAP
 from fastdiff.bench.plan import fewer_steps
 from fastdiff.bench.probe import Probe
 from fastdiff.bench.row import as_json
+from fastdiff.bench.scenes import scenes
 from fastdiff.cli.bench import bench
 from fastdiff.config import Config
 from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError, UnknownName, UnsupportedModel
-from fastdiff.pipelines.shapes.scenes import scenes
 from tests.tiny import make
 
 SCENES = tuple(scenes(0, 2, held_out=True))

@@ -60,9 +60,7 @@ def test_what_does_not_fit_is_refused_before_it_is_taken(monkeypatch, name, shar
     monkeypatch.setattr(session.Session, "_take", counting)
     plain = tiny.run(tiny.make(name), name)
     handle = fastdiff.accelerate(pipe, cache=cache)
-    with pytest.raises(
-        DoesNotFit, match=r"taylorseer would hold .*; cpu has .* free; .* \(ab_cache, dp\) about"
-    ):
+    with pytest.raises(DoesNotFit, match=r"taylorseer would hold .*; cpu has .* free; .* \(ab_cache, dp\) about"):
         tiny.run(pipe, name)
     assert sum(map(holding.bytes_of, taken)) <= share * whole
     handle.restore()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastdiff.bench import prompts as benching
+from fastdiff.bench.scenes import scenes
 from fastdiff.images import read
-from fastdiff.pipelines.shapes.scenes import scenes
 
 FEW = ("--steps", 6, "--prompts", 2, "--set", "cache.computed_steps=3")
 

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastdiff.pipelines.shapes.checker import mark, parse, summary
-from fastdiff.pipelines.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, labels, render, scenes
+from fastdiff.bench.checker import mark, parse, summary
+from fastdiff.bench.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, labels, render, scenes
 
 COUNT = 400
 
