@@ -102,9 +102,7 @@ def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dt
     return device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def _read(
-    model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]
-) -> DiffusionPipeline:  # fmt: skip
+def _read(model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]) -> Any:
     """The pipeline, with these parts in the place of those of its directory."""
     kind = _kind(Path(source)) if parts else DiffusionPipeline
     try:
