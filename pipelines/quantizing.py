@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -236,7 +237,11 @@ def installed(
     def put(parent: nn.Module, name: str, instead: nn.Module) -> None:
         if "state_dict" not in vars(instead):  # a layer that is held in two places is put twice
             floats = parent.get_submodule(name)
-            stand_in(instead, floats)
+            # what is never asked to run waits on the CPU until restore()
+            parked = method.speed == "smallest" and next(floats.parameters()).device.type not in ("cpu", "meta")
+            stand_in(instead, floats, parked)
+            if parked:
+                patches.call(partial(floats.to, "cpu"), lambda: floats.to(next(instead.buffers()).device))
             if isinstance(instead, QLayer):
                 instead.floats = (floats,)
         patches.replace(parent, name, instead)

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 
-def stand_in(instead: nn.Module, floats: nn.Module) -> None:
+def stand_in(instead: nn.Module, floats: nn.Module, parked: bool = False) -> None:
     """Let `instead` be saved as the float module in whose place it is put, so that a file holds the plain model, and
-    move with it, so that what comes back is where the rest went. Weights cannot be loaded into it."""
+    move with it, so that what comes back is where the rest went; what is parked takes types alone, and stays where it
+    is. Weights cannot be loaded into it."""
     own = instead._apply
 
     def both(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-        floats._apply(fn)
+        floats._apply((lambda t: fn(t).to(t.device)) if parked else fn)
         return own(fn, recurse)
 
     def refuse(state_dict: Any, prefix: str, *lists: Any) -> None:

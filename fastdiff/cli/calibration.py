@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -15,6 +15,7 @@ from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets
 
 if TYPE_CHECKING:
     from fastdiff.config import Config, Layer
+    from fastdiff.quant.base import QuantMethod
     from fastdiff.quant.install import QuantReport
 
 GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the pipeline's own.")]
@@ -67,11 +68,13 @@ class Calibration:
         """A pipeline whose denoiser was quantized layer by layer while it was read."""
         from fastdiff.config import resolve
         from fastdiff.pipelines.loading import load_quantized
+        from fastdiff.pipelines.planning import with_plans
         from fastdiff.studio.console import quiet, waiting
         from fastdiff.studio.drawing import described
         from fastdiff.studio.settings import early
 
         resolved = early(layers, described(self.model), self.model) or resolve(layers, None, self.model)
+        with_plans(cast("QuantMethod", resolved.config.quant), None, None)  # what has to be planned is refused
         quiet()
         with waiting(f"reading {self.model}, a layer at a time"):
             return load_quantized(self.model, resolved.config)

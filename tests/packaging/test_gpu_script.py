@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastdiff
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 TITLES = ["the card", "gates", "compile gate", "waits for NCCL", "layers", "SDXL", "FLUX"]
@@ -46,3 +50,23 @@ def test_all_sections_run(tmp_path):
     sdxl = {row["name"]: row for row in found["sections"]["SDXL"]["rows"]}
     assert sdxl["sdxl deepcache"]["cached"] == 8 and sdxl["sdxl eager"]["cached"] == 0
     assert sdxl["sdxl deepcache"]["cached_step_ms"] < sdxl["sdxl deepcache"]["computed_step_ms"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_the_gates_open_on_this_card(tmp_path):
+    file = tmp_path / "found.json"
+    script = [sys.executable, str(ROOT / "scripts/bench_gpu.py"), "--sections", "0,1,2,3", "-o", str(file)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and not failed(json.loads(file.read_text())), done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_floats_of_a_reversible_quantization_wait_on_the_cpu():
+    pipe = tiny.make("sd3").to("cuda")
+    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    held = torch.cuda.memory_allocated()
+    with fastdiff.accelerate(pipe, quant={"method": "w8a16", "speed": "smallest"}):
+        assert torch.cuda.memory_allocated() < held
+    assert all(p.is_cuda and torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
