@@ -28,6 +28,7 @@ CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "shapes-unet": {"num_inference_steps": 50, "guidance_scale": 3.0},
     "shapes-dit": {"num_inference_steps": 28, "guidance_scale": 3.0},
 }
+_DTYPE = "torch_dtype" if diffusers.__version__.startswith("0.41.") else "dtype"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -106,7 +107,7 @@ def _read(model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str
     """The pipeline, with these parts in the place of those of its directory."""
     kind = _kind(Path(source)) if parts else DiffusionPipeline
     try:
-        return kind.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **parts)
+        return kind.from_pretrained(source, use_safetensors=True, **{_DTYPE: dtype}, **parts)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
         raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
 
