@@ -54,12 +54,9 @@ DENOISER_CASES = [
 ]
 
 
-def sorted_out(cases: list[tuple[str, str]], family: str, *more: tuple[str, str]) -> list[Any]:
-    """Cases for parametrize; but for one family and some more they are slow: tracing takes seconds each."""
-    return [
-        pytest.param(row, name, id=f"{row}-{name}", marks=() if name == family or (row, name) in more else SLOW)
-        for row, name in cases
-    ]
+def sorted_out(cases: list[tuple[str, str]], *quick: tuple[str, str]) -> list[Any]:
+    """Cases for parametrize; but for some they are slow: tracing takes seconds each."""
+    return [pytest.param(*case, id="-".join(case), marks=() if case in quick else SLOW) for case in cases]
 
 
 class Graphs:
@@ -113,7 +110,16 @@ def leaf(pipe: DiffusionPipeline, name: str) -> Tensor:
     return SHORT[name].deepest_leaf(pipe).weight
 
 
-@pytest.mark.parametrize(("row", "name"), sorted_out(DENOISER_CASES, "pixart", ("deepcache", "sd2")))
+@pytest.mark.parametrize(
+    ("row", "name"),
+    sorted_out(
+        DENOISER_CASES,
+        ("ab_cache output", "pixart"),
+        ("ab_cache stack", "pixart"),
+        ("fora", "pixart"),
+        ("deepcache", "sd2"),
+    ),
+)
 def test_a_computed_and_a_cached_step_are_one_full_graph_each_whatever_the_step(row, name, graphs):
     entry = SHORT[name]
     pipe = entry.make()
@@ -259,7 +265,9 @@ BLOCK_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("row", "name"), sorted_out(BLOCK_CASES, "flux", ("deepcache", "sd2")))
+@pytest.mark.parametrize(
+    ("row", "name"), sorted_out(BLOCK_CASES, ("first_block", "flux"), ("ab_cache stack", "flux"), ("deepcache", "sd2"))
+)
 def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, name, graphs):
     entry, cache = SHORT[name], (STATIC | INSIDE | OUTSIDE)[row]
     pipe = entry.make()

@@ -60,6 +60,7 @@ def test_ranks_of_our_own_draw_the_picture_of_one(model: str, tmp_path: Path) ->
     assert {(event["pid"], event["cat"]) for event in events} >= {(0, "transfer"), (1, "wait"), (1, "compute")}
 
 
+@pytest.mark.slow  # that torchrun's children draw is seen in tests/packaging/test_wheel.py, too
 def test_torchrun(model: str, tmp_path: Path) -> None:
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastdiff")
     words = ("generate", "a cat", "-m", model, "--steps", "2", "--width", "64", "--height", "128", *PATCH)
