@@ -57,6 +57,7 @@ def is_attention(module: Any) -> bool:
 
 def _attention(split: Split, name: str, module: nn.Module, layout: Layout, patches: PatchSet) -> None:
     exchange, by_name = split.exchange(name, "kv"), named(module)
+    talk = split.hidden(lambda shape, *call, **options: _attend(split, exchange, layout, *call, **options))
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
@@ -65,9 +66,17 @@ def _attention(split: Split, name: str, module: nn.Module, layout: Layout, patch
                 return forward(*args, **kwargs)
             if layout.crosses(by_name(args, kwargs)):
                 return forward(*args, **kwargs)
-            with Intercept(lambda *call, **options: _attend(split, exchange, layout, *call, **options)) as mode:
+            done: list[bool] = []
+
+            def attend(
+                query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any
+            ) -> Tensor:
+                done.append(True)
+                return talk((*query.shape[:-1], value.shape[-1]), query, key, value, attn_mask=attn_mask, **how)
+
+            with Intercept(attend):
                 output = forward(*args, **kwargs)
-            if not mode.calls:
+            if not done:
                 raise UnsupportedModel(
                     f"{name} attends without torch's scaled_dot_product_attention (processor "
                     f"{type(module.processor).__name__}); patches need it: set attention.backend = native"
@@ -84,12 +93,13 @@ class Intercept(TorchFunctionMode):
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.attend, self.calls = attend, 0
+        self.attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.unflatten and torch.compiler.is_compiling():  # the only one whose own code cannot be traced
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        self.calls += 1
         return self.attend(*args, **(kwargs or {}))
 
 

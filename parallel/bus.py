@@ -27,6 +27,7 @@ from fastdiff.threads import survivable
 
 from .codec import raw
 from .mesh import Topology
+from .opaque import Opaque
 from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
@@ -82,6 +83,7 @@ class Bus:
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
         self.alone = False  # whether the others are lost, and this rank goes on without them
+        self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}
         self._asked: list[Sent] = []
         self._sending: list[Sent] = []  # of exchanges that are waited for

@@ -23,6 +23,7 @@ from .bus import Bus
 from .mesh import card, join
 from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
+from .opaque import Opaque
 from .split import Forward
 from .tokens import split_tokens
 from .unet import split_decoder, split_unet
@@ -58,6 +59,12 @@ class Crew:
     def agrees(self) -> Callable[[Tensor], Tensor]:
         """A reading of a cache, averaged over the ranks that have to decide alike."""
         return lambda reading: reading if self.bus.alone else self.bus.mean(reading, ("patch", "cfg"))
+
+    def compiled(self, scope: str, patches: PatchSet) -> None:
+        """Layers will be compiled. Raises BadConfig where what is around them would be, too."""
+        if self.bus.topology.patch > 1 and scope == "denoiser":
+            raise BadConfig(f"{self.method.method} cuts the picture inside the denoiser; set compile.scope = blocks")
+        self.bus.opaque = Opaque(patches)
 
     def inside(self, anatomy: Anatomy, patches: PatchSet) -> Callable[[PatchSet], None]:
         """Patch what is inside a denoiser; what is returned patches what goes outside of a cache, around its blocks."""

@@ -6,7 +6,7 @@ nn.GroupNorm (biased, in float32), weighted by the rows of each rank, and halos 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -55,27 +55,33 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
     )
     above, below = padding, max(0, dilation * (size - 1) + 1 - stride - padding)
 
+    def bordered(shape: Sequence[int], x: Tensor) -> Tensor:
+        up, down = split.neighbour(-1), split.neighbour(1)
+        if x.shape[-2] < max(above, below):
+            raise UnsupportedModel(f"{name} needs {max(above, below)} rows of each neighbour; patches are smaller")
+        sends: dict[int, Tensor] = {}
+        shapes: dict[int, tuple[int, ...]] = {}
+        if up is not None:
+            sends |= {up: x[..., :below, :]} if below else {}
+            shapes |= {up: _rows(x, above)} if above else {}
+        if down is not None:
+            sends |= {down: x[..., x.shape[-2] - above :, :]} if above else {}
+            shapes |= {down: _rows(x, below)} if below else {}
+        got = split.swap(exchange, sends, shapes, x.dtype)
+        top = got.get(up) if up is not None else x.new_zeros(_rows(x, above))
+        bottom = got.get(down) if down is not None else x.new_zeros(_rows(x, padding))
+        return torch.cat([part for part in (top, x, bottom) if part is not None], -2)
+
+    talk = split.hidden(bordered)
+
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def halo_forward(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # by the name it has in the layer
             x = input
             if not split.active:
                 return forward(x, *args, **kwargs)
-            up, down = split.neighbour(-1), split.neighbour(1)
-            if x.shape[-2] < max(above, below):
-                raise UnsupportedModel(f"{name} needs {max(above, below)} rows of each neighbour; patches are smaller")
-            sends: dict[int, Tensor] = {}
-            shapes: dict[int, tuple[int, ...]] = {}
-            if up is not None:
-                sends |= {up: x[..., :below, :]} if below else {}
-                shapes |= {up: _rows(x, above)} if above else {}
-            if down is not None:
-                sends |= {down: x[..., x.shape[-2] - above :, :]} if above else {}
-                shapes |= {down: _rows(x, below)} if below else {}
-            got = split.swap(exchange, sends, shapes, x.dtype)
-            top = got.get(up) if up is not None else x.new_zeros(_rows(x, above))
-            bottom = got.get(down) if down is not None else x.new_zeros(_rows(x, padding))
-            whole = torch.cat([part for part in (top, x, bottom) if part is not None], -2)
+            more = above + (padding if split.neighbour(1) is None else below)
+            whole = talk(_rows(x, x.shape[-2] + more), x)
             old = conv.padding
             object.__setattr__(conv, "padding", (*old[:-2], 0, old[-1]))
             try:
@@ -96,6 +102,15 @@ def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) 
     exchange, before = split.exchange(name, "norm"), dict[int, Tensor]()
     split.at_reset(before.clear)
 
+    def told(shape: Sequence[int], own: Tensor) -> Tensor:
+        got = split.swap(exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype)
+        branch = split.step.branch if split.step else 0
+        whole = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
+        before[branch] = own.clone()  # a graph uses its memory again
+        return torch.stack(whole)
+
+    talk = split.hidden(told)
+
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def norm_forward(input: Tensor) -> Tensor:
@@ -107,12 +122,7 @@ def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) 
             mean, variance = _moments(wide, norm.num_groups)
             # where rows differ, a rank counts as much as its pixels
             own = torch.stack([mean, variance, torch.full_like(mean, pixels)])
-            got = split.swap(
-                exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype
-            )
-            branch = split.step.branch if split.step else 0
-            whole = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
-            before[branch] = own
+            whole = talk((2, *own.shape[1:]), own)
             # with its statistics given, each channel of each image is normalized in one pass
             mean, variance = (v.repeat_interleave(channels // norm.num_groups, 1).flatten() for v in whole)
             scale, shift = (None if p is None else p.to(wide.dtype).repeat(batch) for p in (norm.weight, norm.bias))

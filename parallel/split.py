@@ -14,6 +14,7 @@ from fastdiff.clock import Run, Step, StepClock
 
 from .bus import Bus
 from .exchange import Bundle, Exchange
+from .opaque import Talk
 
 if TYPE_CHECKING:
     from .base import ParallelMethod
@@ -61,6 +62,10 @@ class Split:
         made = Exchange(self.bus, layer, kind, "raw" if small else self.method.codec, bundle)
         self._exchanges.append(made)
         return made
+
+    def hidden(self, layer: Talk) -> Talk:
+        """A layer that talks to other ranks, as a graph may hold it."""
+        return layer if self.bus.opaque is None else self.bus.opaque.hidden(layer)
 
     def swap(
         self, exchange: Exchange, sends: dict[int, Tensor], shapes: dict[int, tuple[int, ...]], dtype: torch.dtype,

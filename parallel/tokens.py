@@ -150,7 +150,7 @@ def _block(
                 image = given[stack.takes[0]]
                 _share_out(split, layout, image, given, stack)
                 begin, end = split.parts[split.place]
-                given[stack.takes[0]] = image[:, begin:end]
+                given[stack.takes[0]] = image[:, begin:end].contiguous()  # as later blocks' are: one graph for all
             for key in given.keys() - set(stack.takes):
                 given[key] = pytree.tree_map_only(Tensor, partial(layout.cut, key), given[key])
             output = forward(**given)

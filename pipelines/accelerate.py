@@ -89,6 +89,8 @@ class Accelerated:
             self.crew = self._meet(found)
             if self.crew is not None:
                 patches.call(lambda: None, self.crew.bus.abort)
+                if self.config.compile.enabled:
+                    self.crew.compiled(self.config.compile.scope, patches)
             for anatomy in found:
                 self._install_on(anatomy, patches)
             if self.crew is not None:
@@ -168,8 +170,6 @@ class Accelerated:
             return None
         from fastdiff.parallel.crew import Crew, fingerprint
 
-        if self.config.compile.enabled:
-            raise BadConfig("parallel and compile do not go together: layers talk to other ranks inside the graph")
         dumped = self.config.model_dump(mode="json")
         settings = {
             f"{part}.{key}": str(value) for part, table in dumped.items() for key, value in (table or {}).items()

@@ -361,6 +361,76 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
     return found
 
 
+def in_graphs(rank: int, ranks: int) -> dict:
+    """Blocks are compiled with the layers that talk in them; cfg and parastep, which talk around the denoiser, leave
+    it whole, too."""
+    skips = {"cache": CACHES["first_block"]}
+    found = {
+        "flux patch": compiled("flux", "patch", 4, **skips),
+        "sd3 distrifusion": compiled("sd3", "distrifusion", 2),
+        "sd3 cfg": compiled("sd3", "cfg", 2, "denoiser"),
+        "sd3 parastep": compiled("sd3", "parastep", 2, "denoiser"),
+    }
+    pipe = pipeline("sd3")
+    alone = latents(pipe, "sd3")
+    graphs = {"enabled": True, "backend": "eager"}
+    with fastdiff.accelerate(pipe, parallel={"method": "patch", "on_peer_loss": "local"}, compile=graphs) as handle:
+        assert handle.crew is not None
+        swap = handle.crew.bus.swap
+
+        def lost(kind: str, *rest: Any) -> dict[int, Tensor]:
+            if kind == "kv" and handle.clock.index == 2:
+                raise PeerLost("gone")
+            return swap(kind, *rest)
+
+        handle.crew.bus.swap = lost  # type: ignore[method-assign]
+        assert moved(latents(pipe, "sd3"), alone) < EXACT
+        assert handle.report.notes == ["gone; this rank finished alone"], "an error goes through the operator"
+    return found
+
+
+def in_more_graphs(rank: int, ranks: int) -> dict:
+    """The other families and methods; the stages of a UNet, and its inputs, have a graph for each size."""
+    return {
+        "sd15 distrifusion": compiled("sd15", "distrifusion", 40),
+        **{f"{name} pcpp": compiled(name, "pcpp", 2) for name in ("wan", "pixart", "cogvideox")},
+        "flux ulysses": compiled("flux", "ulysses", 4),
+        "wan cfg": compiled("wan", "cfg", 2),
+        "sd3 aot": compiled("sd3", "distrifusion", 2, backend="aot_eager"),
+    }
+
+
+def compiled(
+    name: str, method: str, most: int, scope: str = "blocks", backend: str = "eager", **levers: Any
+) -> dict[str, str]:
+    """What is compiled gives what it gave before; no step after the first of a kind makes a graph."""
+    from torch._dynamo.mutation_guard import install_generation_tagging_init
+    from torch._dynamo.utils import counters
+
+    pipe = pipeline(name)
+    parallel = {"method": method} | ({"warmup_steps": 1} if method not in ("patch", "cfg", "ulysses") else {})
+    handle = fastdiff.accelerate(pipe, parallel=parallel, **levers)
+    wanted, cached = latents(pipe, name), handle.report.cached
+    assert (cached > 0) is bool(levers)
+    handle.restore()
+    install_generation_tagging_init()  # what dynamo changes of nn.Module once and for all
+    before, stats = snapshot(pipe), counters["stats"]
+    graphs = {"enabled": True, "scope": scope, "backend": backend, "fullgraph": True}
+    handle = fastdiff.accelerate(pipe, parallel=parallel, compile=graphs, **levers)
+    began = stats["unique_graphs"]
+    result = latents(pipe, name)
+    made = stats["unique_graphs"]
+    assert 0 < made - began <= most, f"{name} {method}: {made - began} graphs"
+    assert moved(result, wanted) < EXACT and handle.report.cached == cached, moved(result, wanted)
+    latents(pipe, name, 6)
+    assert stats["unique_graphs"] == made, f"{name} {method}: a longer run made a graph"
+    handle.restore()
+    ran = ("scheduler.", "pipe._num_timesteps")
+    left = [text for text in differences(before, snapshot(pipe)) if not text.startswith(ran)]
+    assert left == [] and not [op for op in vars(torch.ops.fastdiff_parallel) if op.startswith("talk")], left
+    return {"digest": digest(result)}
+
+
 def renewed(rank: int, ranks: int) -> list[int]:
     """What caching leaves out for long is not used when it is too old."""
     pipe = pipeline("sd3")
@@ -458,7 +528,7 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     refuse("world", "sd15", parallel={"method": "patch", "devices": 7})
     refuse("heads", "flux", parallel="ulysses") if ranks == 3 else None
     refuse("unet heads", "sd15", parallel="ulysses")
-    refuse("compiled", "sd15", parallel="patch", compile={"enabled": True})
+    refuse("compiled", "sd15", parallel="patch", compile={"enabled": True, "scope": "denoiser"})
     refuse("vae", "cogvideox", parallel={"method": "patch", "vae": True})
     version, installing.__version__ = installing.__version__, f"0.{rank}"
     refuse("versions", "sd15", parallel="patch")

@@ -17,7 +17,7 @@ NAMES = {
         "picture_to_picture_and_another_size", "strangers_become_alike", "displaced", "displaced_in_many_steps",
         "stepping", "replayed", "cached",
         "renewed", "counted", "still", "broken_off", "ended_early", "guided_for_a_part",
-        "a_lost_cycle_is_computed_again", "refused",
+        "a_lost_cycle_is_computed_again", "in_graphs", "in_more_graphs", "refused",
     ),
     3: (
         "every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed", "counted",
@@ -27,7 +27,7 @@ NAMES = {
     1: ("alone",),
 }  # fmt: skip
 SLOW = {  # minutes on two processors: three and four processes share them
-    2: ("in_float32", "several_pictures", "displaced_in_many_steps"),
+    2: ("in_float32", "several_pictures", "displaced_in_many_steps", "in_more_graphs"),
     3: ("every_family_in_patches", "decoded", "strangers_become_alike", "replayed"),
     4: ("replayed",),
 }
@@ -145,7 +145,7 @@ REASONS = {
     "rows": "rows of latents make 1 units of 8 rows",
     "world": "parallel.devices = 7, but {ranks} processes run",
     "unet heads": "cannot split a unet2d denoiser",
-    "compiled": "parallel and compile do not go together",
+    "compiled": "patch cuts the picture inside the denoiser; set compile.scope = blocks",
     "vae": "parallel.vae: AutoencoderKLCogVideoX cannot decode by rows",
     "configs": "the ranks must have the same parallel.portion: rank",
     "weights": "the ranks must have the same model",
