@@ -26,15 +26,21 @@ class Layers(nn.Module):
             for layer, own in zip(made, ranges, strict=True)
         ]
         self.first, self.second, self.third, self.last = built
+        self.floats = made  # a list: no parts of this one
         for layer in built:
             layer.choose_kernel()
 
     def forward(self, x):
-        return self.last(self.third(self.second(self.first(x)).flatten(2).transpose(1, 2)))
+        return through(x, self.first, self.second, self.third, self.last)
+
+
+def through(x, first, second, third, last):
+    return last(third(second(first(x)).flatten(2).transpose(1, 2)))
 
 
 @torch.no_grad()
 def test_one_graph_holds_for_all_buckets():
+    torch.manual_seed(0)
     present, x = Present(), torch.randn(2, 8, 9, 9)
     layers, counter = Layers(present), CompileCounterWithBackend("aot_eager")
     assert {layer.kernel_name for layer in layers.children()} <= {"onednn", "onednn_7bit", "reference"}
@@ -42,6 +48,7 @@ def test_one_graph_holds_for_all_buckets():
     for bucket in (0, 1, None, 0):
         present.bucket = bucket
         found[bucket], wanted = compiled(x), layers(x)
-        assert float((found[bucket] - wanted).norm() / wanted.norm()) < 1e-2  # a level here and there
+        quantized = (wanted - through(x, *layers.floats)).norm()  # a level is larger where a machine has 7 bits
+        assert float((found[bucket] - wanted).norm() / quantized) < 0.5, "a level here and there"
     assert counter.frame_count == 1
     assert torch.equal(found[1], found[None]) and float((found[0] - found[1]).norm() / found[1].norm()) > 0.05
