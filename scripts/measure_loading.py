@@ -23,11 +23,11 @@ from typing import Annotated
 
 import torch
 import typer
+from measure_quant_memory import disk, mb, saved
 
 import fastdiff
 from fastdiff import output
 from fastdiff.bench.row import command, environment
-from scripts.measure_quant_memory import disk, mb, saved
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "quant-loading.json"
 WAYS = ("float", "load, then quantize", "quantized while read")
@@ -57,8 +57,8 @@ def main(
 
 
 def process(look: str) -> dict[str, float]:
-    own = [sys.executable, "-m", "scripts.measure_loading", "--look", look]
-    done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    own = [sys.executable, __file__, "--look", look]
+    done = subprocess.run(own, check=True, capture_output=True, text=True)
     row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(look.partition("|")[2], row, flush=True)
     return row

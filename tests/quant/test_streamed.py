@@ -123,7 +123,7 @@ def test_files_with_other_names_are_read_by_diffusers_and_quantized_then(tmp_pat
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is looked at as Linux tells it")
 def test_a_large_model_takes_what_its_integers_take(tmp_path):
     """A UNet of 440 MB of float32: with its integers of 110 MB some MB of float layers."""
-    script = [sys.executable, "-m", "scripts.measure_loading", "--width", "160", "--schemes", "w8a16"]
+    script = [sys.executable, "scripts/measure_loading.py", "--width", "160", "--schemes", "w8a16"]
     file = tmp_path / "found.json"
     subprocess.run([*script, "-o", str(file)], cwd=ROOT, check=True, capture_output=True, timeout=900)
     rows = {row["way"]: row for row in json.loads(file.read_text())["rows"]}
