@@ -21,7 +21,8 @@ from fastdiff.parallel.mesh import own_device
 from fastdiff.quant.install import QuantReport
 
 from .quantized_parts import align, is_quantized, load_components
-from .streamed import method_for, rest, streamed
+from .quantizing import method_of
+from .streamed import rest, streamed, structures
 
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -87,9 +88,11 @@ def load_quantized(
             source = str(DiffusionPipeline.download(source, use_safetensors=True))
         except Exception as error:
             raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    method = method_for(quant, Path(source), str(model) if model in embedded() else None)
+    found = structures(Path(source))
+    family = found[0].family if found else None
+    method = method_of(quant, family, str(model) if model in embedded() else None)
     report = QuantReport(method.method)
-    parts = streamed(Path(source), method, dtype, device, report)
+    parts = streamed(found, Path(source), method, dtype, device, report)
     pipe = _read(model, source, dtype, parts)
     align(pipe)
     rest(pipe.to(device), method, parts, report)

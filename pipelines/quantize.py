@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.config import Source, layers_of, resolve
-from fastdiff.errors import BadConfig
+from fastdiff.config import Source
 from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import build, chosen
@@ -22,6 +21,7 @@ from fastdiff.quant.install import QuantReport
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import within
 
+from . import quantizing
 from .accelerate import restore
 from .calibrate import Watch
 from .families import anatomies
@@ -34,12 +34,7 @@ from .ranges import calibrate_ranges
 
 def method_of(pipe: Any, config: Source) -> QuantMethod:
     """The quant method of a config, or of a method's name. Raises BadConfig where there is none."""
-    if isinstance(config, str) and not config.endswith((".toml", ".json")):
-        config = {"quant": config}
-    method = resolve(layers_of(config), anatomies(pipe)[0].family, embedded_name(pipe)).config.quant
-    if not isinstance(method, QuantMethod):
-        raise BadConfig("the config has no [quant] with a method; add --set quant.method=w8a8")
-    return method
+    return quantizing.method_of(config, anatomies(pipe)[0].family, embedded_name(pipe))
 
 
 def quantize(

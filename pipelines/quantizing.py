@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.anatomy import fingerprint
+from fastdiff.anatomy import Family, fingerprint
 from fastdiff.clock import Run, Step, StepClock
+from fastdiff.config import Source, layers_of, resolve
 from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.plans import Each
@@ -195,6 +196,16 @@ def quantize_parts(
     return done
 
 
+def method_of(config: Source, family: Family | None, name: str | None) -> QuantMethod:
+    """The quant method of a config, or of a method's name, for a model. Raises BadConfig where there is none."""
+    if isinstance(config, str) and not config.endswith((".toml", ".json")):
+        config = {"quant": config}
+    method = resolve(layers_of(config), family, name).config.quant
+    if not isinstance(method, QuantMethod):
+        raise BadConfig("the config has no [quant] with a method; add --set quant.method=w8a8")
+    return method
+
+
 def quantize_for_good(
     pipe: Any, method: QuantMethod, found: list[Anatomy], *, calibration: Calibration | None = None,
     learned: Mapping[str, Learned] | None = None,
@@ -221,8 +232,6 @@ def check_options(method: QuantMethod, origin: Origin) -> None:
 
 def print_of(name: str, module: nn.Module) -> str:
     """Class and configuration of a component."""
-    from fastdiff.anatomy import Family
-
     return fingerprint(Anatomy(module, Family(name, "unet"), name))
 
 

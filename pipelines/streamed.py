@@ -18,8 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastdiff.anatomy import Anatomy, recognise
-from fastdiff.config import Source, layers_of, resolve
-from fastdiff.errors import BadConfig
 from fastdiff.quant.activations import Present
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import Found
@@ -49,33 +47,22 @@ class Shards:
         return found
 
 
-def method_for(config: Source, folder: Path, name: str | None) -> QuantMethod:
-    """The quant method of a config, for the pipeline in a folder, which is not loaded yet."""
-    if isinstance(config, str) and not config.endswith((".toml", ".json")):
-        config = {"quant": config}
-    found = next(_anatomies(folder), None)
-    method = resolve(layers_of(config), found.family if found else None, name).config.quant
-    if not isinstance(method, QuantMethod):
-        raise BadConfig("the config has no [quant] with a method; add quant.method, w8a8 for example")
-    return method
-
-
 def streamed(
-    folder: Path, method: QuantMethod, dtype: torch.dtype, device: str, report: QuantReport
+    found: list[Anatomy], folder: Path, method: QuantMethod, dtype: torch.dtype, device: str, report: QuantReport
 ) -> dict[str, nn.Module]:  # fmt: skip
-    """The denoisers of a pipeline's directory that can be read layer by layer, quantized for good; {} where the method
-    needs the float model (rounding that learns, a plan to be made), or the files have other names than the model."""
+    """The denoisers of a pipeline's directory (`structures`) read layer by layer and quantized for good; {} where the
+    method needs the float model (rounding that learns, a plan to be made), or the files of one have other names."""
     plain = method.rounding != "flexround" and method.ranges is None and method.smooth is None and not method.split
     if not plain or isinstance(method.prune, float) or "denoiser" not in method.components:
         return {}
-    found = list(_anatomies(folder))
     methods = {one.component: method.of(one.component, one is found[0]) for one in found}
     made = {
         one.component: _made(one, folder / one.component, own, dtype, device, report)
         for one in found
         if (own := methods[one.component]) is not None
     }
-    return {name: module for name, module in made.items() if module is not None}
+    parts = {name: module for name, module in made.items() if module is not None}
+    return parts if len(parts) == len(made) else {}
 
 
 def rest(pipe: Any, method: QuantMethod, done: Mapping[str, nn.Module], report: QuantReport) -> None:
@@ -88,12 +75,11 @@ def rest(pipe: Any, method: QuantMethod, done: Mapping[str, nn.Module], report: 
     report.notes = [*Quantized(method, report).notes(freed=True)]
 
 
-def _anatomies(folder: Path) -> Iterator[Anatomy]:
+def structures(folder: Path) -> list[Anatomy]:
     """The denoisers of a directory, as structures without weights."""
     named = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    for name in DENOISERS:
-        if (named.get(name) or [None])[0] == "diffusers":
-            yield recognise(empty(folder / name, *named[name]), name, FAMILIES)
+    there = [name for name in DENOISERS if (named.get(name) or [None])[0] == "diffusers"]
+    return [recognise(empty(folder / name, *named[name]), name, FAMILIES) for name in there]
 
 
 def _made(

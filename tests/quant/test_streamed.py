@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines import streamed as reading
 from fastdiff.pipelines.quantized_parts import align
+from fastdiff.quant.install import QuantReport
 from fastdiff.quant.layer import QLayer
+from fastdiff.quant.schemes.w8a16 import W8A16
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +97,17 @@ def test_other_settings_are_obeyed(more, tmp_path):
         assert layers[0] == layers[1]
         for name in layers[0]:
             assert torch.equal(*(one.components[part].get_submodule(name).q for one in (pipe, plain)))
+
+
+def test_of_two_denoisers_both_are_streamed_or_none(monkeypatch, tmp_path):
+    """One that stayed float for the names in its files would be taken for quantized."""
+    one, other = SimpleNamespace(component="transformer"), SimpleNamespace(component="transformer_2")
+    made = {"transformer": torch.nn.Identity(), "transformer_2": None}
+    monkeypatch.setattr(reading, "_made", lambda anatomy, *_: made[anatomy.component])
+    method = W8A16(method="w8a16")
+    told = (tmp_path, method, torch.float32, "cpu", QuantReport("w8a16"))
+    assert reading.streamed([one, other], *told) == {}
+    assert reading.streamed([one], *told) == {"transformer": made["transformer"]}
 
 
 def test_what_was_read_so_can_be_saved_accelerated_and_loaded(tmp_path):
