@@ -22,6 +22,11 @@ KEPT = (
     "*lora_*", "*quant_conv*",
 )  # fmt: skip
 
+# Layers that see one vector an image: modulations (AdaLN), and embedders of time, guidance and pooled text.
+VECTORS = (
+    "*norm*.linear", "*adaln*", "*time_emb*", "*time_text_embed*", "*timestep_embed*", "*add_embedding*",
+)  # fmt: skip
+
 
 class QuantMethod(Method):
     """A scheme: a format of weights, how activations are treated, and the options around them."""
@@ -32,6 +37,9 @@ class QuantMethod(Method):
     skip: tuple[str, ...] = Field((), description="more layers to leave alone: patterns of their names, *attn2* e.g.")
     keep: tuple[str, ...] = Field(
         KEPT, description="what is left alone by default: first and last layers, embeddings of time, norms"
+    )
+    vectors: Literal["float", "int8", "int4"] = Field(
+        "float", description="modulations and embedders of time, kept or not: their weights alone in so many bits"
     )
     group_size: int = Field(
         64, ge=2, le=4096, multiple_of=2, description="weights that share a scale, of 4-bit formats; even"
@@ -90,11 +98,20 @@ class QuantMethod(Method):
 
         `mixed` gives each layer its own.
         """
+        alone = self._alone(name)
         return Recipe(
-            self.weight_format(), self.activations, self.group_size, self.rounding, self.low_rank, self.kernel,
-            self.speed,
+            self.vectors if alone else self.weight_format(), "none" if alone else self.activations, self.group_size,
+            self.rounding, self.low_rank, self.kernel, self.speed,
         )  # fmt: skip
+
+    def _alone(self, name: str) -> bool:
+        """Whether of a layer the weights alone are quantized, whatever the scheme."""
+        return self.vectors != "float" and _named(name, VECTORS)
 
     def takes(self, name: str) -> bool:
         """Whether the layer of this name may be quantized."""
-        return not any(fnmatchcase(name, pattern) for pattern in (*self.keep, *self.skip))
+        return not _named(name, self.skip) and (self._alone(name) or not _named(name, self.keep))
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -12,8 +12,12 @@ from fastdiff.clock import Run, Step, StepClock
 from fastdiff.parallel.mesh import Topology
 from fastdiff.parallel.rehearsal import rehearse
 from fastdiff.patch import PatchSet
+from fastdiff.quant.build import layers_of
+from fastdiff.quant.packing import FORMATS
+from fastdiff.quant.schemes.w4a16 import W4A16
 from fastdiff.recorder import Recorder
 from fastdiff.registry import registry
+from fastdiff.weights import nbytes
 
 from .full_size import model
 
@@ -75,3 +79,20 @@ def test_what_a_rank_of_two_sends_in_a_step(name):
     found = rehearse(anatomy, calls, settings, Topology(1, 1, 2, rank=0)).stale
     assert dict(found.exchanges) == exchanges
     assert {kind: found.sent[kind] for kind in sent} == sent
+
+
+# GB of bf16 and of 4 bits in groups of 64, of the whole denoiser: without modulations and embedders, and with them
+WEIGHTS = {"flux": (23.80, 11.16, 6.35), "wan": (28.58, 7.64, 7.60), "sdxl": (5.13, 1.40, 1.37)}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_w4a16_leaves_of_a_model(name):
+    """Modulations are a quarter of FLUX. Run with -s, it prints the table of docs/gpu.md."""
+    denoiser, found = model(name)[0].denoiser, [nbytes(model(name)[0].denoiser)]
+    for vectors in ("float", "int4"):
+        method = W4A16(vectors=vectors)
+        taken = [layer.layer.weight for layer in layers_of(denoiser) if method.takes(layer.name)]
+        packed = sum(FORMATS["int4"].bytes(*weight.flatten(1).shape, method.group_size) for weight in taken)
+        found.append(found[0] - sum(weight.nbytes for weight in taken) + packed)
+    print(name, *(f"{size / 1e9:.2f} GB" for size in found))
+    assert [round(size / 1e9, 2) for size in found] == list(WEIGHTS[name])
