@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, Literal
@@ -59,7 +60,8 @@ class Cycle:
     def _forget(self, run: Run | None) -> None:
         """Nothing of a run reaches the next one, or stays in memory after it."""
         self.known: list[tuple[float, Tensor]] = []  # time and output (guidance applied) of the newest true steps
-        self._passed: list[tuple[tuple, dict, Tensor, list[Call]]] = []  # each step of the cycle: what the solver got
+        # each step of the cycle: the solver's call, its output, and calls of the denoiser
+        self._passed: list[tuple[inspect.BoundArguments, Tensor, list[Call]]] = []
         self._calls: list[Call] = []  # of the denoiser in this step
         self._mine = torch.empty(0)  # what this rank computed in the cycle
         self._before: dict[str, Any] = {}
@@ -102,20 +104,21 @@ class Cycle:
     def _solve(self, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         run, index = self.clock.run, self.clock.index
         assert run is not None
-        output, args, kwargs = _output(args, kwargs)
+        call = inspect.signature(method).bind(*args, **kwargs)
+        output = call.arguments["model_output"]
         calls, self._calls = self._calls, []
         if index < self.warmup or self.clock.repeats or (self.bus.alone and not self._passed):
             self._learn(run, index, output)
-            return method(output, *args, **kwargs)
+            return method(*args, **kwargs)
         place = (index - self.warmup) % self.length
         if place == 0:
             self._passed, self._before = [], self._state()
-        self._passed.append((args, kwargs, output, calls))
+        self._passed.append((call, output, calls))
         if place == self.place:
             self._mine = output
         ends = place == self.length - 1 or index == run.total - 1
         if not ends and not self.bus.alone:  # in the middle of a cycle a layer may have lost a rank
-            return method(self._mine if place == self.place else self._predicted(run, index), *args, **kwargs)
+            return _again(method, call, model_output=self._mine if place == self.place else self._predicted(run, index))
         return self._replay(method, run, index - place, output)
 
     def _replay(self, method: Callable[..., Any], run: Run, begin: int, like: Tensor) -> Any:
@@ -134,11 +137,10 @@ class Cycle:
         vars(self.clock.scheduler).update(self._before)
         result: Any = None
         passed, self._passed = self._passed, []
-        for k, (args, kwargs, output, calls) in enumerate(passed):
-            given = latents = _sample(method, args, kwargs)
+        for k, (call, output, calls) in enumerate(passed):
+            given = latents = call.arguments["sample"]
             if result is not None:
                 latents = result[0] if isinstance(result, tuple) else result.prev_sample
-                args, kwargs = _with_sample(method, args, kwargs, latents)
             if told is not None:
                 output = told[k]
             elif k or self.place:  # the first step's latents were no guess
@@ -147,7 +149,7 @@ class Cycle:
                     self.recorder.note(f"step {begin + k}, which was lost with a rank, stayed a guess")
                     again = own if k == self.place else self._predicted(run, begin + k)
                 output = again
-            result = method(output, *args, **kwargs)
+            result = _again(method, call, model_output=output, sample=latents)
             self._learn(run, begin + k, output)
         return result
 
@@ -171,25 +173,7 @@ def _shapes(args: tuple, kwargs: dict) -> list[torch.Size]:
     return [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _output(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["model_output"], args, {name: value for name, value in kwargs.items() if name != "model_output"}
-
-
-def _sample_place(method: Callable[..., Any]) -> int:
-    """Where the latents are among a solver's arguments, without the output."""
-    import inspect
-
-    return list(inspect.signature(method).parameters).index("sample") - 1
-
-
-def _sample(method: Callable[..., Any], args: tuple, kwargs: dict) -> Tensor:
-    return kwargs["sample"] if "sample" in kwargs else args[_sample_place(method)]
-
-
-def _with_sample(method: Callable[..., Any], args: tuple, kwargs: dict, latents: Tensor) -> tuple[tuple, dict]:
-    if "sample" in kwargs:
-        return args, {**kwargs, "sample": latents}
-    place = _sample_place(method)
-    return (*args[:place], latents, *args[place + 1 :]), kwargs
+def _again(method: Callable[..., Any], call: inspect.BoundArguments, **other: Tensor) -> Any:
+    """A solver's call with other tensors in the places of some."""
+    call.arguments.update(other)
+    return method(*call.args, **call.kwargs)
