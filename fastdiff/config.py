@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHOD_KINDS = ("cache", "parallel", "quant")
+METHOD_KINDS = ("cache", "parallel", "quant", "solver")
 PATH_KEYS = ("plan", "prune", "ranges")  # may name a file; in a config file its path is relative to that file
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
@@ -80,6 +80,7 @@ class Config(Settings):
     cache: Annotated[SerializeAsAny[Method] | None, _method("cache")] = None
     parallel: Annotated[SerializeAsAny[Method] | None, _method("parallel")] = None
     quant: Annotated[SerializeAsAny[Method] | None, _method("quant")] = None
+    solver: Annotated[SerializeAsAny[Method] | None, _method("solver")] = None
     attention: Attention = Attention()
     compile: Compile = Compile()
 

@@ -29,6 +29,7 @@ from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
+from .solving.install import install as install_solver
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
+            self._solve(found[0], patches)
             self._cached = self._methods(found)
             self.crew = self._meet(found)
             if self.crew is not None:
@@ -107,6 +109,15 @@ class Accelerated:
             return
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
         self.quantized = done
+
+    def _solve(self, main: Anatomy, patches: PatchSet) -> None:
+        method: Any = self.config.solver
+        if method is None:
+            return
+        if self.config.parallel is not None and self.config.parallel.method == "parastep":
+            raise BadConfig("parastep predicts along with the steps of a stock solver; leave out solver, or parastep")
+        plan = method.found(embedded_name(self.pipe))
+        install_solver(self.pipe, plan, main, self.clock, self._recorder.note, patches)
 
     def _methods(self, found: list[Anatomy]) -> dict[str, CacheMethod]:
         """The cache method for each denoiser that it can work on; that it cannot on others is said aloud."""
@@ -217,8 +228,8 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
     """Patch a live pipeline.
 
     config: preset name, path of a .toml or .json file, dict or Config. Keywords (`cache=`, `parallel=`, `quant=`,
-    `attention=`, `compile=`; a method name or a table) override it. A pipeline that is accelerated already is
-    restored first.
+    `solver=`, `attention=`, `compile=`; a method name or a table) override it. A pipeline that is accelerated
+    already is restored first.
 
     Raises BadConfig for a config that means nothing, UnsupportedModel for a method the model cannot use,
     BackendUnavailable for what this machine cannot run; the pipeline is then as it was.

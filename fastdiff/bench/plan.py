@@ -18,11 +18,11 @@ from fastdiff.patch import PatchSet
 from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded_name
+from fastdiff.pipelines.solving.schedulers import TITLES, check_name, solver
 
 from .peer import Peer, Running
 from .peers import peers_for
 from .row import Kind
-from .solvers import TITLES, check_name, solver
 
 
 class Settings(_Frozen):

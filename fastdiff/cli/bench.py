@@ -64,7 +64,8 @@ def bench(
     to_stdout = json is not None and str(json) == "-"
     json_file = None if to_stdout else json
     _check_outputs(json_file, plot, sheet, verdict, overwrite)
-    from fastdiff.bench import metrics, solvers
+    from fastdiff.bench import metrics
+    from fastdiff.pipelines.solving import schedulers as solvers
 
     metrics.require_extra()
     if scheduler is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
+
 from fastdiff.errors import BadConfig, UnknownName
+from fastdiff.listening import unheard
 
 TITLES = {"ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "euler": "Euler", "flowmatch": "flow-matching Euler"}
 _CLASSES = {
@@ -67,3 +71,43 @@ def _end(name: str, config: Any) -> dict[str, Any]:
 
 def _is_flow(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def host(own: Any) -> Any:
+    """A scheduler of one evaluation a step, linear in the model's outputs, that takes any noise levels and solves the
+    very ODE of a pipeline's own: FlowMatchEuler of a flow, else DPM-Solver++(2M).
+
+    Raises BadConfig for a scheduler that adds noise, or clips what the model predicts.
+    """
+    name, config = type(own).__name__, own.config
+    if config.get("thresholding"):
+        raise BadConfig(f"{name} clips each prediction (thresholding), which no weights can stand for; turn it off")
+    if _adds_noise(own):
+        raise BadConfig(
+            f"{name} adds noise of its own, so that there is no picture to converge to; give the pipeline a "
+            "deterministic scheduler such as DPM++, UniPC, DDIM or Euler"
+        )
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return copy.deepcopy(own)
+    if not hasattr(own, "alphas_cumprod") and not _is_flow(own):
+        raise BadConfig(f"{name} has neither a noise schedule in timesteps nor flow matching; no solver can be fitted")
+    return solver("flowmatch" if _is_flow(own) else "dpm++", own)
+
+
+def _adds_noise(scheduler: Any) -> bool:
+    """Whether the same steps, taken twice, end in other latents."""
+    kind, config = type(scheduler).__name__, scheduler.config
+    if "SDE" in kind or "sde" in str(config.get("algorithm_type")) or config.get("stochastic_sampling"):
+        return True
+    ends = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            own = unheard(scheduler)
+            own.set_timesteps(4, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
+            latents = torch.ones(1, 1, 2, 2)
+            for timestep in own.timesteps[:2]:
+                own.scale_model_input(latents, timestep) if hasattr(own, "scale_model_input") else None
+                latents = own.step(torch.zeros_like(latents), timestep, latents, return_dict=False)[0]
+            ends.append(latents)
+    return not torch.equal(*ends)
