@@ -4,10 +4,13 @@ own."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +33,10 @@ from .plan import SolverPlan
 from .schedulers import host, solver
 from .students import Teacher, Trial, taught
 
+Watch: TypeAlias = Callable[[int, int], None]
 _FINER = 1.2  # the teacher's levels lie a little closer at the noise
 _RIDGES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+_BIASES = (-0.2, -0.1, 0.0)  # powers of 1 + (noise / signal)^2 that a step's cost is counted with
 _HELD = 4  # every so many a picture is left out of the fit, to choose by
 
 
@@ -44,7 +49,7 @@ class Candidate:
     error: Tensor
     places: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
-    order: int = 3
+    order: int = 1
 
     def psnr(self, pictures: Tensor) -> float:
         """Mean over some pictures, dB, peak 1."""
@@ -52,13 +57,11 @@ class Candidate:
 
 
 def calibrate_solver(
-    pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, teacher_steps: int = 100,
-    watch: Callable[[int, int], None] | None = None, **call: Any,
-) -> Config:  # fmt: skip
+    pipe: Any, config: Config, prompts: Sequence[str], *, watch: Watch | None = None, **how: Any
+) -> Config:
     """The config with a plan in its solver: the best of a fitted one and stock solvers on pictures left out of the fit.
 
-    Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's quantization on;
-    the teacher takes `teacher_steps`; `watch` is told how many steps of how many are done. An accelerated pipeline is
+    `how` is what `fitting` takes; `watch` is told how many steps of how many are done. An accelerated pipeline is
     restored first.
 
     Raises BadConfig for a scheduler that no weights can stand for, and for too few prompts.
@@ -66,20 +69,78 @@ def calibrate_solver(
     method: Any = config.solver
     if not isinstance(method, Fitted):
         raise BadConfig("a solver is calibrated with --set solver.method=fitted and solver.evaluations=N")
+    with fitting(pipe, config, prompts, watch=watch, after=len(_BIASES) * method.evaluations, **how) as found:
+        plan = found.plan(method.evaluations, method.order)
+    if watch is not None:
+        watch(1, 1)
+    return config.model_copy(update={"solver": method.model_copy(update={"plan": plan})})
+
+
+@contextmanager
+def fitting(
+    pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, teacher_steps: int = 100,
+    watch: Watch | None = None, after: int = 0, **call: Any,
+) -> Iterator[Fitting]:  # fmt: skip
+    """The teacher's trajectories, from which plans of any number of evaluations can be made.
+
+    Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's quantization on;
+    the teacher takes `teacher_steps`, and about `after` steps come after it.
+    """
     if len(prompts) < 2 * _HELD:
         raise BadConfig(
-            f"{len(prompts)} prompts: a solver is fitted on {2 * _HELD} or more, of which a part is held out"
+            f"{len(prompts)} prompts: a solver is fitted on {2 * _HELD} or more, of which one in {_HELD} is held out"
         )
     restore(pipe)
-    [main, *_] = anatomies(pipe)
-    plain, own = twin(pipe, pipe.scheduler), pipe.scheduler
-    work = (teacher_steps + method.evaluations) * -(-len(prompts) // batch)
-    trial = Trial(plain, host(own), lambda: _calls(prompts, seed, batch, call), _ticks(watch, work))
-    fine = power(teacher_steps, _FINER)
-    with accelerate(pipe, Config(quant=config.quant)), taught(trial, fine, len(prompts)) as teacher:
-        found = [*_fitted(trial, teacher, method), *_stock(trial, teacher, own, method.evaluations)]
-        plan = _plan(found, teacher, main, own, method.evaluations, call.get("guidance_scale"))
-    return config.model_copy(update={"solver": method.model_copy(update={"plan": plan})})
+    own, [main, *_] = pipe.scheduler, anatomies(pipe)
+    work = (teacher_steps + after) * -(-len(prompts) // batch)
+    calls = partial(_calls, prompts, seed, batch, call)
+    trial = Trial(twin(pipe, own), host(own), calls, _ticks(watch, work))
+    quantized = nullcontext() if config.quant is None else accelerate(pipe, Config(quant=config.quant))
+    with quantized, taught(trial, power(teacher_steps, _FINER), len(prompts)) as teacher:
+        yield Fitting(trial, teacher, main, own, call.get("guidance_scale"))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A teacher, and what is needed to draw by its side."""
+
+    trial: Trial
+    teacher: Teacher
+    main: Anatomy
+    own: Any
+    guidance_scale: float | None
+
+    def plan(self, evaluations: int, order: int) -> SolverPlan:
+        """The best plan of so many evaluations on the pictures held out."""
+        held = held_out(self.teacher.states.shape[1])
+        rivals = [*self._stock(evaluations)]
+        found = [*self._fitted(evaluations, order), *rivals]
+        chosen = max(found, key=lambda one: one.psnr(held))
+        rival = max(rivals, key=lambda one: one.psnr(held), default=None)
+        return SolverPlan(
+            denoiser=fingerprint(self.main), quantization=quantization(self.main), scheduler=type(self.own).__name__,
+            guidance_scale=self.guidance_scale, shape=self.teacher.shape, use=chosen.use, evaluations=evaluations,
+            order=chosen.order, places=chosen.places, weights=chosen.weights, psnr=round(chosen.psnr(held), 2),
+            stock=rival.use if rival else "", stock_psnr=round(rival.psnr(held), 2) if rival else None,
+        )  # fmt: skip
+
+    def _fitted(self, evaluations: int, order: int) -> Iterator[Candidate]:
+        """Each drawn with all pictures: an error early in the run counts for more or less than one at its end."""
+        cost, levels = costs(self.teacher.gram), self.teacher.levels
+        noise = np.array([n / max(s, 1e-3) for s, n in levels.signal_and_noise(self.teacher.places)])
+        grids = {tuple(best(cost * (1 + noise**2) ** bias, evaluations)) for bias in _BIASES}
+        for points in sorted(grids):
+            yield student(self.trial, self.teacher, points, order)
+
+    def _stock(self, evaluations: int) -> Iterator[Candidate]:
+        """The rivals; one that this pipeline cannot have is none."""
+        for name in ("own", "dpm++", "unipc"):
+            try:
+                scheduler = unheard(self.own) if name == "own" else solver(name, self.own)
+                last = self.trial.stock(scheduler, evaluations)
+            except (BadConfig, ValueError):
+                continue
+            yield Candidate(name, _distance(last, self.teacher))
 
 
 def held_out(count: int) -> Tensor:
@@ -87,41 +148,11 @@ def held_out(count: int) -> Tensor:
     return torch.arange(count) % _HELD == _HELD - 1
 
 
-def _fitted(trial: Trial, teacher: Teacher, method: Fitted) -> Iterator[Candidate]:
-    points = best(costs(teacher.gram), method.evaluations)
-    yield student(trial, teacher, points, method.order)
-
-
-def _stock(trial: Trial, teacher: Teacher, own: Any, evaluations: int) -> Iterator[Candidate]:
-    """The rivals; one that this pipeline cannot have is none."""
-    for name in ("own", "dpm++", "unipc"):
-        try:
-            scheduler = unheard(own) if name == "own" else solver(name, own)
-            last = trial.stock(scheduler, evaluations)
-        except (BadConfig, ValueError):
-            continue
-        yield Candidate(name, _distance(last, teacher))
-
-
 def _distance(last: Tensor, teacher: Teacher) -> Tensor:
     return (last.flatten(1).float().cpu() - teacher.states[-1]).square().mean(1)
 
 
-def _plan(
-    found: Sequence[Candidate], teacher: Teacher, main: Anatomy, own: Any, evaluations: int, guidance: Any
-) -> SolverPlan:
-    held = held_out(teacher.states.shape[1])
-    chosen = max(found, key=lambda one: one.psnr(held))
-    rival = max((one for one in found if one.use != "fitted"), key=lambda one: one.psnr(held), default=None)
-    return SolverPlan(
-        denoiser=fingerprint(main), quantization=quantization(main), scheduler=type(own).__name__, shape=teacher.shape,
-        guidance_scale=None if guidance is None else float(guidance), use=chosen.use, order=chosen.order,
-        evaluations=evaluations, places=chosen.places, weights=chosen.weights, psnr=round(chosen.psnr(held), 2),
-        stock=rival.use if rival else "", stock_psnr=round(rival.psnr(held), 2) if rival else None,
-    )  # fmt: skip
-
-
-def _ticks(watch: Callable[[int, int], None] | None, work: int) -> Callable[[], None]:
+def _ticks(watch: Watch | None, work: int) -> Callable[[], None]:
     done = count(1)
     return lambda: watch(min(next(done), work), work) if watch is not None else None
 

@@ -28,7 +28,7 @@ class Fitted(Method):
 
     method: Literal["fitted"] = "fitted"
     evaluations: int = Field(10, ge=1, le=1_000, description="calls of the model a picture; what calibrate plans for")
-    order: int = Field(3, ge=1, le=8, description="model outputs that calibrate makes a step of")
+    order: int = Field(4, ge=1, le=8, description="model outputs that calibrate makes a step of")
     plan: Annotated[SolverPlan | None, BeforeValidator(read_plan)] = Field(
         None, description="what calibrate found, or the path of its file; None: the one that comes with the model"
     )

@@ -37,7 +37,7 @@ class SolverPlan(Settings):
     shape: tuple[int, ...] = Field((), max_length=8, description="shape of the denoiser's input, without the batch")
     use: Literal["fitted", "own", "dpm++", "unipc"] = "fitted"
     evaluations: int = Field(ge=1, le=1_000)
-    order: int = Field(3, ge=1, le=8, description="model outputs that a step is made of")
+    order: int = Field(4, ge=1, le=8, description="model outputs that a step is made of")
     places: tuple[float, ...] = Field((), max_length=1_001)
     weights: tuple[tuple[float, ...], ...] = Field((), max_length=1_000)
     psnr: float | None = Field(None, description="its latents' PSNR to the teacher's on these, dB, peak 1")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from fastdiff.listening import same
+
 from .combine import At, onward
 from .levels import Levels, put
 from .lockstep import replaced
@@ -32,7 +34,7 @@ def on_plan(host: Any, own: Any, plan: SolverPlan, say: Callable[[str], None]) -
     @wraps(base.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.step(self, model_output, timestep, sample, *args, **kwargs)
-        if not plan.weights:
+        if not any(plan.weights):
             return result
         index, kept = self.step_index - 1, self._fastdiff_seen
         if len(kept) < min(index, plan.order - 1):
@@ -47,5 +49,5 @@ def on_plan(host: Any, own: Any, plan: SolverPlan, say: Callable[[str], None]) -
         "save_pretrained": lambda self, *a, **k: own.save_pretrained(*a, **k),
         "_fastdiff_seen": (), "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
     }  # fmt: skip
-    host.__class__ = type(base.__name__, (base,), body)
+    host.__class__ = same(base)(base.__name__, (base,), body)
     return host
