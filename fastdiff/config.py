@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 METHOD_KINDS = ("cache", "parallel", "quant", "solver")
+OFF = "off"  # in the place of a method: none, whatever weaker layers say
 PATH_KEYS = ("plan", "prune", "ranges")  # may name a file; in a config file its path is relative to that file
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
@@ -215,7 +216,7 @@ def _apply_defaults(merged: dict[str, Any], kind: str, family: Family | None, or
 def _merge(into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
     for key, value in values.items():
         if key in METHOD_KINDS and isinstance(value, str):
-            value = {"method": value}
+            value = None if value == OFF else {"method": value}
         if isinstance(value, Method):
             value = value.model_dump()
         old = into.get(key)

@@ -32,6 +32,9 @@ def install(
     _count(pipe, plan.evaluations, patches)
 
     def compare(run: Run) -> None:
+        asked = getattr(pipe.scheduler, "_fastdiff_asked", None)
+        if asked not in (None, plan.evaluations):
+            note(f"the solver's plan of {plan.evaluations} evaluations takes the place of {asked} steps")
         for text in plan.differences(run, anatomy):
             note(text)
 

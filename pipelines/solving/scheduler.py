@@ -29,7 +29,7 @@ def on_plan(host: Any, own: Any, plan: SolverPlan, say: Callable[[str], None]) -
         base.set_timesteps(self, plan.evaluations, device=device, **({} if mu is None else {"mu": mu}))
         if plan.places:
             put(self, plan.places, Levels.of(self, mu), device)
-        self._fastdiff_seen = ()
+        self._fastdiff_seen, self._fastdiff_asked = (), given.get("num_inference_steps")
 
     @wraps(base.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
