@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
@@ -21,6 +21,17 @@ from .region import Memory, Region
 Forward = Callable[..., Any]
 Weigh = Callable[[int, Sequence[int]], Sequence[float]]
 Correct = Callable[[int, int, Tensor], Tensor]
+Share = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[tuple[NonNegativeInt, ...], AfterValidator(lambda steps: tuple(sorted(set(steps))))]
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{list(ends)} is no range: give two shares from 0 to 1, the smaller one first")
+    return ends
+
+
+Span = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 
 
 class CacheMethod(Method):

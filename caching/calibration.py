@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -168,17 +168,13 @@ class Stopwatch:
 
     @contextmanager
     def on(self, regions: Sequence[Region]) -> Iterator[None]:
-        hooks: list[Any] = []
-        for region in regions:
-            for unit in region.units:
-                hooks += self._hooks(region.name, unit)
-        try:
+        with ExitStack() as hooks:
+            for region in regions:
+                for unit in region.units:
+                    self._hook(region.name, unit, hooks)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _hooks(self, name: str, unit: nn.Module) -> list[Any]:
+    def _hook(self, name: str, unit: nn.Module, hooks: ExitStack) -> None:
         begun: list[float] = []
 
         def now() -> float:
@@ -189,7 +185,5 @@ class Stopwatch:
         def ended(*_: Any) -> None:
             self.seconds[name] = self.seconds.get(name, 0.0) + now() - begun.pop()
 
-        return [
-            unit.register_forward_pre_hook(lambda *_: begun.append(now())),
-            unit.register_forward_hook(ended),
-        ]
+        hooks.enter_context(unit.register_forward_pre_hook(lambda *_: begun.append(now())))
+        hooks.enter_context(unit.register_forward_hook(ended))

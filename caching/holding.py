@@ -21,7 +21,7 @@ _MEMORY = Path("/proc/meminfo")  # of Linux
 
 
 def bytes_of(leaves: Sequence[Any]) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tensors(leaves))
+    return sum(leaf.nbytes for leaf in tensors(leaves))
 
 
 def free(device: torch.device) -> int | None:

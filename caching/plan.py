@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, field_validator, model_validator
 
+from fastdiff import plans
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
-from fastdiff.method import Settings, read_json
-from fastdiff.plans import Each, is_several
+from fastdiff.method import Settings
 
 Floats = NDArray[np.float64]
-LARGEST = 64 << 20  # bytes
-_FOUND = {"missing": "missing", "extra_forbidden": "unknown to it"}
 
 PLAN = "what calibrate found, or the path of its file; of several denoisers one each, by component"
 VERSION: Literal[2] = 2
@@ -145,43 +142,17 @@ class Schedule(Plan):
         return tuple(chosen)
 
 
-def read_plan(path: Path, kind: type[Plan]) -> Plan | Each[Plan]:
-    """What a plan file holds, one plan or one for each denoiser. Raises ValueError, in one sentence, for a file that is
-    missing, broken or no plan of that kind."""
-    name = f"plan file {str(path)!r}"
-    values = read_json(path, name, "plan", "make one with fastdiff calibrate", LARGEST)
-    if not is_several(values):
-        return _plan(values, kind, name)
-    return Each[kind]({part: _plan(plan, kind, name, f"{part}.") for part, plan in values.items()})  # type: ignore[valid-type]
-
-
-def _plan(values: Any, kind: type[Plan], name: str, part: str = "") -> Plan:
-    if not isinstance(values, dict) or not {"version", "denoiser", "sigmas"} <= values.keys():
+def _known(values: Any, name: str) -> None:
+    """Raises ValueError for what is no plan, or one of another version."""
+    if not isinstance(values, Mapping) or not {"version", "denoiser", "sigmas"} <= values.keys():
         raise ValueError(f"{name} holds no plan; make one with fastdiff calibrate")
     if values["version"] != VERSION:
         raise ValueError(f"{name} has version {values['version']!r}, this fastdiff reads {VERSION}; calibrate again")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = part + ".".join(str(part) for part in first["loc"])
-        if first["type"] in ("missing", "extra_forbidden"):
-            raise ValueError(f"{name} was made for another cache method: {where} is {_FOUND[first['type']]}") from None
-        why = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{where}: {first['msg'].lower()}"
-        raise ValueError(f"{name} is damaged: {why}") from None
 
 
 def from_file(kind: type[Plan]) -> BeforeValidator:
     """Lets a setting name a plan file where it wants a plan, or one for each denoiser."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, str | Path):
-            return read_plan(Path(value).expanduser(), kind)
-        if isinstance(value, Mapping):  # told which of the two, pydantic finds fault with one of them only
-            return (Each[kind] if is_several(value) else kind).model_validate(value)  # type: ignore[valid-type]
-        return value
-
-    return BeforeValidator(read)
+    return plans.from_file(kind, "plan file", "make one with fastdiff calibrate", _known)
 
 
 def quantization(anatomy: Anatomy) -> str | None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import base64
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from .method import Settings
 
 
+def _numbers(text: str) -> str:
+    decoded(text)
+    return text
+
+
+Numbers = Annotated[str, AfterValidator(_numbers)]  # float32 in base64, so that a plan is one JSON file
+
+
 class Affine(Settings):
-    """y = scale * x + shift; both are kept as float32 in base64, so that a plan is one JSON file."""
+    """y = scale * x + shift."""
 
-    scale: str = Field(max_length=1_000_000)
-    shift: str = Field(max_length=1_000_000)
-
-    @field_validator("scale", "shift")
-    @classmethod
-    def _numbers(cls, text: str) -> str:
-        decoded(text)
-        return text
+    scale: Numbers = Field(max_length=1_000_000)
+    shift: Numbers = Field(max_length=1_000_000)
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor) -> Affine:

@@ -81,6 +81,11 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
+def nbytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
 def _library(kind: type) -> str | None:
     """The quantizing library that a class comes from: its own package, or one that Hugging Face wraps."""
     places = kind.__module__.split(".")

@@ -226,14 +226,20 @@ class Bus:
 
     def gather(self, kind: str, layer: str, tensor: Tensor, axis: str, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """The tensors of all ranks of a group along one axis of the mesh, whose shapes are known."""
-        ranks = self.topology.group(axis)
-        own = self.topology.rank
-        message = tensor.contiguous().reshape(-1).view(torch.uint8)
-        sizes = {r: torch.Size(s).numel() * tensor.itemsize for r, s in zip(ranks, shapes, strict=True) if r != own}
-        got = self.swap(kind, layer, dict.fromkeys(sizes, message), sizes)
+        own = tensor.contiguous()
+        return self.deal(kind, layer, [own] * len(shapes), axis, shapes)
+
+    def deal(
+        self, kind: str, layer: str, parts: Sequence[Tensor], axis: str, shapes: Sequence[Sequence[int]]
+    ) -> list[Tensor]:  # fmt: skip
+        """Part k goes to the k-th rank of a group along one axis, whose part for us has the k-th shape."""
+        ranks, own, like = self.topology.group(axis), self.topology.rank, parts[0]
+        messages = {rank: raw(part) for rank, part in zip(ranks, parts, strict=True) if rank != own}
+        sizes = {r: torch.Size(s).numel() * like.itemsize for r, s in zip(ranks, shapes, strict=True) if r != own}
+        got = self.swap(kind, layer, messages, sizes)
         return [
-            tensor if rank == own else got[rank].view(tensor.dtype).reshape(tuple(shape))
-            for rank, shape in zip(ranks, shapes, strict=True)
+            part if rank == own else got[rank].view(like.dtype).reshape(tuple(shape))
+            for rank, part, shape in zip(ranks, parts, shapes, strict=True)
         ]
 
     def mean(self, value: Tensor, axes: Sequence[str]) -> Tensor:

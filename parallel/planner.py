@@ -22,20 +22,6 @@ from .rehearsal import Call, Part, Rehearsed, rehearse
 
 
 @dataclass(frozen=True)
-class Overhead:
-    """Seconds a step that no splitting saves (launches, small kernels, copies), for a picture of so many pixels."""
-
-    fixed: float = 0.0
-    per_pixel: float = 0.0
-
-    def of(self, pixels: int) -> float:
-        return self.fixed + self.per_pixel * pixels
-
-
-A100 = Overhead(0.015, 7.6e-3 / 2**20)  # least error over DistriFusion's published SDXL table
-
-
-@dataclass(frozen=True)
 class Site:
     """What a plan is for. link: bytes a second that a rank can send; latency: seconds; output: bytes of what the
     solver is given at a step; weights: bytes of the whole pipeline; memory: bytes of a device. With `one_step`, the

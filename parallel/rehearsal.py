@@ -7,7 +7,6 @@ device nothing is computed, and models of any size can be rehearsed.
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
+from fastdiff.timing import Moments
 
 from .base import ParallelMethod
 from .bus import Bus, Pending, Traffic
@@ -160,19 +160,12 @@ class _Player:
 
     def seconds(self, indices: Sequence[int]) -> float:
         """The least of some steps: what else the machine does only adds."""
-        found = []
         self.bus.begin()
+        moments = Moments(self.bus.device)
         for index in indices:
-            self._wait()
-            began = time.perf_counter()
             self.step(index)
-            self._wait()
-            found.append(time.perf_counter() - began)
-        return min(found)
-
-    def _wait(self) -> None:
-        if self.bus.device.type == "cuda":
-            torch.cuda.synchronize(self.bus.device)
+            moments.mark()
+        return min(moments.seconds())
 
 
 class Tally(TorchFunctionMode):

@@ -75,6 +75,13 @@ class Split:
         alike = (self.shape, dtype, whole)
         return exchange.swap(sends, shapes, dtype, self.step, self.fresh, self.method.max_age, alike)
 
+    def whole(self, own: Tensor, dim: int, what: str = "the output") -> Tensor:
+        """What all ranks have of a tensor, put together along the dimension that is split, in units of `parts`."""
+        begin, end = self.parts[self.place]
+        factor, shape = own.shape[dim] // (end - begin), list(own.shape)
+        shapes = [[*shape[:dim], (end - begin) * factor, *shape[dim:][1:]] for begin, end in self.parts]
+        return torch.cat(self.bus.gather("output", what, own, "patch", shapes), dim)
+
     def once(self, module: nn.Module, rule: str) -> bool:
         """Whether a rule is not on a module yet; from now on it is."""
         new = (id(module), rule) not in self._ruled

@@ -177,11 +177,6 @@ def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any
 def _whole(split: Split, stack: Stack, output: Any) -> Any:
     """The last block's output with the tokens of all ranks."""
     if isinstance(output, Tensor):
-        return _gathered(split, output)
+        return split.whole(output, 1)
     place = stack.returns.index(stack.takes[0])
-    return tuple(_gathered(split, part) if k == place else part for k, part in enumerate(output))
-
-
-def _gathered(split: Split, tokens: Tensor) -> Tensor:
-    shapes = [(tokens.shape[0], end - begin, *tokens.shape[2:]) for begin, end in split.parts]
-    return torch.cat(split.bus.gather("output", "the output", tokens, "patch", shapes), 1)
+    return tuple(split.whole(part, 1) if k == place else part for k, part in enumerate(output))

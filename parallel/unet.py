@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -82,12 +82,8 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
                 given[key] = pytree.tree_map_only(Tensor, lambda leaf: _cut(leaf, split, height), given[key])
         return (), given
 
-    def whole(output: Tensor) -> Tensor:
-        shapes = [(*output.shape[:-2], end - begin, output.shape[-1]) for begin, end in split.parts]
-        return torch.cat(bus.gather("output", "the output", output, "patch", shapes), -2)
-
     _rules(split, unet, patches)
-    patches.wrap_forward(unet, lambda forward: around(split, forward, change, whole))
+    patches.wrap_forward(unet, lambda forward: around(split, forward, change, partial(split.whole, dim=-2)))
 
 
 def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: PatchSet) -> None:
@@ -108,12 +104,7 @@ def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: Pat
         given[name] = _cut(given[name], split, rows)
         return (), given
 
-    def whole(output: Tensor) -> Tensor:
-        begin, end = split.parts[split.place]
-        factor = output.shape[-2] // (end - begin)
-        shapes = [(*output.shape[:-2], (e - b) * factor, output.shape[-1]) for b, e in split.parts]
-        return torch.cat(bus.gather("output", "the decoded picture", output, "patch", shapes), -2)
-
+    whole = partial(split.whole, dim=-2, what="the decoded picture")
     _rules(split, decoder, patches)
     patches.wrap_forward(decoder, lambda forward: around(split, forward, change, whole))
 

@@ -99,13 +99,11 @@ def _pass(
         for anatomy in found:
             patches.wrap_forward(anatomy.denoiser, loops.ear(anatomy.component, lambda: handle.clock.now))
         put(handle, found)
-        try:
+        with handle:
             loops.listen(handle.clock)
             for drawing in drawings:
                 drawing.loops, drawing.weights = loops, quantization(drawing.anatomy)
             draw(handle)
-        finally:
-            handle.restore()
     finally:
         patches.restore()
 

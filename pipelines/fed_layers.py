@@ -38,18 +38,15 @@ def with_fed_layers(
     handle = Accelerated(pipe, Resolved(config, {}))
     put(handle, found)
     plans: dict[str, Corrected] = {}
-    try:
-        with ExitStack() as stack:
-            fits: dict[str, Fits] = {}
-            for anatomy in found:
-                own = method.of(anatomy.component, anatomy is found[0])
-                if isinstance(own, CacheQuant):
-                    plans[anatomy.component], fits[anatomy.component] = own.found, {}
-                    heard = _heard(handle.clock, own, anatomy, floats[anatomy.component], fits[anatomy.component])
-                    stack.enter_context(heard)
-            draw(handle)
-    finally:
-        handle.restore()
+    with handle, ExitStack() as stack:
+        fits: dict[str, Fits] = {}
+        for anatomy in found:
+            own = method.of(anatomy.component, anatomy is found[0])
+            if isinstance(own, CacheQuant):
+                plans[anatomy.component], fits[anatomy.component] = own.found, {}
+                heard = _heard(handle.clock, own, anatomy, floats[anatomy.component], fits[anatomy.component])
+                stack.enter_context(heard)
+        draw(handle)
     plans = {name: plan.model_copy(update={"layers": _solved(fits[name])}) for name, plan in plans.items()}
     plan = Each[Corrected](plans) if isinstance(method.plan, Each) else plans[found[0].component]
     return config.model_copy(update={"cache": method.with_plan(plan)})
@@ -88,11 +85,9 @@ def _heard(
 
         return ended
 
-    hooks: list[Any] = [layer.register_forward_hook(hook(path), with_kwargs=True) for path, layer in quantized.items()]
-    hooks.append(last.register_forward_hook(lambda *_: served.__setitem__(0, True)))
-    hooks.append(anatomy.denoiser.register_forward_pre_hook(lambda *_: served.__setitem__(0, False)))
-    try:
+    with ExitStack() as hooks:
+        for path, layer in quantized.items():
+            hooks.enter_context(layer.register_forward_hook(hook(path), with_kwargs=True))
+        hooks.enter_context(last.register_forward_hook(lambda *_: served.__setitem__(0, True)))
+        hooks.enter_context(anatomy.denoiser.register_forward_pre_hook(lambda *_: served.__setitem__(0, False)))
         yield
-    finally:
-        for one in hooks:
-            one.remove()

@@ -38,18 +38,11 @@ def hear_each(
         for calls in heard.values():
             calls.listen(lambda: handle.clock.now, patches)
         put(handle, found)
-        try:
+        with handle:
             draw_all(handle, prompts, seed, batch, watch, call)
-        finally:
-            handle.restore()
     finally:
         patches.restore()
     return heard
-
-
-def hear(pipe: Any, prompts: Sequence[str], **how: Any) -> Calls:
-    """Calls of the main denoiser, as `hear_each` hears them."""
-    return next(iter(hear_each(pipe, prompts, **how).values()))
 
 
 def planned(heard: Mapping[str, Calls], plan: Callable[[Calls], P]) -> P | Each[P]:

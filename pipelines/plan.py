@@ -17,6 +17,7 @@ from fastdiff.parallel.codec import Codec
 from fastdiff.parallel.planner import Plan, Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call
 from fastdiff.patch import PatchSet
+from fastdiff.weights import nbytes
 
 from .accelerate import restore
 from .families import anatomies
@@ -43,9 +44,10 @@ def plan_parallel(
         raise BadConfig(f"devices = {devices}, link = {link:g}: a plan needs 2 devices or more, and a link above 0")
     restore(pipe)
     anatomy, calls, output = observe(pipe, size)
+    weights = sum(nbytes(part) for part in pipe.components.values() if isinstance(part, nn.Module))
     site = Site(
-        devices, link, latency, steps or call_defaults(pipe).get("num_inference_steps", 50), output,
-        sum(_bytes(module) for module in _modules(pipe)), memory or device_memory(pipe.device, devices),
+        devices, link, latency, steps or call_defaults(pipe).get("num_inference_steps", 50), output, weights,
+        memory or device_memory(pipe.device, devices),
     )  # fmt: skip
     one = alone(anatomy, calls)
     return plan(one, trials(anatomy, calls, devices, one, codec), site)
@@ -73,6 +75,7 @@ def observe(pipe: Any, size: int | None) -> tuple[Anatomy, list[Call], int]:
 
     known = inspect.signature(pipe.__call__).parameters
     sides = {} if size is None else {"height": size, "width": size}
+    told = {name: value for name, value in call_defaults(pipe).items() if name == "guidance_scale"} | sides
     if "prompt" not in known or not sides.keys() <= known.keys():
         raise UnsupportedModel(f"{type(pipe).__name__} draws no picture of a given size from a prompt: nothing to plan")
     with PatchSet() as patches:
@@ -80,7 +83,7 @@ def observe(pipe: Any, size: int | None) -> tuple[Anatomy, list[Call], int]:
             patches.wrap_forward(anatomy.denoiser, watch(anatomy))
         patches.set(pipe.scheduler, "step", step)
         try:
-            pipe("a photo", num_inference_steps=2, output_type="latent", **_guidance(pipe), **sides)
+            pipe("a photo", num_inference_steps=2, output_type="latent", **told)
         except _Seen:
             pass
         except ValueError as error:  # how diffusers refuses arguments
@@ -90,18 +93,6 @@ def observe(pipe: Any, size: int | None) -> tuple[Anatomy, list[Call], int]:
         raise UnsupportedModel(f"{type(pipe).__name__} took no step of its solver: nothing to plan")
     anatomy = calls[0][0]
     return anatomy, [call for found, call in calls if found is anatomy], output[0]
-
-
-def _guidance(pipe: Any) -> dict[str, Any]:
-    return {name: value for name, value in call_defaults(pipe).items() if name == "guidance_scale"}
-
-
-def _modules(pipe: Any) -> list[nn.Module]:
-    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def device_memory(device: torch.device, devices: int) -> float:

@@ -23,20 +23,22 @@ Heard = Mapping[str, Calls]
 
 
 def plan(
-    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4,
+    pipe: Any, method: QuantMethod, prompts: Sequence[str], *, moments: int = 4, seed: int = 0, batch: int = 4,
     watch: Watch | None = None, **call: Any,
 ) -> BitPlan | PrunePlan | Each:  # fmt: skip
     """What `quantize` plans before it begins: what `prune`, a number, removes, or the bits of `mixed`; of several
-    denoisers for each.
+    denoisers for each. A plan of bits that is there is made again, from what it measured.
 
-    Raises BadConfig for a method that plans nothing.
+    Draws `prompts` once with the pipeline's arguments `call`; all is measured on the calls heard at `moments` steps
+    spread over the runs, in all branches. Raises BadConfig for a method that plans nothing.
     """
-    if not (isinstance(method.prune, float) or (isinstance(method, Mixed) and method.plan is None)):
+    if not isinstance(method.prune, float) and not isinstance(method, Mixed):
         raise BadConfig("there is nothing to plan: set quant.prune to an error, 0.03 say, or quant.method to mixed")
     targets(pipe, method, anatomies(pipe))
-    heard = hear_each(pipe, prompts, moments=4, seed=seed, batch=batch, **call)
-    found = with_plans(method, heard, watch)
-    made: Any = found.plan if isinstance(found, Mixed) else found.prune
+    heard = hear_each(pipe, prompts, moments=moments, seed=seed, batch=batch, **call)
+    if isinstance(method, Mixed):
+        return planned(heard, lambda calls: method.planned(calls, watch))
+    made: Any = with_plans(method, heard, watch).prune
     return made
 
 

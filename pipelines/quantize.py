@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
-
-import torch
 
 from fastdiff.config import Source
 from fastdiff.quant.activations import Present
@@ -20,6 +19,7 @@ from fastdiff.quant.calls import Calls, swapped
 from fastdiff.quant.install import QuantReport
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import within
+from fastdiff.quant.timed import seconds
 
 from . import quantizing
 from .accelerate import restore
@@ -127,12 +127,5 @@ def _times(heard: Mapping[str, Calls], compiled: bool) -> tuple[float | None, fl
 
 def _milliseconds(calls: Calls) -> float:
     """The fastest call of three passes over them: others may hold the machine for most of the time."""
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        for _output in calls.outputs():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-            start = time.perf_counter()
-    return 1000 * best
+    passes = (calls.outputs() for _ in range(3))
+    return 1000 * min(seconds(partial(next, outputs), t.device) for outputs in passes for t in calls.truth)

@@ -42,15 +42,12 @@ def calibrate_ranges(
     }
     handle = Accelerated(pipe, Resolved(Config(), {}))
     put(handle, found)
-    try:
-        with ExitStack() as stack:
-            for name, observer in seen.items():
-                observer.listen(handle.clock)
-                timed = parts[name] if any(a.component == name for a in found) else None
-                stack.enter_context(observer.watching(timed))
-            draw_all(handle, prompts, seed, batch, watch, corrupted(call, seed) if corrupt else call)
-    finally:
-        handle.restore()
+    with handle, ExitStack() as stack:
+        for name, observer in seen.items():
+            observer.listen(handle.clock)
+            timed = parts[name] if any(a.component == name for a in found) else None
+            stack.enter_context(observer.watching(timed))
+        draw_all(handle, prompts, seed, batch, watch, corrupted(call, seed) if corrupt else call)
     return _found(method, parts, seen, found, len(prompts))
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Range = tuple[float | Tensor, int | Tensor]  # scale and zero
 _CHUNK = 1 << 17  # elements that stay in a core's cache from one pass to the next
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Quantized rows [n, channels], uint8; `scale` is a number, or [n, 1] with a scale for each row.
+    """Quantized rows [n, channels], uint8 or, where all are 128 lower, int8; `scale` is a number, or [n, 1] with a
+    scale for each row.
 
     Numbers that were found on a device, or are looked up in a graph, are tensors without dimensions.
     """
@@ -33,6 +35,13 @@ class Levels:
     def by_row(self) -> Tensor | None:
         """The scale, where each row has its own."""
         return self.scale if isinstance(self.scale, Tensor) and self.scale.ndim == 2 else None
+
+    @property
+    def signed(self) -> Levels:
+        """The same as int8."""
+        if self.q.dtype == torch.int8:
+            return self
+        return Levels((self.q ^ 128).view(torch.int8), self.scale, self.zero - 128)
 
     def values(self) -> Tensor:
         return (self.q.float() - self.zero) * self.scale
@@ -130,31 +139,29 @@ def between(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def fixed(
-    rows: Tensor, scale: float | Tensor, zero: int | Tensor, top: int, inverse: Tensor | None = None
-) -> Levels:  # fmt: skip
-    """Levels 0 .. top; `inverse` [channels] multiplies the input first."""
-    factor = 1 / scale if inverse is None else inverse / scale
-    return Levels(_quantized(rows, factor, zero, top), scale, zero)
-
-
-def ranged(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
-    """Levels of the tensor's own range, which always holds 0. NaN makes the range, and so all values, NaN."""
-    rows = rows if inverse is None else rows * inverse
-    edges = torch.aminmax(rows)
+def range_of(rows: Tensor, top: int, inverse: Tensor | None = None) -> Range:
+    """Scale and zero of the tensor's own range, which always holds 0. NaN makes the scale, and so all values, NaN."""
+    edges = torch.aminmax(rows if inverse is None else rows * inverse)
     if _launched(rows):  # to read the edges would be a wait
-        return fixed(rows, *between(edges[0].float().clamp_max(0), edges[1].float().clamp_min(0), top), top)
+        return between(edges[0].float().clamp_max(0), edges[1].float().clamp_min(0), top)
     least, most = (float(edge) for edge in edges)
     if not abs(most - least) < float("inf"):
-        return Levels(torch.zeros_like(rows, dtype=torch.uint8), float("nan"), 0)
-    return fixed(rows, *scale_and_zero(min(least, 0.0), max(most, 0.0), top), top)
+        return float("nan"), 0
+    return scale_and_zero(min(least, 0.0), max(most, 0.0), top)
 
 
-def per_token(rows: Tensor, top: int, inverse: Tensor | None = None) -> Levels:
-    """Symmetric levels around top // 2 + 1, with a float32 scale for each row. NaN makes the scale of its row NaN."""
+def quantized(rows: Tensor, top: int, inverse: Tensor | None = None, own: Range | None = None) -> Levels:
+    """Levels 0 .. top of a range; without one symmetric levels around top // 2 + 1, with a float32 scale for each row,
+    which NaN makes NaN. `inverse` [channels] multiplies the input first."""
+    if own is not None:
+        scale, zero = own
+        return Levels(_rounded(rows, 1 / scale if inverse is None else inverse / scale, zero, top), scale, zero)
     rows = rows if inverse is None else rows * inverse
     scale = (rows.abs().amax(-1, keepdim=True).float() / (top // 2)).clamp_min(1e-12)
-    return Levels(_quantized(rows, 1 / scale, top // 2 + 1, top), scale, top // 2 + 1)
+    return Levels(_rounded(rows, 1 / scale, top // 2 + 1, top), scale, top // 2 + 1)
+
+
+Quantize = Callable[[Tensor, int, Tensor | None, Range | None], Levels]  # as `quantized`
 
 
 def _launched(rows: Tensor) -> bool:
@@ -162,7 +169,7 @@ def _launched(rows: Tensor) -> bool:
     return rows.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-def _quantized(rows: Tensor, factor: float | Tensor, zero: int | Tensor, top: int) -> Tensor:
+def _rounded(rows: Tensor, factor: float | Tensor, zero: int | Tensor, top: int) -> Tensor:
     """round(rows * factor) + zero within 0 .. top as uint8: three passes over as much as the cache holds."""
     if _launched(rows):  # where one kernel is made of it, or none can be
         return (rows.float() * factor + (zero + 0.5)).clamp(0, top).to(torch.uint8)

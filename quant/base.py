@@ -33,7 +33,9 @@ class QuantMethod(Method):
     keep: tuple[str, ...] = Field(
         KEPT, description="what is left alone by default: first and last layers, embeddings of time, norms"
     )
-    group_size: int = Field(64, ge=2, le=4096, description="weights that share a scale, of 4-bit formats; even")
+    group_size: int = Field(
+        64, ge=2, le=4096, multiple_of=2, description="weights that share a scale, of 4-bit formats; even"
+    )
     rounding: Rounding = Field("mse", description="how weights are rounded: nearest, mse (clipping search), flexround")
     low_rank: int = Field(0, ge=0, le=512, description="rank of a 16-bit residual of the weight error; no calibration")
     smooth: float | None = Field(
@@ -57,13 +59,6 @@ class QuantMethod(Method):
 
     format: ClassVar[str]
     activations: ClassVar[Activations] = "none"
-
-    @field_validator("group_size")
-    @classmethod
-    def _even(cls, size: int) -> int:
-        if size % 2:
-            raise ValueError(f"group_size = {size} is odd; two 4-bit weights share a byte, so give an even number")
-        return size
 
     @field_validator("prune", mode="before")
     @classmethod

@@ -109,12 +109,9 @@ def _moments(layer: nn.Linear | nn.Conv2d, calls: Calls) -> Tensor | None:
         chosen = rows[torch.randperm(len(rows), generator=generator)[:_ROWS].to(rows.device)]
         total[:] = [(total[0] if total else 0) + chosen.T @ chosen / len(chosen)]
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with layer.register_forward_pre_hook(hook, with_kwargs=True):
         for _ in calls.outputs():
             pass
-    finally:
-        handle.remove()
     return total[0] if total else None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import UnsupportedModel
-from fastdiff.weights import hooks
+from fastdiff.weights import hooks, nbytes
 
 from .activations import Present
 from .base import QuantMethod
@@ -129,9 +129,7 @@ def quantize_model(
 
 def _report(component: str, found: Found, layer: QLayer, said: str) -> LayerReport:
     weight = found.layer.weight.detach()
-    tensors = [weight] if found.layer.bias is None else [weight, found.layer.bias]
-    before = sum(t.numel() * t.element_size() for t in tensors)
-    exact = weight.float()
+    exact, before = weight.float(), nbytes(found.layer)
     error = float((layer.float_weight(torch.float32) - exact).norm() / exact.norm().clamp_min(1e-12))
     recipe = layer.recipe
     return LayerReport(

@@ -8,41 +8,44 @@ format; `bias`; `smooth` [input channels] divides the input; `down`, `up` are a 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .activations import Levels, Present, between, channels_of, fixed, per_token, ranged, rows_of, scale_and_zero
+from .activations import Levels, Present, Quantize, between, channels_of, quantized, range_of, rows_of, scale_and_zero
 from .lazy import LazyWeight
 from .packing import FORMATS, Format, Tensors
 from .recipe import Recipe
 from .timed import FLOAT, fastest, machine, timed
 
 
-class Kernel(Protocol):
+class Kernel(ABC):
     """Code that computes a layer. `refuses` says why it cannot, `pack` makes what it is then called with.
 
     `replaces_q`: whether `unpack` gives the layer's `q` back, so that only the packed form is kept. `expected` is what
     its result must be near to.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    replaces_q: bool = False
 
-    @property
-    def replaces_q(self) -> bool: ...
+    def refuses(self, layer: QLayer) -> str | None:
+        return None
 
-    def refuses(self, layer: QLayer) -> str | None: ...
+    def pack(self, layer: QLayer) -> Any:
+        return None
 
-    def pack(self, layer: QLayer) -> Any: ...
+    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor:
+        raise NotImplementedError
 
-    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor: ...
-
+    @abstractmethod
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def expected(self, layer: QLayer, x: Tensor) -> Tensor: ...
 
 
@@ -128,7 +131,7 @@ class QLayer(nn.Module):
     def nbytes(self) -> int:
         """Bytes of all buffers, as they are stored."""
         extra = [b for name, b in self._buffers.items() if b is not None and name not in self._stored]
-        return sum(t.numel() * t.element_size() for t in [*self.tensors().values(), *extra])
+        return sum(t.nbytes for t in [*self.tensors().values(), *extra])
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that the float layers have for it
         self.ready()
@@ -205,21 +208,22 @@ class QLayer(nn.Module):
         """How a kernel goes over a picture."""
         return ""
 
-    def levels(self, x: Tensor, top: int) -> Levels:
-        """The input as 8-bit levels 0 .. top."""
+    def levels(self, x: Tensor, top: int, how: Quantize = quantized) -> Levels:
+        """The input as 8-bit levels 0 .. top. how: the code that finds them where values are at hand."""
         picture = isinstance(self, nn.Conv2d)
         if self._ranges and torch.compiler.is_compiling():
             assert self._at is not None and self.low is not None and self.high is not None
             now = self._at % len(self._ranges)
-            return fixed(rows_of(x, self), *between(self.low[now][0], self.high[now][0], top), top, self._inverse)
-        if self._ranges:
-            low, high = self._ranges[-1 if self.present.bucket is None else self.present.bucket]
-            own, key = scale_and_zero(low, high, top), (picture, low, high, top, self._smooth_key)
-            return self.present.shared(x, key, lambda: fixed(rows_of(x, self), *own, top, self._inverse))
-        make = ranged if picture else per_token
-        return self.present.shared(
-            x, (picture, top, self._smooth_key), lambda: make(rows_of(x, self), top, self._inverse)
-        )
+            return quantized(rows_of(x, self), top, self._inverse, between(self.low[now][0], self.high[now][0], top))
+        edges = self._ranges[-1 if self.present.bucket is None else self.present.bucket] if self._ranges else None
+
+        def make() -> Levels:
+            rows = rows_of(x, self)
+            if edges is not None:
+                return how(rows, top, self._inverse, scale_and_zero(*edges, top))
+            return how(rows, top, self._inverse, range_of(rows, top, self._inverse) if picture else None)
+
+        return self.present.shared(x, (picture, edges, top, self._smooth_key), make)
 
     @property
     def highest(self) -> float:
@@ -320,14 +324,7 @@ class QLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
         buffers = {**self._buffers, "q": self.tensors()["q"]}
-        emptied: dict[str, Any] = {
-            "_kernel": None,
-            "_packed": None,
-            "_others": [],
-            "_proved": {},
-            "_runs": {},
-            "floats": (),
-        }
+        emptied: Any = {"_kernel": None, "_packed": None, "_others": [], "_proved": {}, "_runs": {}, "floats": ()}
         return {**self.__dict__, "_buffers": buffers, **emptied}
 
     def extra_repr(self) -> str:

@@ -68,6 +68,18 @@ class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
         plain = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
         return bool(plain and self.groups == 1)
 
+    def sides(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of what it makes of pictures x [b, channels, h, w]."""
+        told = zip(x.shape[2:], self.pads, self.dilation, self.kernel_size, self.stride, strict=True)
+        high, wide = ((n + 2 * pad - apart * (k - 1) - 1) // step + 1 for n, pad, apart, k, step in told)
+        return high, wide
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """Zeros above and below, and at both sides."""
+        high, wide = (int(size) for size in self.padding)
+        return high, wide
+
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(batched(input))
         return y[0] if input.ndim == 3 else y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,18 +90,14 @@ class Observer:
     @contextmanager
     def watching(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Looks at the layers, and at what the denoiser is told of the time."""
-        hooks: list[Any] = []
-        for f in self.layers:
-            hooks.append(f.layer.register_forward_pre_hook(self._hook(f.name), with_kwargs=True))
-            hooks.append(f.layer.register_forward_hook(_finite(f.name)))
-        if denoiser is not None:
-            hooks.append(denoiser.register_forward_hook(self._timed, with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for f in self.layers:
+                hooks.enter_context(f.layer.register_forward_pre_hook(self._hook(f.name), with_kwargs=True))
+                hooks.enter_context(f.layer.register_forward_hook(_finite(f.name)))
+            if denoiser is not None:
+                hooks.enter_context(denoiser.register_forward_hook(self._timed, with_kwargs=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._last = None
+        self._last = None
 
     def _timed(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         time = told_time(args, kwargs)

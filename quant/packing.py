@@ -47,7 +47,7 @@ def _normal_levels(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """One way to store a weight [n, k]. `pack` and `unpack` are inverse up to rounding; `bytes` is exact."""
+    """One way to store a weight [n, k]. `pack` and `unpack` are inverse up to rounding."""
 
     name: str
     bits: int
@@ -60,9 +60,10 @@ class Format(ABC):
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [n, k] that the tensors stand for, rounded once to a type; `inputs` is k."""
 
-    @abstractmethod
     def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        """Bytes of all tensors of a weight [outputs, inputs]."""
+        """Bytes of all tensors of a weight [outputs, inputs]: packed without numbers."""
+        packed = self.pack(torch.empty(outputs, inputs, device="meta"), group, "nearest")
+        return sum(tensor.nbytes for tensor in packed.values())
 
 
 class Integers(ABC):
@@ -98,9 +99,6 @@ class Int8(Format, Integers):
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return _times(tensors["q"], tensors["scale"][:, None], dtype)
 
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        return outputs * (inputs + 4)
-
 
 @dataclass(frozen=True)
 class Int4(Format):
@@ -121,10 +119,6 @@ class Int4(Format):
         scale = tensors["scale"].float()
         integers = (from_nibbles(tensors["q"]).view(torch.int8) - 8).unflatten(-1, (scale.shape[1], -1))
         return _times(integers, scale[..., None], dtype).flatten(1)[:, :inputs]
-
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        size, count = group_of(inputs, group)
-        return outputs * count * (size // 2 + 2)
 
 
 @dataclass(frozen=True)
@@ -168,10 +162,6 @@ class Dual4(Format, Integers):
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return _times(self.eight_bits(tensors, inputs), tensors["scale"][:, None], dtype)
 
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        size, count = group_of(inputs, group)
-        return outputs * (count * (size // 2 + 1) + 4)
-
 
 @dataclass(frozen=True)
 class Normal4(Format):
@@ -195,10 +185,6 @@ class Normal4(Format):
         values = _normal_levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
         return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs].to(dtype)
 
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        size, count = group_of(inputs, power_of_two(group_of(inputs, group)[0]))
-        return outputs * count * (size // 2 + 2) + size * count
-
     def _signs(self, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
         return torch.randint(0, 2, (length,), generator=generator, dtype=torch.int8) * 2 - 1
@@ -215,9 +201,6 @@ class Float8(Format):
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return _times(tensors["q"].to(dtype), tensors["scale"][:, None], dtype)
 
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        return outputs * (inputs + 4)
-
 
 @dataclass(frozen=True)
 class Half(Format):
@@ -228,9 +211,6 @@ class Half(Format):
 
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return tensors["q"].to(dtype)
-
-    def bytes(self, outputs: int, inputs: int, group: int) -> int:
-        return 2 * outputs * inputs
 
 
 FORMATS: Mapping[str, Format] = {

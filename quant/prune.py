@@ -11,33 +11,24 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from fastdiff.affine import channel_axis, corrected, decoded, encoded
+from fastdiff.affine import Numbers, channel_axis, corrected, decoded, encoded
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
-from fastdiff.plans import Each
-
-from .plans import from_file
+from fastdiff.plans import Each, from_file
 
 
 class Map(Settings):
     """What takes the place of what a component added to one stream, of `channels`: scale * x + shift, channel by
     channel, plus a map of low rank; all float32 in base64."""
 
-    scale: str = Field(max_length=1_000_000)
-    shift: str = Field(max_length=1_000_000)
-    down: str | None = Field(None, max_length=20_000_000)
-    up: str | None = Field(None, max_length=20_000_000)
-
-    @field_validator("scale", "shift", "down", "up")
-    @classmethod
-    def _numbers(cls, text: str | None) -> str | None:
-        if text is not None:
-            decoded(text)
-        return text
+    scale: Numbers = Field(max_length=1_000_000)
+    shift: Numbers = Field(max_length=1_000_000)
+    down: Numbers | None = Field(None, max_length=20_000_000)
+    up: Numbers | None = Field(None, max_length=20_000_000)
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Map:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -185,16 +185,13 @@ def _heard(
 
         return ended
 
-    modules = {path: anatomy.denoiser.get_submodule(path) for path in paths}
-    hooks = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules.items()]
-    for path, module in modules.items():
-        leaves = (leaf for leaf in module.modules() if isinstance(leaf, (*_SECOND, *_LAST)))
-        hooks += [leaf.register_forward_pre_hook(_tells(path, axes), with_kwargs=True) for leaf in leaves]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            module = anatomy.denoiser.get_submodule(path)
+            hooks.enter_context(module.register_forward_hook(hook(path), with_kwargs=True))
+            for leaf in (leaf for leaf in module.modules() if isinstance(leaf, (*_SECOND, *_LAST))):
+                hooks.enter_context(leaf.register_forward_pre_hook(_tells(path, axes), with_kwargs=True))
         yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def _tells(path: str, axes: dict[str, Literal[1, -1]]) -> Callable[..., None]:

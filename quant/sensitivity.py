@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from fastdiff.errors import BadModel
-from fastdiff.patch import PatchSet
 from fastdiff.weights import require
 
 from .build import Found
@@ -80,18 +79,11 @@ def together(
 @contextmanager
 def weights(instead: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Other weights for a while; the very same parameters come back."""
-    patches = PatchSet()
+    before = {layer: layer._parameters["weight"] for layer in instead}
     try:
         for layer, weight in instead.items():
-            _put(layer, nn.Parameter(weight, requires_grad=False), patches)
+            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
-        patches.restore()
-
-
-def _put(layer: nn.Module, weight: nn.Parameter, patches: PatchSet) -> None:
-    before = layer._parameters["weight"]
-    patches.call(
-        lambda: layer._parameters.__setitem__("weight", weight),
-        lambda: layer._parameters.__setitem__("weight", before),
-    )
+        for layer, own in before.items():
+            layer._parameters["weight"] = own

@@ -34,10 +34,11 @@ from fastdiff.bench.scenes import scenes
 from fastdiff.config import Config
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.mixed import plan_bits
-from fastdiff.pipelines.prune import plan_pruning
+from fastdiff.pipelines.hearing import hear_each
+from fastdiff.pipelines.planning import plan
 from fastdiff.pipelines.quantize import quantize
-from fastdiff.quant.schemes.mixed import Mixed
+from fastdiff.quant.pruning import prune as removable
+from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import FORMAT
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -159,9 +160,9 @@ def mixed(study: Study, _interval: int) -> Rows:
         budget = size_of(study, config)
         yield f"uniform: {name}", config, {"denoiser_mb": round(budget / 1e6, 4)}
         method = Mixed(budget_mb=budget / 1e6, plan=table, **_ALL)
-        method = plan_bits(study.pipe, method, study.prompts[:4], batch=4, moments=4, **study.call)
-        table = method.plan
-        assert table is not None and table.bytes <= budget
+        table = plan(study.pipe, method, study.prompts[:4], batch=4, **study.call)
+        method = method.model_copy(update={"plan": table})
+        assert isinstance(table, BitPlan) and table.bytes <= budget
         yield f"mixed: bytes of {name}", Config(quant=method), {
             "denoiser_mb": round(size_of(study, Config(quant=method)) / 1e6, 4),
             "predicted_error": round(table.predicted**0.5, 5), "measured_error": round(table.measured**0.5, 5),
@@ -179,7 +180,8 @@ def prune(study: Study, _interval: int) -> Rows:
     """Removal alone and with 4-bit weights, at several gates."""
     yield "float", Config(), {"denoiser_mb": round(size_of(study, Config()) / 1e6, 4)}
     for gate, rank in ((1e-4, 0), (1e-3, 0), (1e-3, 16)):
-        plan = plan_pruning(study.pipe, study.prompts, max_error=gate, rank=rank, batch=4, moments=4, **study.call)
+        (calls,) = hear_each(study.pipe, study.prompts, batch=4, **study.call).values()
+        plan = removable(calls, max_error=gate, rank=rank)
         total = sum(p.numel() for p in study.denoiser.parameters())
         told = {"removed": [r.path for r in plan.removed], "parameters_removed": round(plan.parameters / total, 4)}
         told |= {"output_error": round(plan.error**0.5, 5)}

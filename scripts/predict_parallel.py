@@ -23,9 +23,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from fastdiff import output
 from fastdiff.anatomy import Anatomy
 from fastdiff.bench.row import command
-from fastdiff.parallel.planner import A100, Site, alone, plan, trials
+from fastdiff.parallel.planner import Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call
 from fastdiff.pipelines.families import FAMILIES, recognise
+from tests.parallel.published import A100
 
 LINKS = {
     "SDXL": {"NVLink 300 GB/s": 300e9, "PCIe 24 GB/s": 24e9},

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import every, spread
+from fastdiff.caching.base import Share, Span, every, spread
 from fastdiff.caching.plan import PLAN, Plan, from_file
 from fastdiff.caching.planned import Planned
 from fastdiff.caching.protocols import Calibrator, Passes
@@ -22,8 +22,6 @@ from fastdiff.caching.unet import Level, unet_parts
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
 from fastdiff.plans import Each
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Ranked(Plan):
@@ -68,18 +66,11 @@ class ASDM(Planned):
     intervals: Mapping[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other intervals for some sites, by path with wildcards"
     )
-    window: tuple[Share, Share] = Field((0.3, 0.8), description="shares of the run between which steps inherit")
+    window: Span = Field((0.3, 0.8), description="shares of the run between which steps inherit")
     compute_steps: tuple[int, ...] = Field((), description="steps to compute (sampling explicit)")
     of_steps: int | None = Field(None, ge=1, description="run length that compute_steps is for")
     time_share: Share = Field(0.4, description="share of the denoiser's time that the sites of a plan make up")
     plan: Annotated[Ranked | Each[Ranked] | None, from_file(Ranked)] = Field(None, description=PLAN)
-
-    @field_validator("window")
-    @classmethod
-    def _a_range(cls, ends: tuple[float, float]) -> tuple[float, float]:
-        if ends[0] > ends[1]:
-            raise ValueError(f"window = {list(ends)}: give two shares from 0 to 1, the smaller one first")
-        return ends
 
     def candidates(self, anatomy: Anatomy) -> list[Region]:
         """Everything of the chosen level."""

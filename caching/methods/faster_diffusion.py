@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod, Forward, every, spread
+from fastdiff.caching.base import CacheMethod, Forward, Steps, every, spread
 from fastdiff.caching.decoding import BatchedDecoding
 from fastdiff.caching.protocols import Live
 from fastdiff.caching.region import Region
@@ -28,7 +28,7 @@ class FasterDiffusion(CacheMethod):
     """
 
     method: Literal["faster_diffusion"] = "faster_diffusion"
-    key_steps: tuple[int, ...] = Field(
+    key_steps: Steps = Field(
         (0, 1, 2, 3, 5, 10, 15, 25, 35), min_length=1, description="steps that run the encoder, counted from 0"
     )
     of_steps: int = Field(50, ge=1, description="run length that key_steps is for; others use the same shares of it")
@@ -37,13 +37,6 @@ class FasterDiffusion(CacheMethod):
     noise: float = Field(0.003, ge=0, le=1, description="share of the initial noise mixed into the latents")
     noise_below: float = Field(0.5, ge=0, le=1, description="share of the timesteps, from the end, it is mixed in")
     control_at_key_steps: bool = Field(True, description="run a ControlNet at key steps only")
-
-    @field_validator("key_steps")
-    @classmethod
-    def _in_order(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if any(step < 0 for step in steps):
-            raise ValueError(f"key_steps holds {min(steps)}; steps count from 0")
-        return tuple(sorted({0, *steps}))
 
     @property
     def predicts_inside(self) -> bool:
@@ -56,7 +49,7 @@ class FasterDiffusion(CacheMethod):
     def mask(self, run: Run, region: Region) -> list[bool]:
         if self.interval is not None:
             return every(self.interval, run, self.warmup_steps)
-        return spread(self.key_steps, self.of_steps, run, "key_steps")
+        return spread((0, *self.key_steps), self.of_steps, run, "key_steps")
 
     def around(self, forward: Forward, session: Live) -> Forward:
         if self.noise > 0:

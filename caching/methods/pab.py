@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod
+from fastdiff.caching.base import CacheMethod, Span
 from fastdiff.caching.region import Region
 from fastdiff.caching.sites import sublayers
 from fastdiff.clock import Run
@@ -24,16 +24,9 @@ class PAB(CacheMethod):
     self_interval: int = Field(2, ge=1, description="compute self-attention every so many steps of the range")
     temporal_interval: int = Field(4, ge=1, description="compute attention between frames every so many steps")
     cross_interval: int = Field(6, ge=1, description="compute cross-attention every so many steps")
-    between: tuple[float, float] = Field(
+    between: Span = Field(
         (0.1, 0.8), description="range of timesteps, as shares of the noisiest, in which outputs are broadcast"
     )
-
-    @field_validator("between")
-    @classmethod
-    def _a_range(cls, ends: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= ends[0] <= ends[1] <= 1:
-            raise ValueError(f"between = {list(ends)}: give two shares from 0 to 1, the smaller one first")
-        return ends
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
         return [region for region in sublayers(anatomy) if region.kind != "ff"]

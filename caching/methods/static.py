@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.caching.base import CacheMethod, spread
+from fastdiff.caching.base import CacheMethod, Steps, spread
 from fastdiff.caching.region import Region
 from fastdiff.caching.sites import Site, at
 from fastdiff.clock import Run
@@ -20,22 +20,13 @@ class Static(CacheMethod):
     """
 
     method: Literal["static"] = "static"
-    compute_steps: tuple[int, ...] = Field(
-        min_length=1, description="steps to compute, counted from 0; step 0 always is"
-    )
+    compute_steps: Steps = Field(min_length=1, description="steps to compute, counted from 0; step 0 always is")
     of_steps: int | None = Field(
         None, ge=1, description="run length the list was made for; other lengths use the same fractions of the run"
     )
     site: Site = Field("output", description="what the other steps leave out")
     branch: int = Field(0, ge=0, description="skip connection to split at (site inner)")
     live_blocks: int = Field(1, ge=0, description="blocks that always run (site stack)")
-
-    @field_validator("compute_steps")
-    @classmethod
-    def _in_order(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if any(s < 0 for s in steps):
-            raise ValueError(f"compute_steps holds {min(steps)}; steps count from 0")
-        return tuple(sorted(set(steps)))
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
         return [at(self.site, anatomy, live=self.live_blocks, branch=self.branch)]

@@ -116,13 +116,14 @@ class _Calls:
         if first is not None and self.bus.alone:
             self._fill(first)
         elif first is not None:
-            for leaf in pytree.tree_leaves(first):
-                if isinstance(leaf, Tensor):
-                    told = self.bus.gather("output", "the only half of guidance", leaf, "cfg", [leaf.shape] * 2)
-                    if self.place == 1:
-                        leaf.copy_(told[0])
+            told = pytree.tree_map_only(Tensor, lambda leaf: self._told("the only half of guidance", leaf)[0], first)
             self._filled = self.place == 1
+            if self._filled:
+                _overwrite(first, told)
         return latents
+
+    def _told(self, what: str, own: Tensor) -> list[Tensor]:
+        return self.bus.gather("output", what, own, "cfg", [own.shape] * 2)
 
     def _solved(self, index: int, output: Any) -> None:
         filled, self._filled = self._filled, False
@@ -136,8 +137,10 @@ class _Calls:
         @wraps(forward)
         def one_forward(*args: Any, **kwargs: Any) -> Any:
             step = self.clock.now
-            if self.bus.alone and self._empty is not None:
-                return self._rescue(forward, args, kwargs)
+            if self.bus.alone and self._empty is not None:  # the other rank was lost in the second call
+                first, self._empty = self._empty, None
+                self._fill(first)
+                return forward(*args, **kwargs)
             if step is not None and self._first is None:
                 self._first = step.index
             if step is None or self.bus.alone or step.index == self._first or self.calls != 2:
@@ -168,25 +171,19 @@ class _Calls:
             self.recorder.elsewhere()
         own = first if self.place == 0 else forward(*args, **kwargs)
         ours, spec = pytree.tree_flatten(own)
-        told = [
-            self.bus.gather("output", "the other half of guidance", leaf, "cfg", [leaf.shape] * 2)
-            if isinstance(leaf, Tensor) else [leaf, leaf] for leaf in ours
-        ]  # fmt: skip
+        told = [self._told("the other half of guidance", x) if isinstance(x, Tensor) else [x, x] for x in ours]
         if self.place == 1:
-            for leaf, pair in zip(pytree.tree_leaves(first), told, strict=True):
-                if isinstance(leaf, Tensor):
-                    leaf.copy_(pair[0])
+            _overwrite(first, [pair[0] for pair in told])
         return pytree.tree_unflatten([pair[1] for pair in told], spec)
-
-    def _rescue(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        """The other rank is lost in the second call: compute what it would have given, too."""
-        first, self._empty = self._empty, None
-        self._fill(first)
-        return forward(*args, **kwargs)
 
     def _fill(self, first: Any) -> None:
         """Compute what a lost rank would have put into the first call's result."""
         if first is not None and self.place == 1 and self._missed is not None:
-            for leaf, value in zip(pytree.tree_leaves(first), pytree.tree_leaves(self._missed()), strict=True):
-                if isinstance(leaf, Tensor):
-                    leaf.copy_(value)
+            _overwrite(first, self._missed())
+
+
+def _overwrite(output: Any, values: Any) -> None:
+    """Put values into the tensors of an output that the pipeline has already."""
+    for leaf, value in zip(pytree.tree_leaves(output), pytree.tree_leaves(values), strict=True):
+        if isinstance(leaf, Tensor):
+            leaf.copy_(value)

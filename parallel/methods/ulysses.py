@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,35 +20,23 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Tokens for heads, attention, heads for tokens. `own` are the tokens of the picture; text is on all ranks."""
-    ranks, bus, layer = split.ranks, split.bus, exchange.layer
+    ranks, layer = split.ranks, exchange.layer
     counts, batch, width = layout.counts(own.stop - own.start), query.shape[0], query.shape[-1]
     shares = [query.shape[1] // len(ranks)] * len(ranks)
     mine = slice(shares[0] * split.place, shares[0] * (split.place + 1))
 
-    def swap(kind: str, parts: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Part k goes to the k-th rank, whose part for us has the k-th shape."""
-        messages = {
-            rank: part.contiguous().reshape(-1).view(torch.uint8) for rank, part in zip(ranks, parts, strict=True)
-        }
-        sizes = {r: torch.Size(s).numel() * query.itemsize for r, s in zip(ranks, shapes, strict=True)}
-        kept = messages.pop(bus.topology.rank)
-        sizes.pop(bus.topology.rank)
-        got = bus.swap(kind, layer, messages, sizes) | {bus.topology.rank: kept}
-        return [got[r].view(query.dtype).reshape(s) for r, s in zip(ranks, shapes, strict=True)]
+    def deal(parts: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return split.bus.deal("kv", layer, parts, "patch", shapes)
 
     packed = torch.stack([query, key, value])
-    there = list(packed[..., own, :].split(shares, 2))
-    picture = torch.cat(swap("kv", there, [(3, batch, shares[0], count, width) for count in counts]), -2)
+    there = packed[..., own, :].split(shares, 2)
+    picture = torch.cat(deal(there, [(3, batch, shares[0], count, width) for count in counts]), -2)
     text = torch.cat([packed[..., : own.start, :], packed[..., own.stop :, :]], -2)
     q, k, v = torch.cat([picture, text[:, :, mine]], -2)
     out = F.scaled_dot_product_attention(q, k, v, **options)
     total = sum(counts)
-    back = swap(
-        "kv", list(out[..., :total, :].split(counts, -2)), [(batch, n, counts[split.place], width) for n in shares]
-    )
-    words = bus.gather(
-        "kv", layer, out[..., total:, :].contiguous(), "patch", [(batch, n, text.shape[-2], width) for n in shares]
-    )
+    back = deal(out[..., :total, :].split(counts, -2), [(batch, n, counts[split.place], width) for n in shares])
+    words = deal([out[..., total:, :]] * len(ranks), [(batch, n, text.shape[-2], width) for n in shares])
     image, told = torch.cat(back, 1), torch.cat(words, 1)
     return torch.cat([told[..., : own.start, :], image, told[..., own.start :, :]], -2)
 

@@ -16,40 +16,28 @@ from torch import Tensor
 from fastdiff.errors import BackendUnavailable, UnknownName
 from fastdiff.quant.layer import Kernel, QLayer
 from fastdiff.quant.layers import QConv2d
-from fastdiff.quant.packing import Tensors
-from fastdiff.quant.reference import reference
 
 from .cpu import OneDNN
-from .cuda import IntMM, ScaledMM
+from .cuda import IntConv, IntMM, Product, ScaledMM
+from .fused import FusedIntConv, FusedIntMM, FusedScaledMM
 from .torchao import TorchAO
 from .triton import TritonW4
 
 TOLERANCE = 2e-2  # of a half-precision result; float32 ones must agree within a hundredth of it
 
 
-class Reference:
+class Reference(Product):
     """Dequantizes the weight at each call: works everywhere, saves memory, never time."""
 
-    name, replaces_q = "reference", False
-
-    def refuses(self, layer: QLayer) -> str | None:
-        return None
-
-    def pack(self, layer: QLayer) -> None:
-        return None
-
-    def unpack(self, layer: QLayer, packed: Any, tensors: Tensors) -> Tensor:
-        raise NotImplementedError
+    name = "reference"
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
-        return reference(layer, x)
-
-    def expected(self, layer: QLayer, x: Tensor) -> Tensor:
-        return reference(layer, x)
+        return self.expected(layer, x)
 
 
 KERNELS: Sequence[Kernel] = (
-    ScaledMM(), TritonW4(), IntMM(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127), TorchAO(), Reference(),
+    FusedScaledMM(), ScaledMM(), TritonW4(), FusedIntMM(), IntMM(), OneDNN("onednn", 255), OneDNN("onednn_7bit", 127),
+    TorchAO(), Reference(), FusedIntConv(), IntConv(),  # the last are for the clock to choose, never the first choice
 )  # fmt: skip
 AUTOMATIC = tuple(kernel.name for kernel in KERNELS if kernel.name != "torchao")
 
@@ -74,6 +62,8 @@ def choose(layer: QLayer) -> tuple[list[tuple[Kernel, Any]], str]:
     said: list[str] = []
     found: list[tuple[Kernel, Any]] = []
     for kernel in wanted:
+        if any(isinstance(better, type(kernel)) for better, _ in found):
+            continue  # a faster form of it has proved itself
         reason = kernel.refuses(layer)
         if reason is None:
             packed, reason = _proved(kernel, layer)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.quant.activations import shaped
-from fastdiff.quant.layer import QLayer
+from fastdiff.quant.layer import Kernel, QLayer
 from fastdiff.quant.layers import QConv2d
 from fastdiff.quant.packing import Integers, Tensors
 from fastdiff.quant.reference import reference
@@ -22,7 +22,7 @@ _OPERATORS = ("qlinear_pointwise", "qlinear_prepack", "qconv2d_pointwise", "qcon
 
 
 @dataclass(frozen=True)
-class OneDNN:
+class OneDNN(Kernel):
     """`top` is the largest level of the input: 255, or 127 for 7 bits."""
 
     name: str
@@ -81,18 +81,18 @@ class OneDNN:
         return reference(layer, x, self.top)
 
 
-def _linear(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
-    """tail: the packed weight, its scales and zero points, and the bias."""
-    return torch.ops.onednn.qlinear_pointwise(
-        q, float(scale), int(zero), *tail, 1.0, 0, torch.float32, "none", [], ""
-    )  # fmt: skip
+def _pointwise(operator: Any, q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
+    """tail: the packed weight, its scales and zero points, and the bias; of convolutions also stride, padding,
+    dilation and groups."""
+    return operator(q, float(scale), int(zero), *tail, 1.0, 0, torch.float32, "none", [], "")
 
 
-def _convolution(q: Tensor, scale: Any, zero: Any, *tail: Any) -> Tensor:
-    """tail: also stride, padding, dilation and groups."""
-    return torch.ops.onednn.qconv2d_pointwise(
-        q, float(scale), int(zero), *tail, 1.0, 0, torch.float32, "none", [], ""
-    )  # fmt: skip
+def _linear(*args: Any) -> Tensor:
+    return _pointwise(torch.ops.onednn.qlinear_pointwise, *args)
+
+
+def _convolution(*args: Any) -> Tensor:
+    return _pointwise(torch.ops.onednn.qconv2d_pointwise, *args)
 
 
 def _called(direct: Any, in_graph: Any, q: Tensor, *numbers: Any, tail: tuple) -> Any:

@@ -7,7 +7,6 @@ has one scale for each output. W4A16 dequantizes the tile to the type of x and s
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from fastdiff.quant.packing import Integers
 from fastdiff.quant.reference import reference
 from fastdiff.quant.rounding import group_of, power_of_two
 
-from .cuda import Product, lacks_convolutions, lacks_cuda, scaled, signed
+from .cuda import Product, lacks_convolutions, lacks_cuda
+from .fused import device_of, fused_levels, fused_scaled
 
 _TILE = 64
 _FEW = 64  # rows; for more of them a library's product on the weight made float is faster than unpacking on the way
@@ -41,8 +41,9 @@ class TritonW4(Product):
 
     def pack(self, layer: QLayer) -> Tensor | None:
         """The weight stays as it is; for a zero point, its sums over the inputs."""
-        tensors, form = layer.tensors(), layer.format
-        return form.eight_bits(tensors, layer.matrix_shape[1]).sum(-1).float() if isinstance(form, Integers) else None
+        if not isinstance(layer.format, Integers):
+            return None
+        return layer.format.eight_bits(layer.tensors(), layer.matrix_shape[1]).sum(-1, dtype=torch.int32)
 
     def __call__(self, layer: QLayer, packed: Any, x: Tensor) -> Tensor:
         from .triton_program import product
@@ -51,23 +52,18 @@ class TritonW4(Product):
             return reference(layer, x)
         (outputs, inputs), tensors = layer.matrix_shape, layer.tensors()
         size, groups = group_of(inputs, layer.recipe.group)
-        levels = None if packed is None else layer.levels(x, 255)
+        levels = None if packed is None else fused_levels(layer, x)
         if levels is None:
             rows, fine, kind = rows_of(layer.smoothed(x), layer).contiguous(), tensors["scale"], torch.float32
         else:
-            rows, fine, kind = signed(levels), tensors["group"], torch.int32
+            rows, fine, kind = levels.q, tensors["group"], torch.int32
         y = torch.empty(len(rows), outputs, dtype=kind, device=x.device)
         sizes = (len(rows), outputs, inputs, groups)
         grid = (-(-len(rows) // _TILE), -(-outputs // _TILE))
-        with _device_of(rows):
+        with device_of(rows):
             product[grid](rows, tensors["q"], fine, y, *sizes, levels is not None, _TILE, _TILE, size)
         if levels is not None:
-            y = scaled(y, levels, tensors["scale"], packed)
-        if layer.bias is not None:
+            y = fused_scaled(y, levels, tensors["scale"], packed, layer.bias, x.dtype)
+        elif layer.bias is not None:
             y += layer.bias
         return shaped(y.to(x.dtype), x, layer)
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its tensors are on; a graph launches where they are."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)

@@ -11,17 +11,17 @@ from torch import nn
 from fastdiff.anatomy import fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
-from fastdiff.plans import Each, own
+from fastdiff.plans import Each, from_file, own
 from fastdiff.quant.allocate import Allocation, allocate
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import Found, layers_of
 from fastdiff.quant.calls import Calls
-from fastdiff.quant.plans import from_file
 from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.sensitivity import FORMAT, sensitivities, stored, stored_as, together
+from fastdiff.weights import nbytes
 
 Bits = Literal[4, 5, 8, 16]
-_HINT = "make one with fastdiff.pipelines.mixed.plan_bits"
+_HINT = "fastdiff quantize -o PLAN.json --set quant.method=mixed makes one"
 
 
 class BitPlan(Settings):
@@ -97,8 +97,8 @@ class Mixed(QuantMethod):
     def recipe(self, name: str, layer: nn.Module) -> Recipe | None:
         if not isinstance(self.plan, BitPlan):
             raise BadConfig(
-                "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it; else "
-                f"{_HINT}, and name its file as `plan`"
+                "the quant method mixed needs a plan of bits by layer: fastdiff quantize makes one and uses it, and "
+                f"{_HINT} to name as quant.plan"
             )
         if name not in self.plan.bits:
             raise BadConfig(f"the bit plan says nothing of layer {name}; it was made for {self.plan.denoiser}")
@@ -112,7 +112,7 @@ class Mixed(QuantMethod):
         """
         anatomy = calls.anatomy
         layers = {f.name: f for f in layers_of(anatomy.denoiser) if self.takes(f.name)}
-        rest = _bytes(anatomy.denoiser) - sum(_bytes_of(f) for f in layers.values())
+        rest = nbytes(anatomy.denoiser) - sum(f.layer.weight.nbytes for f in layers.values())  # a bias stays as it is
         if self.budget_mb is not None:  # refused before minutes of measuring, not after
             self._allocated({name: dict.fromkeys(self.choices, 0.0) for name in layers}, layers, rest)
         known = own(self.plan, anatomy.component, True)
@@ -138,12 +138,3 @@ class Mixed(QuantMethod):
         if self.target_error is not None:
             return allocate(table, sizes, target=self.target_error**2, fixed=rest)
         raise BadConfig("mixed needs one of budget_mb and target_error to make a plan")
-
-
-def _bytes(root: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*root.parameters(), *root.buffers()])
-
-
-def _bytes_of(found: Found) -> int:
-    """Of the weight: a bias stays as it is."""
-    return found.layer.weight.numel() * found.layer.weight.element_size()

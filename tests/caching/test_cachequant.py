@@ -195,7 +195,7 @@ def test_a_plan_survives_json_and_is_refused_on_another_model(tmp_path, sd15):
     assert by_path.cache.plan == sd15.cache.plan
     with pytest.raises(BadConfig, match="the plan was made for UNet2DConditionModel"):
         fastdiff.accelerate(tiny.make("sdxl"), by_path)
-    with pytest.raises(BadConfig, match="made for another cache method: affine is unknown to it"):
+    with pytest.raises(BadConfig, match="made for another method: affine is unknown to it"):
         fastdiff.Config(cache={"method": "dp", "plan": str(file)})
     with pytest.raises(BadConfig, match="needs a plan: make one with fastdiff calibrate"):
         fastdiff.accelerate(tiny.make("sd15"), cache="cachequant")

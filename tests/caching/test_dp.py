@@ -13,12 +13,13 @@ import torch
 import fastdiff
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.caching.methods.dp import DP
-from fastdiff.caching.plan import LARGEST, Schedule
+from fastdiff.caching.plan import Schedule
 from fastdiff.clock import Run
 from fastdiff.config import layers_of, resolve
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
+from fastdiff.plans import LARGEST
 from tests import tiny
 from tests.state import differences, snapshot
 
@@ -246,10 +247,10 @@ BROKEN = {
     "version": (lambda plan: json.dumps(plan | {"version": 1}), "has version 1, this fastdiff reads 2; calibrate"),
     "larger than any plan": (lambda plan: b" " * (100 << 20), f"has {100 << 20} bytes, more than any plan"),
     "deeply nested": (lambda plan: "[" * 100_000, "is truncated or no JSON"),
-    "unknown key": (lambda plan: json.dumps(plan | {"more": 1}), "made for another cache method: more is unknown"),
+    "unknown key": (lambda plan: json.dumps(plan | {"more": 1}), "made for another method: more is unknown"),
     "of another method": (
         lambda plan: json.dumps({k: v for k, v in plan.items() if k not in ("compute", "weights", "error")}),
-        "made for another cache method: compute is missing",
+        "made for another method: compute is missing",
     ),
     "negative noise": (lambda plan: json.dumps(plan | {"sigmas": [1.0, -0.5] * 4}), "damaged: sigmas.1: "),
     "not a number": (lambda plan: json.dumps(plan | {"sigmas": [float("nan")] * 8}), "damaged: sigmas.0: .*finite"),

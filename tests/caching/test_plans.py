@@ -124,7 +124,7 @@ PAIRS.remove(("cachequant", "dp"))  # a schedule alone is one with no correction
 @pytest.mark.parametrize(("method", "other"), PAIRS)
 def test_a_plan_of_another_method_is_refused_by_name(tmp_path, method, other):
     file = written(tmp_path, plan_of(other))
-    with pytest.raises(BadConfig, match=r"plan file '.*' was made for another cache method: \w+ is (missing|unknown)"):
+    with pytest.raises(BadConfig, match=r"plan file '.*' was made for another method: \w+ is (missing|unknown)"):
         fastdiff.Config(cache={"method": method, "plan": file})
 
 

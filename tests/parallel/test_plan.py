@@ -15,7 +15,7 @@ import torch
 
 from fastdiff.errors import BadConfig
 from fastdiff.parallel import REGISTRY
-from fastdiff.parallel.planner import A100, Site, alone, attempt, candidates, halves, plan, trials
+from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, plan, trials
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
 from fastdiff.pipelines.families import FAMILIES, recognise
 from fastdiff.pipelines.plan import observe, plan_parallel
@@ -23,6 +23,7 @@ from scripts.predict_parallel import PUBLISHED, flux, flux_calls, sdxl, sdxl_cal
 from tests import tiny
 from tests.state import differences, snapshot
 
+from .published import A100
 from .ranks import start
 
 PREDICTED = Path(__file__).parents[2] / "benchmarks" / "parallel-predictions.json"

@@ -9,7 +9,6 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.hearing import hear
 from fastdiff.pipelines.planning import learned_by
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.build import Found
@@ -18,6 +17,7 @@ from fastdiff.quant.packing import FORMATS
 from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.schemes.w4a16 import W4A16
 from tests import tiny
+from tests.quant.heard import hear
 from tests.quant.test_prune import PROMPTS, arguments
 
 

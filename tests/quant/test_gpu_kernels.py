@@ -14,7 +14,10 @@ from torch import nn
 
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels.cuda import IntMM, ScaledMM
+from fastdiff.quant.kernels.choice import choose
+from fastdiff.quant.kernels.cpu import OneDNN
+from fastdiff.quant.kernels.cuda import IntConv, IntMM, ScaledMM, levels_of, scaled
+from fastdiff.quant.kernels.fused import FusedIntMM
 from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.reference import reference
 
@@ -40,6 +43,76 @@ for capability in (80, 89, 90):
                 made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
                 tensor_cores = ("wgmma" if capability == 90 else "mma.sync") in made.asm["ptx"]
                 print(whole, capability, group, len(made.asm["cubin"]), made.metadata.shared, tensor_cores)
+"""
+
+_COMPILE_FUSED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from fastdiff.quant.kernels.triton_program import finish, levels, patches
+
+rows = {"x": "*bf16", "inverse": "*fp32", "scales": "*fp32", "K": "i32", "most": "fp32"}
+ends = {"product": "*i32", "scales": "*fp32", "sums": "*i32", "bias": "*fp32", "y": "*bf16", "N": "i32"}
+pixels = {"q": "*i8", "out": "*i8"} | dict.fromkeys(("H", "W", "C", "OH", "OW", "K"), "i32")
+window = dict.fromkeys(("SH", "SW", "PH", "PW", "DH", "DW"), 1) | {"KH": 3, "KW": 3}
+for capability in (80, 89, 90):
+    for there in (0, 1):
+        numbers = dict.fromkeys(("scale", "zero"), "*fp32" if there else "fp32")
+        own = {"KIND": there, "BLOCK": 1024}
+        cases = [
+            (levels, rows | numbers | {"q": "*i8"}, own | {"ROWS": False, "SMOOTH": True}),
+            (finish, ends | numbers, own | {"ROWS": False, "BIAS": True}),
+            (patches, pixels | {"zero": numbers["zero"]}, own | window),
+        ]
+        if not there:
+            by_row = numbers | {"scale": "*fp32"}
+            cases += [(levels, rows | numbers | {"q": "*i8"}, own | {"ROWS": True, "SMOOTH": False})]
+            cases += [(finish, ends | by_row, own | {"ROWS": True, "BIAS": False})]
+            if capability > 80:
+                cases += [(levels, rows | numbers | {"q": "*fp8e4nv"}, own | {"ROWS": True, "SMOOTH": False})]
+        for program, kinds, fixed in cases:
+            source = triton.compiler.ASTSource(program, kinds | dict.fromkeys(fixed, "constexpr"), fixed)
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            print(capability, program.__name__, len(made.asm["cubin"]), made.metadata.shared)
+"""
+
+_RUN_FUSED = """
+import torch
+from torch import nn
+from fastdiff.quant.activations import Present
+from fastdiff.quant.build import build
+from fastdiff.quant.kernels.fused import FusedIntConv, FusedIntMM, FusedScaledMM
+from fastdiff.quant.recipe import Recipe
+from fastdiff.quant.reference import reference
+
+torch.manual_seed(0)
+torch._int_mm = lambda a, b: a.int() @ b.int()
+worst = 0.0
+for layer, shape in (
+    (nn.Linear(128, 96), (3, 20, 128)), (nn.Linear(1400, 64, bias=False), (3, 1400)),
+    (nn.Conv2d(96, 40, 1), (1, 96, 5, 7)), (nn.Conv2d(24, 16, 3, 2, 1), (2, 24, 9, 8)),
+    (nn.Conv2d(8, 16, (3, 5), padding=(2, 1), dilation=(2, 1), bias=False), (1, 8, 12, 11)),
+):
+    kernel = FusedIntMM() if getattr(layer, "kernel_size", (1, 1)) == (1, 1) else FusedIntConv()
+    for form in ("int8", "dual4"):
+        for edges in ({}, {"low": torch.tensor([-2.0, -3.0]), "high": torch.tensor([4.0, 3.5])}):
+            smooth = torch.rand(shape[1 if len(shape) == 4 else -1]) + 0.5
+            quantized = build(layer.requires_grad_(False), Recipe(form, "int8"), Present(0), smooth=smooth, **edges)
+            quantized._ranges, quantized._inverse = [(-2.0, 4.0), (-3.0, 3.5)] if edges else [], 1 / smooth
+            x = torch.randn(shape)
+            wanted = reference(quantized, x)
+            quantized.present.forget()
+            found = kernel(quantized, kernel.pack(quantized), x.half())
+            assert found.shape == wanted.shape and found.dtype == torch.float16 and wanted.norm() > 1
+            worst = max(worst, float((found - wanted).norm() / wanted.norm()))
+            x.flatten()[0] = torch.nan
+            quantized.present.forget()
+            assert edges or bool(kernel(quantized, kernel.pack(quantized), x).isnan().any()), "of a row with NaN"
+print(worst)
+
+layer, x = build(nn.Linear(1100, 64).requires_grad_(False), Recipe("float8", "fp8"), Present()), torch.randn(40, 1100)
+eight, scale = FusedScaledMM().rows(layer, x)
+assert torch.equal(scale, x.abs().amax(-1, keepdim=True) / 448)
+print(float(((eight.float() * scale - x).abs() / (x.abs() + scale * 2**-6)).max()))
 """
 
 _RUN = """
@@ -95,6 +168,20 @@ def test_triton_programs_compute_what_the_reference_does():
     assert float(run(_RUN, TRITON_INTERPRET="1")) < 1e-5
 
 
+@needs_triton
+def test_what_surrounds_the_products_compiles_for_gpus(tmp_path):
+    lines = [line.split() for line in run(_COMPILE_FUSED, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
+    assert len(lines) == 3 * 8 + 2
+    assert all(int(size) > 1000 and int(shared) < 48 << 10 for _, _, size, shared in lines)
+
+
+@needs_triton
+def test_what_surrounds_the_products_computes_what_the_reference_does():
+    integers, floats = map(float, run(_RUN_FUSED, TRITON_INTERPRET="1").split())
+    assert integers < 1e-3  # float16 results
+    assert floats < 2**-3  # a level: the interpreter cuts, a GPU rounds to the nearest
+
+
 @pytest.fixture
 def exact_int_mm(monkeypatch):
     """PyTorch's own product on CPUs, but where that is wrong: oneDNN told to do without VNNI adds pairs in 16 bits."""
@@ -113,6 +200,54 @@ def test_int_mm_computes_what_the_reference_does(form, rows, static, exact_int_m
     quantized._ranges = [(-3.0, 2.5)] if static else []
     x = torch.randn(rows, 64)
     torch.testing.assert_close(kernel(quantized, kernel.pack(quantized), x), reference(quantized, x))
+
+
+CONVOLUTIONS = {
+    "padded": nn.Conv2d(24, 16, 3, padding=1),
+    "every other pixel": nn.Conv2d(24, 16, 3, 2, 1, bias=False),
+    "wide": nn.Conv2d(24, 16, (3, 5), padding=(2, 1), dilation=(2, 1)),
+}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_as_a_product_computes_what_the_reference_does(name, static, exact_int_mm):
+    """Beyond the edges are zeros, whatever level stands for zero."""
+    torch.manual_seed(0)
+    layer, kernel, x = CONVOLUTIONS[name].requires_grad_(False), IntConv(), torch.randn(2, 24, 9, 8) + 0.5
+    edges = {"low": torch.tensor([-1.0]), "high": torch.tensor([3.5])} if static else {}
+    quantized = build(layer, Recipe("int8", "int8"), Present(), **edges)
+    quantized._ranges = [(-1.0, 3.5)] if static else []
+    assert kernel.refuses(quantized) == "needs an NVIDIA GPU"
+    torch.testing.assert_close(kernel(quantized, kernel.pack(quantized), x), reference(quantized, x))
+
+
+def test_a_convolution_is_no_product_where_the_copy_would_be_too_large(monkeypatch):
+    monkeypatch.setattr("fastdiff.quant.kernels.cuda._MOST", 1000)
+    layer, x = CONVOLUTIONS["padded"].requires_grad_(False), torch.randn(1, 24, 8, 8)
+    quantized = build(layer, Recipe("int8", "int8"), Present())
+    monkeypatch.setattr(torch, "_int_mm", None)
+    assert torch.equal(IntConv()(quantized, IntConv().pack(quantized), x), reference(quantized, x))
+
+
+def test_only_the_clock_can_prefer_a_convolution_as_a_product(monkeypatch):
+    """What is not timed has the reference: on what card copies pay, nobody knows beforehand."""
+    monkeypatch.setattr("fastdiff.quant.kernels.cuda.lacks_cuda", lambda layer, capability: None)
+    monkeypatch.setattr(OneDNN, "refuses", lambda self, layer: "is not here")
+    quantized = build(CONVOLUTIONS["padded"].requires_grad_(False), Recipe("int8", "int8", speed="fastest"), Present())
+    assert [kernel.name for kernel, _ in choose(quantized)[0]] == ["reference", "int_conv"]
+    small = build(CONVOLUTIONS["padded"], Recipe("int8", "int8", speed="smallest"), Present())
+    assert [kernel.name for kernel, _ in choose(small)[0]] == ["reference"]
+
+
+def test_a_faster_form_of_a_kernel_that_proves_itself_is_the_only_one(monkeypatch):
+    monkeypatch.setattr("fastdiff.quant.kernels.cuda.lacks_cuda", lambda layer, capability: None)
+    monkeypatch.setattr("fastdiff.quant.kernels.fused._lacks_triton", lambda: None)
+    monkeypatch.setattr(FusedIntMM, "levels", staticmethod(levels_of))
+    layer = build(nn.Linear(64, 48).requires_grad_(False), Recipe("int8", "int8", speed="fastest"), Present())
+    assert {"triton_int_mm", "int_mm"} & {kernel.name for kernel, _ in choose(layer)[0]} == {"int_mm"}, "no Triton here"
+    monkeypatch.setattr(FusedIntMM, "scaled", staticmethod(scaled))
+    assert {"triton_int_mm", "int_mm"} & {kernel.name for kernel, _ in choose(layer)[0]} == {"triton_int_mm"}
 
 
 @pytest.mark.parametrize("rows", [40, 3])

@@ -176,8 +176,8 @@ def test_static_ranges_go_by_the_bucket():
 def test_a_shared_input_is_quantized_once(monkeypatch):
     from fastdiff.quant import layer as layers
 
-    calls, made_levels = [], layers.per_token
-    monkeypatch.setattr(layers, "per_token", lambda *a: calls.append(1) or made_levels(*a))
+    calls, rows_of = [], layers.rows_of
+    monkeypatch.setattr(layers, "rows_of", lambda *a: calls.append(1) or rows_of(*a))
     present, x = Present(), torch.randn(4, 32)
     projections = [build(nn.Linear(32, 16), Recipe("int8", "int8"), present) for _ in range(3)]
     for projection in projections:

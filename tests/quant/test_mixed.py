@@ -9,12 +9,11 @@ import torch
 
 import fastdiff
 from fastdiff.errors import BadConfig, BadModel
-from fastdiff.pipelines.hearing import hear
-from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import rounded, sensitivities, stored, together, weights
 from tests import tiny
+from tests.quant.heard import hear, plan_bits
 from tests.quant.test_prune import PROMPTS, arguments
 from tests.state import differences, snapshot
 

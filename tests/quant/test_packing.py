@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UnknownName
-from fastdiff.quant.activations import per_token
+from fastdiff.quant.activations import quantized
 from fastdiff.quant.packing import FORMATS, Dual4, format_named
 from fastdiff.quant.rounding import from_nibbles, hadamard, nibbles
 
@@ -98,6 +98,6 @@ def test_a_weight_is_rounded_once_to_the_type_asked_for(name, dtype):
 
 def test_scales_of_rows_in_half_precision_are_exact():
     rows = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    levels = per_token(rows, 255)
+    levels = quantized(rows, 255)
     assert levels.scale.dtype == torch.float32
     assert torch.equal(levels.scale, rows.float().abs().amax(-1, keepdim=True) / 127)

@@ -13,8 +13,6 @@ from fastdiff.anatomy import Anatomy, Family
 from fastdiff.errors import BadConfig
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.families import anatomies
-from fastdiff.pipelines.hearing import hear
-from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.quantized_files import save
 from fastdiff.pipelines.quantized_parts import load_components
@@ -23,6 +21,7 @@ from fastdiff.quant.components import components
 from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed
 from fastdiff.quant.pruning import _Fit, _forms, _repaired
 from tests import tiny
+from tests.quant.heard import hear, plan_pruning
 from tests.state import differences, snapshot
 
 PROMPTS = ["a red cat", "a dog"]

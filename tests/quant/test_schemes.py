@@ -90,7 +90,7 @@ def test_components_and_skip():
     [
         ("w9a9", BadConfig, "w8a8"),
         ({"method": "w8a8", "components": ["unett"]}, UnknownName, "unet"),
-        ({"method": "w4a16", "group_size": 63}, BadConfig, "even"),
+        ({"method": "w4a16", "group_size": 63}, BadConfig, "multiple of 2"),
         ({"method": "w8a8", "skip": ["*"]}, UnsupportedModel, "nothing of unet"),
         ({"method": "w8a8", "smooth": 0.5}, BadConfig, "need ranges"),
         ({"method": "w8a8", "ranges": "nowhere.safetensors"}, BadConfig, "does not exist"),

@@ -11,7 +11,6 @@ from torch import nn
 
 import fastdiff
 from fastdiff.errors import NotReversible, UnsupportedModel
-from fastdiff.pipelines.prune import plan_pruning
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
 from fastdiff.quant.layer import QLayer
@@ -19,6 +18,7 @@ from fastdiff.quant.layers import QConv2d, QLinear
 from fastdiff.quant.recipe import Recipe
 from tests import tiny
 from tests.coverage.test_attachments import lora
+from tests.quant.heard import plan_pruning
 from tests.quant.test_prune import PROMPTS, arguments
 from tests.zoo import ZOO
 

@@ -9,7 +9,6 @@ import torch
 import fastdiff
 from fastdiff.errors import BadModel
 from fastdiff.pipelines.hearing import hear_each
-from fastdiff.pipelines.mixed import plan_bits
 from fastdiff.pipelines.planning import learned_by, plan
 from fastdiff.pipelines.quantize import method_of, quantize
 from fastdiff.pipelines.quantized_files import save
@@ -17,6 +16,7 @@ from fastdiff.plans import Each
 from fastdiff.quant.prune import Removed
 from fastdiff.quant.schemes.mixed import Mixed
 from tests import tiny
+from tests.quant.heard import plan_bits
 
 PROMPTS, STEPS = ["a red cat"], 4
 CALL = {

@@ -11,7 +11,6 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import UnsupportedModel
 from fastdiff.parallel.crew import fingerprint
-from fastdiff.pipelines.hearing import hear
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
@@ -19,6 +18,7 @@ from fastdiff.quant.layer import QLayer
 from fastdiff.quant.recipe import Recipe
 from fastdiff.weights import absent, foreign
 from tests import tiny
+from tests.quant.heard import hear
 from tests.state import differences, snapshot
 
 CPU = torch.device("cpu")
