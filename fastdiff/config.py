@@ -43,8 +43,6 @@ def _method(kind: str) -> BeforeValidator:
             raise ValueError(f"{kind} must be a method name or a table with a `method`, got {value!r}")
         if not isinstance(value.get("method"), str):
             raise ValueError(f"[{kind}] needs a `method`; one of {', '.join(registry(kind)) or 'none yet'}")
-        if not isinstance(value["method"], str):
-            raise ValueError(f"{kind}.method must be a name, got {value['method']!r}")
         try:
             cls = registry(kind)[value["method"]]
         except UnknownName as error:
@@ -266,5 +264,4 @@ def _fields(section: str, values: Mapping[str, Any]) -> list[str]:
         name = table.get("method") if isinstance(table, Mapping) else table
         return list(registry(section)[str(name)].model_fields)  # type: ignore[attr-defined]
     sections: dict[str, type[Settings]] = {"attention": Attention, "compile": Compile}
-    model = sections.get(section, Config)
-    return list(model.model_fields)
+    return list(sections.get(section, Config).model_fields)

@@ -86,7 +86,8 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
-            self._solve(found[0], patches)
+            if self.config.solver is not None:
+                install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
             self._cached = self._methods(found)
             self.crew = self._meet(found)
             if self.crew is not None:
@@ -109,15 +110,6 @@ class Accelerated:
             return
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
         self.quantized = done
-
-    def _solve(self, main: Anatomy, patches: PatchSet) -> None:
-        method: Any = self.config.solver
-        if method is None:
-            return
-        if self.config.parallel is not None and self.config.parallel.method == "parastep":
-            raise BadConfig("parastep predicts along with the steps of a stock solver; leave out solver, or parastep")
-        plan = method.found(embedded_name(self.pipe))
-        install_solver(self.pipe, plan, main, self.clock, self._recorder.note, patches)
 
     def _methods(self, found: list[Anatomy]) -> dict[str, CacheMethod]:
         """The cache method for each denoiser that it can work on; that it cannot on others is said aloud."""
@@ -243,9 +235,7 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
 
 
 def _goes(anatomy: Anatomy) -> str:
-    if anatomy.opaque:
-        return "treats it as a whole, and refuses what needs its inside"
-    return "goes by its structure"
+    return "treats it as a whole, and refuses what needs its inside" if anatomy.opaque else "goes by its structure"
 
 
 def put(handle: Accelerated, found: list[Anatomy]) -> None:

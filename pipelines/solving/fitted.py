@@ -3,14 +3,14 @@ and PAS, https://arxiv.org/abs/2411.06503, which descend gradients; here each st
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastdiff.errors import BadConfig
 from fastdiff.method import Method
 
-from .plan import SolverPlan, read_plan, shipped
+from .plan import FROM_FILE, SolverPlan, shipped
 
 
 class Fitted(Method):
@@ -29,7 +29,7 @@ class Fitted(Method):
     method: Literal["fitted"] = "fitted"
     evaluations: int = Field(10, ge=1, le=1_000, description="calls of the model a picture; what calibrate plans for")
     order: int = Field(4, ge=1, le=8, description="model outputs that calibrate makes a step of")
-    plan: Annotated[SolverPlan | None, BeforeValidator(read_plan)] = Field(
+    plan: Annotated[SolverPlan | None, FROM_FILE] = Field(
         None, description="what calibrate found, or the path of its file; None: the one that comes with the model"
     )
 
@@ -53,5 +53,4 @@ class Fitted(Method):
                 f"the solver fitted with {self.evaluations} evaluations needs a plan: {has}make one with fastdiff "
                 f"calibrate --set solver.evaluations={self.evaluations} -o PLAN.json, and name it as solver.plan"
             )
-        plan: Any = read_plan(known[self.evaluations])
-        return plan
+        return Fitted(plan=str(known[self.evaluations])).plan  # type: ignore[return-value]

@@ -8,9 +8,11 @@ from typing import Any
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import StepClock
-from fastdiff.errors import UnsupportedModel
+from fastdiff.config import Config
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.listening import unheard
 from fastdiff.patch import PatchSet
+from fastdiff.pipelines.loading import embedded_name
 from fastdiff.run import Run
 
 from .plan import SolverPlan
@@ -19,10 +21,15 @@ from .schedulers import host, solver
 
 
 def install(
-    pipe: Any, plan: SolverPlan, anatomy: Anatomy, clock: StepClock, note: Callable[[str], None], patches: PatchSet
+    pipe: Any, config: Config, anatomy: Anatomy, clock: StepClock, note: Callable[[str], None], patches: PatchSet
 ) -> None:
-    """From now on every run of the pipeline goes by `plan`. Raises UnsupportedModel for a pipeline without one
-    scheduler, BadConfig for a scheduler that no weights can stand for, and for a plan of another model."""
+    """From now on every run of the pipeline goes by the config's plan of a solver. Raises UnsupportedModel for a
+    pipeline without one scheduler, BadConfig for a scheduler that no weights can stand for, for a plan of another
+    model, and with parastep."""
+    if config.parallel is not None and config.parallel.method == "parastep":
+        raise BadConfig("parastep predicts along with the steps of a stock solver; leave out solver, or parastep")
+    method: Any = config.solver
+    plan: SolverPlan = method.found(embedded_name(pipe))
     own = vars(pipe).get("scheduler")
     if not hasattr(own, "step"):
         raise UnsupportedModel(f"{type(pipe).__name__} has no scheduler that a fitted solver could stand for")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.caching.plan import quantization
 from fastdiff.errors import BadConfig
-from fastdiff.method import Settings, read_json
+from fastdiff.method import Settings
+from fastdiff.plans import from_file
 from fastdiff.run import Run
 
 from .combine import counts
 
 VERSION: Literal[1] = 1
-LARGEST = 4 << 20  # bytes
 SHIPPED = Path(__file__).parents[1] / "shapes" / "solvers"
 
 
@@ -92,24 +93,15 @@ class SolverPlan(Settings):
         return said
 
 
-def read_plan(value: Any) -> Any:
-    """Lets a setting name a plan file where it wants a plan. Raises ValueError, in one sentence, for a file that is
-    missing, broken or no solver's plan."""
-    if not isinstance(value, str | Path):
-        return value
-    name = f"plan file {str(value)!r}"
-    values = read_json(Path(value).expanduser(), name, "plan", "make one with fastdiff calibrate", LARGEST)
-    if not isinstance(values, dict) or not {"version", "places", "weights"} <= values.keys():
+def _known(values: Any, name: str) -> None:
+    """Raises ValueError for what is no plan of a solver, or one of another version."""
+    if not isinstance(values, Mapping) or not {"version", "places", "weights"} <= values.keys():
         raise ValueError(f"{name} holds no plan of a solver; make one with --set solver.evaluations=N")
     if values["version"] != VERSION:
         raise ValueError(f"{name} has version {values['version']!r}, this fastdiff reads {VERSION}; calibrate again")
-    try:
-        return SolverPlan.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        why = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{where}: {first['msg'].lower()}"
-        raise ValueError(f"{name} is damaged: {why}") from None
+
+
+FROM_FILE = from_file(SolverPlan, "plan file", "make one with fastdiff calibrate", _known)
 
 
 def shipped(model: str | None) -> dict[int, Path]:

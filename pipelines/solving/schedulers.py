@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ import torch
 from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.listening import unheard
 
-TITLES = {"ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "euler": "Euler", "flowmatch": "flow-matching Euler"}
+_TITLES = {
+    "ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "deis": "DEIS", "euler": "Euler",
+    "flowmatch": "flow-matching Euler",
+}  # fmt: skip
 _CLASSES = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "flowmatch": "FlowMatchEulerDiscreteScheduler",
 }
@@ -22,26 +27,41 @@ _CLASSES = {
 
 def check_name(name: str) -> None:
     """Raises UnknownName; needs no model."""
-    if name not in _CLASSES:
-        raise UnknownName("scheduler", name, _CLASSES)
+    kind, _, grid = name.partition("@")
+    if kind not in _CLASSES or not re.fullmatch(r"|karras|shift[0-9.]+", grid):
+        raise UnknownName("scheduler", name, [*_CLASSES, "unipc@karras", "unipc@shift2"])
+
+
+def title(name: str) -> str:
+    """What people call it."""
+    kind, _, grid = name.partition("@")
+    return " ".join([_TITLES[kind], *([grid.replace("shift", "shift ")] if grid else [])])
 
 
 def solver(name: str, scheduler: Any) -> Any:
-    """A new scheduler of the named kind with the noise schedule and the prediction type of `scheduler`.
+    """A new scheduler of the named kind with the noise schedule and the prediction type of `scheduler`; `@karras` or,
+    of a flow, `@shift2` after the name is another grid.
 
     Raises BadConfig where that kind cannot solve the same ODE.
     """
     import diffusers
 
     check_name(name)
+    name, _, grid = name.partition("@")
     flow = _is_flow(scheduler)
+    if grid and flow is (grid == "karras"):
+        raise BadConfig(f"{grid} is no grid of {'flow matching' if flow else 'a noise schedule in timesteps'}")
     if flow and name == "euler":
         name = "flowmatch"
     if flow and name == "ddim":
         raise BadConfig("ddim does not solve flow-matching models; take flowmatch, dpm++ or unipc")
     if not flow and name == "flowmatch":
         raise BadConfig("flowmatch solves flow-matching models only; take ddim, dpm++, unipc or euler")
-    return getattr(diffusers, _CLASSES[name]).from_config(scheduler.config, **_options(name, scheduler, flow))
+    options = _options(name, scheduler, flow)
+    if grid:
+        shift = "shift" if name == "flowmatch" else "flow_shift"
+        options |= {"use_karras_sigmas": True} if grid == "karras" else {shift: float(grid.removeprefix("shift"))}
+    return getattr(diffusers, _CLASSES[name]).from_config(scheduler.config, **options)
 
 
 def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:

@@ -236,7 +236,14 @@ def test_no_scheduler_no_solver():
     pipe = make("sd15")
     [main, *_] = anatomies(pipe)
     with pytest.raises(UnsupportedModel, match="SimpleNamespace has no scheduler"):
-        install(SimpleNamespace(prior_scheduler=pipe.scheduler), plan(pipe), main, None, print, PatchSet())
+        install(
+            SimpleNamespace(prior_scheduler=pipe.scheduler, config={}),
+            Config(solver=solver(pipe)),
+            main,
+            None,
+            print,
+            PatchSet(),
+        )
 
 
 def test_differences_are_said():
