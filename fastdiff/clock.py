@@ -159,9 +159,8 @@ class StepClock:
 
     def _with_sample(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of scheduler.step with the latents of `before_step`, which it calls `sample`."""
-        place = (
-            self._takes.index("sample") if "sample" in self._takes else 2
-        )  # CogVideoX's DPM solver takes more before it
+        # CogVideoX's DPM solver takes more before it
+        place = self._takes.index("sample") if "sample" in self._takes else 2
         for change in self.before_step:
             if "sample" in kwargs:
                 kwargs = {**kwargs, "sample": change(index, kwargs["sample"])}

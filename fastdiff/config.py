@@ -26,7 +26,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHOD_KINDS = ("cache", "parallel", "quant")
+METHOD_KINDS = ("cache", "parallel", "quant", "solver")
+OFF = "off"  # in the place of a method: none, whatever weaker layers say
 PATH_KEYS = ("plan", "prune", "ranges")  # may name a file; in a config file its path is relative to that file
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
@@ -42,8 +43,6 @@ def _method(kind: str) -> BeforeValidator:
             raise ValueError(f"{kind} must be a method name or a table with a `method`, got {value!r}")
         if not isinstance(value.get("method"), str):
             raise ValueError(f"[{kind}] needs a `method`; one of {', '.join(registry(kind)) or 'none yet'}")
-        if not isinstance(value["method"], str):
-            raise ValueError(f"{kind}.method must be a name, got {value['method']!r}")
         try:
             cls = registry(kind)[value["method"]]
         except UnknownName as error:
@@ -80,6 +79,7 @@ class Config(Settings):
     cache: Annotated[SerializeAsAny[Method] | None, _method("cache")] = None
     parallel: Annotated[SerializeAsAny[Method] | None, _method("parallel")] = None
     quant: Annotated[SerializeAsAny[Method] | None, _method("quant")] = None
+    solver: Annotated[SerializeAsAny[Method] | None, _method("solver")] = None
     attention: Attention = Attention()
     compile: Compile = Compile()
 
@@ -214,7 +214,7 @@ def _apply_defaults(merged: dict[str, Any], kind: str, family: Family | None, or
 def _merge(into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str]) -> None:
     for key, value in values.items():
         if key in METHOD_KINDS and isinstance(value, str):
-            value = {"method": value}
+            value = None if value == OFF else {"method": value}
         if isinstance(value, Method):
             value = value.model_dump()
         old = into.get(key)
@@ -264,5 +264,4 @@ def _fields(section: str, values: Mapping[str, Any]) -> list[str]:
         name = table.get("method") if isinstance(table, Mapping) else table
         return list(registry(section)[str(name)].model_fields)  # type: ignore[attr-defined]
     sections: dict[str, type[Settings]] = {"attention": Attention, "compile": Compile}
-    model = sections.get(section, Config)
-    return list(model.model_fields)
+    return list(sections.get(section, Config).model_fields)

@@ -71,12 +71,12 @@ def _listening(base: type) -> type:
         "__module__": base.__module__, "__qualname__": base.__qualname__,
         "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _pickled,
     }  # fmt: skip
-    return _same(base)(base.__name__, (base,), body)
+    return same(base)(base.__name__, (base,), body)
 
 
-def _same(base: type) -> type:
-    """Classes that are equal to `base`: some pipelines ask for the very type."""
-    body = {"__eq__": lambda kind, other: other is base or other is kind, "__hash__": lambda kind: hash(base)}
+def same(base: type) -> type:
+    """The metaclass of classes that are equal to `base`: some pipelines ask for the very type."""
+    body = {"__eq__": lambda kind, other: other is kind or base == other, "__hash__": lambda kind: hash(base)}
     return type("_Same", (type(base),), body)
 
 

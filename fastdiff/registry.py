@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 from .errors import BadConfig, UnknownName, UnsupportedModel
 
-ROOMS = {"cache": "fastdiff.caching", "parallel": "fastdiff.parallel", "quant": "fastdiff.quant"}
+ROOMS = {"cache": "caching", "parallel": "parallel", "quant": "quant", "solver": "pipelines.solving"}
 
 
 class Registry(Mapping[str, type]):
@@ -57,10 +57,10 @@ class Registry(Mapping[str, type]):
 
 
 def registry(kind: str) -> Registry:
-    """The registry that a room owns as `REGISTRY`; kind is cache, parallel or quant."""
+    """The registry that a room owns as `REGISTRY`; kind is cache, parallel, quant or solver."""
     if kind not in ROOMS:
         raise UnknownName("kind of method", kind, ROOMS)
-    return importlib.import_module(ROOMS[kind]).REGISTRY
+    return importlib.import_module(f"fastdiff.{ROOMS[kind]}").REGISTRY
 
 
 def names() -> dict[str, list[str]]:

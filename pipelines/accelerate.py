@@ -29,6 +29,7 @@ from .families import Anatomy, anatomies
 from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
+from .solving.install import install as install_solver
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
+            if self.config.solver is not None:
+                install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
             self._cached = self._methods(found)
             self.crew = self._meet(found)
             if self.crew is not None:
@@ -217,8 +220,8 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
     """Patch a live pipeline.
 
     config: preset name, path of a .toml or .json file, dict or Config. Keywords (`cache=`, `parallel=`, `quant=`,
-    `attention=`, `compile=`; a method name or a table) override it. A pipeline that is accelerated already is
-    restored first.
+    `solver=`, `attention=`, `compile=`; a method name or a table) override it. A pipeline that is accelerated
+    already is restored first.
 
     Raises BadConfig for a config that means nothing, UnsupportedModel for a method the model cannot use,
     BackendUnavailable for what this machine cannot run; the pipeline is then as it was.
@@ -232,9 +235,7 @@ def accelerate(pipe: DiffusionPipeline, config: Source = None, **levers: Any) ->
 
 
 def _goes(anatomy: Anatomy) -> str:
-    if anatomy.opaque:
-        return "treats it as a whole, and refuses what needs its inside"
-    return "goes by its structure"
+    return "treats it as a whole, and refuses what needs its inside" if anatomy.opaque else "goes by its structure"
 
 
 def put(handle: Accelerated, found: list[Anatomy]) -> None:

@@ -28,7 +28,7 @@ from fastdiff.registry import ROOMS, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-TITLES = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
+TITLES = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization", "solver": "Solver"}
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the root; on the site
 PARTED = {
     "model": "model", "name": "run", "ranks": "ranks", "steps": "steps", "psnr": "PSNR dB", "ssim": "SSIM",
@@ -137,7 +137,7 @@ def method_page(kind: str, name: str, cls: type[Method]) -> str:
     if shared:
         link = "the [settings of every method](../../config.md#settings-of-every-method) of this room"
         settings += f"\n\nBesides these it takes {link}."
-    source = f"{ROOMS[kind].rpartition('.')[2]}/{cls.__module__.rpartition('.')[2]}.py"
+    source = cls.__module__.removeprefix("fastdiff.").replace(".", "/") + ".py"
     return "\n\n".join([
         f"# {name}", autolinked(module), paragraphs(cls), *decisions(cls),
         f'```toml\n[{kind}]\nmethod = "{name}"\n{"".join(examples(cls, fields))}```',

@@ -18,11 +18,11 @@ from fastdiff.patch import PatchSet
 from fastdiff.pipelines.accelerate import accelerate
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded_name
+from fastdiff.pipelines.solving.schedulers import check_name, solver, title
 
 from .peer import Peer, Running
 from .peers import peers_for
 from .row import Kind
-from .solvers import TITLES, check_name, solver
 
 
 class Settings(_Frozen):
@@ -137,10 +137,10 @@ def other_solvers(scheduler: Any, names: Sequence[str]) -> tuple[dict[str, Any],
         try:
             candidate = solver(name, scheduler)
         except BadConfig as error:
-            remarks.append(f"no fewer steps with {TITLES[name]}: {error}")
+            remarks.append(f"no fewer steps with {title(name)}: {error}")
             continue
-        if type(candidate) is not type(scheduler):
-            found[TITLES[name]] = candidate
+        if type(candidate) is not type(scheduler) or "@" in name:
+            found[title(name)] = candidate
     return found, remarks
 
 
@@ -155,8 +155,8 @@ def fewer_steps(
     computed = set(computed)
     wanted = {max(1, round(count * steps / evaluations)) for count in computed}
     found = [Contender(f"{n} steps", "fewer_steps", n) for n in sorted(wanted, reverse=True) if n < steps]
-    for title, scheduler in (others or {}).items():
+    for other, scheduler in (others or {}).items():
         counts = sorted((n for n in computed if 0 < n < evaluations), reverse=True)
         counts = [counts[round(k)] for k in np.linspace(0, len(counts) - 1, min(8, len(counts)))]
-        found += [Contender(f"{n} steps {title}", "fewer_steps", n, scheduler=scheduler) for n in counts]
+        found += [Contender(f"{n} steps {other}", "fewer_steps", n, scheduler=scheduler) for n in counts]
     return found

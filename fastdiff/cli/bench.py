@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _PLOT_TYPES, _SHEET_TYPES = (".png", ".svg", ".pdf"), (".png", ".jpg", ".webp")
 _OTHER_SOLVERS = ("dpm++", "unipc")  # what a user would try before any cache
+Solvers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--solver", help="Fewer steps of this scheduler too; repeatable: unipc, deis, dpm++@karras, unipc@shift2 ..."
+    ),
+]
 _SHEET_ROWS = 8  # prompts shown in the contact sheet
 
 Presets = Annotated[
@@ -51,6 +57,7 @@ def bench(
     guidance_scale: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call while measuring quality.")] = 8,
     peers: Peers = False,
+    solver: Solvers = None,
     scheduler: Scheduler = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here; - prints them instead of the table.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality over speed-up here (.png, .svg, .pdf).")] = None,
@@ -64,11 +71,14 @@ def bench(
     to_stdout = json is not None and str(json) == "-"
     json_file = None if to_stdout else json
     _check_outputs(json_file, plot, sheet, verdict, overwrite)
-    from fastdiff.bench import metrics, solvers
+    from fastdiff.bench import metrics
+    from fastdiff.pipelines.solving import schedulers as solvers
 
     metrics.require_extra()
     if scheduler is not None:
         solvers.check_name(scheduler)
+    for name in solver or ():
+        solvers.check_name(name)
     import torch
 
     import fastdiff
@@ -81,8 +91,9 @@ def bench(
     pipe: Any = fastdiff.load(model)
     if scheduler is not None:
         pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
+    others = tuple(dict.fromkeys([*(_OTHER_SOLVERS if peers else ()), *(solver or ())]))
     settings = Settings.of(
-        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=_OTHER_SOLVERS if peers else (),
+        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=others,
         **({"converged_steps": None} if no_converged else {}),
     )  # fmt: skip
     planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings) if peers else [])

@@ -13,6 +13,7 @@ from .options import Json
 if TYPE_CHECKING:
     from fastdiff.caching.plan import Plan
     from fastdiff.config import Layer
+    from fastdiff.pipelines.solving.plan import SolverPlan
     from fastdiff.plans import Each
 
 
@@ -20,44 +21,55 @@ if TYPE_CHECKING:
 def calibrate(
     asked: Calibration,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write, JSON.")],
-    prompts: Annotated[int, typer.Option(min=1, help="Images to calibrate on.")] = 8,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Images to calibrate on. Default: 8, of a solver 32.")
+    ] = None,
+    teacher_steps: Annotated[int, typer.Option(min=10, help="Steps of the solution that a solver is fitted to.")] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find what a cache method wants to know of a model, and write it to a plan file.
+    """Find what a cache method or a solver wants to know of a model, and write it to a plan file.
 
     For dp (the default) and cachequant that is which steps to compute, --set cache.computed_steps=K or
     --set cache.interval=N; for magcache and teacache their ratios and coefficients, for a_sdm the sites by time. Use it
     with --set cache.method=dp --set cache.plan=FILE.
+
+    --set solver.evaluations=N, without a cache, fits a solver: where to evaluate the model, and with which weights to
+    go on. Use it with --set solver.method=fitted --set solver.plan=FILE.
     """
     layers = _unplanned(asked.layers)
 
     from fastdiff import output as files
     from fastdiff.pipelines.calibrate import calibrate as plan_for
+    from fastdiff.pipelines.solving.calibrate import calibrate_solver
 
     files.check([output], overwrite)
     pipe, resolved = asked.loaded(layers)
-    call = asked.call(pipe)
-    texts = asked.texts(pipe, prompts)
+    solved = resolved.cache is None
+    call = asked.call(pipe) | ({"teacher_steps": teacher_steps} if solved else {})
+    texts = asked.texts(pipe, prompts or (32 if solved else 8))
     with progress() as watch:
-        found = plan_for(pipe, resolved, texts, watch=watch, **call)
-    plan: Plan | Each[Plan] = found.cache.plan  # type: ignore[union-attr]
+        found: Any = (calibrate_solver if solved else plan_for)(pipe, resolved, texts, watch=watch, **call)
+    plan: Any = (found.solver if solved else found.cache).plan
     files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))
     _tell(output, plan, as_json)
 
 
 def _unplanned(layers: list[Layer]) -> list[Layer]:
-    """On top of the method dp; a config may name the plan that is still to be made."""
-    kept: list[Layer] = [("calibrate", {"cache": {"method": "dp"}})]
+    """On top of the method dp or, where a solver is set but no cache, of fitted; a config may name the plan that is
+    still to be made."""
+    solver = any(values.get("solver") for _, values in layers) and not any(values.get("cache") for _, values in layers)
+    lever, method = ("solver", "fitted") if solver else ("cache", "dp")
+    kept: list[Layer] = [("calibrate", {lever: {"method": method}})]
     for origin, values in layers:
-        cache = values.get("cache")
-        if isinstance(cache, dict):
-            values = {**values, "cache": {key: value for key, value in cache.items() if key != "plan"}}
+        table = values.get(lever)
+        if isinstance(table, dict):
+            values = {**values, lever: {key: value for key, value in table.items() if key != "plan"}}
         kept.append((origin, values))
     return kept
 
 
-def _tell(output: Path, plan: Plan | Each[Plan], as_json: bool) -> None:
+def _tell(output: Path, plan: Plan | Each[Plan] | SolverPlan, as_json: bool) -> None:
     """One plan's values, or those of each denoiser under its name."""
     import json
 
@@ -72,7 +84,11 @@ def _tell(output: Path, plan: Plan | Each[Plan], as_json: bool) -> None:
     say(plan.summary())
 
 
-def _told(plan: Plan) -> dict[str, Any]:
+def _told(plan: Plan | SolverPlan) -> dict[str, Any]:
+    from fastdiff.pipelines.solving.plan import SolverPlan
+
+    if isinstance(plan, SolverPlan):
+        return plan.model_dump(mode="json", exclude={"version"})
     told = plan.model_dump(mode="json", exclude={"affine", "weights", "version"})
     own = set(plan.called or range(len(plan.sigmas)))
     steps = {"steps": len(own)} | ({"computed_steps": len(own & set(told["compute"]))} if "compute" in told else {})

@@ -48,10 +48,10 @@ class Calibration:
 
     def loaded(self, layers: list[Layer]) -> tuple[Any, Config]:
         """A pipeline that is still plain, with the named scheduler, and the config that `layers` make for it."""
-        from fastdiff.bench import solvers
         from fastdiff.config import resolve
         from fastdiff.pipelines.families import anatomies
         from fastdiff.pipelines.loading import embedded_name
+        from fastdiff.pipelines.solving import schedulers as solvers
         from fastdiff.studio.drawing import described, opened
         from fastdiff.studio.settings import early
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 
-from fastdiff.config import METHOD_KINDS, PATH_KEYS, Attention, Compile, presets
+from fastdiff.config import METHOD_KINDS, OFF, PATH_KEYS, Attention, Compile, presets
 from fastdiff.errors import FastdiffError
 from fastdiff.images import save
 from fastdiff.pipelines.loading import CALL_DEFAULTS
@@ -26,7 +26,6 @@ from .fields import Setting, settings_of
 from .order import Ground, Order, sampling
 from .results import NO_BENCHMARK, benchmarks, captions, explanation, pareto, progress
 
-OFF = "off"
 LIVE: dict[str, Any] = {"interactive": True}  # Gradio guesses from the static events, and Run's is none of them
 VISITORS = 24  # who draw or are told that they wait; more are refused, as Cancel reaches nobody in Gradio's own queue
 PROMPT = "a large red circle above a small blue square"
@@ -35,7 +34,7 @@ HEARD = "() => ({__type__: 'update', interactive: document.querySelector('#cance
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
 OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "run", "cancel")
 SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height")
-KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization"}
+KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization", "solver": "Solver"}
 THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(

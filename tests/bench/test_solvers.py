@@ -8,8 +8,8 @@ import fastdiff
 from fastdiff.bench.measure import draw
 from fastdiff.bench.metrics import psnr
 from fastdiff.bench.plan import fewer_steps, other_solvers
-from fastdiff.bench.solvers import solver
 from fastdiff.errors import BadConfig, UnknownName
+from fastdiff.pipelines.solving.schedulers import solver
 from tests.tiny import make
 
 

@@ -178,7 +178,7 @@ def test_main_job(cli) -> None:
 
 
 def test_transformer_defaults(cli) -> None:
-    cli("generate", "a red circle", "-m", "shapes-dit", "--preset", "fast", "--seed", 1)
+    cli("generate", "a red circle", "-m", "shapes-dit", "--preset", "balanced", "--seed", 1)
     made = read(Path("out.png"))
     assert (made.model, made.steps, made.guidance_scale) == ("shapes-dit", 28, 3.0)
     assert made.report["cached"] > 0

@@ -34,7 +34,7 @@ BAD = {
     "not a number": ({"cache": {"method": "first_block", "threshold": float("nan")}}, "cache.threshold = nan"),
     "infinite": ({"cache": {"method": "first_block", "threshold": float("inf")}}, "cache.threshold = inf"),
     "too large": ({"cache": {"method": "ab_cache", "order": 99}}, "cache.order = 99"),
-    "negative step": ({"cache": {"method": "static", "compute_steps": [0, -3]}}, "compute_steps holds -3"),
+    "negative step": ({"cache": {"method": "static", "compute_steps": [0, -3]}}, "compute_steps.1 = -3"),
     "no method": ({"cache": {"interval": 3}}, r"\[cache\] needs a `method`"),
     "not a table": ({"cache": 3}, "cache must be a method name or a table with a `method`, got 3"),
     "method is a list": ({"cache": {"method": ["deepcache"]}}, "method"),

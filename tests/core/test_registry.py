@@ -34,7 +34,7 @@ def entry(monkeypatch, name: str, value: str, group: str = "fastdiff.cache") -> 
 
 
 def test_every_room_lists_its_names_and_each_is_a_method():
-    assert names().keys() == ROOMS.keys() == {"cache", "parallel", "quant"}
+    assert names().keys() == ROOMS.keys() == {"cache", "parallel", "quant", "solver"}
     for kind, listed in fastdiff.methods().items():
         assert len(listed) == len(set(listed))
         assert all(issubclass(registry(kind)[name], Method) for name in listed)

@@ -44,12 +44,10 @@ def test_so_have_the_other_sections(model):
 
 
 def test_ranges_and_kinds():
-    found = {
-        s.name: s
-        for s in settings_of(registry("cache")["ab_cache"], Ground("fast", "shapes-dit").values("cache", "ab_cache"))
-    }
+    values = Ground("balanced", "shapes-dit").values("cache", "ab_cache")
+    found = {s.name: s for s in settings_of(registry("cache")["ab_cache"], values)}
     assert (found["order"].entry, found["order"].low, found["order"].high) == ("range", 1, 6)
-    assert found["interval"].entry == "number" and found["interval"].value == 3, "the preset's value"
+    assert found["interval"].entry == "number" and found["interval"].value == 2, "the preset's value"
     assert found["predictor"].entry == "choice" and "adams_bashforth" in found["predictor"].choices
     assert "at least 1" in found["max_consecutive_cached"].info and found["max_consecutive_cached"].parsed(None) is None
     assert "method" not in found

@@ -32,7 +32,7 @@ STEPS = 6
 
 def order(steps: int = STEPS, choice: dict | None = None, **values) -> Order:
     asked = {"prompt": "a red circle", "seed": 3, "steps": steps} | values
-    return Order("shapes-unet", choice or {"preset": "fast"}, sampling(asked))
+    return Order("shapes-unet", choice or {"preset": "balanced"}, sampling(asked))
 
 
 def pair(easel: Easel, asked: Order) -> Pair:

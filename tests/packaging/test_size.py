@@ -28,10 +28,17 @@ def offenders(sources, find):
     return [f"{path}: {wrong}" for path, source in sources.items() for wrong in find(path, ast.parse(source))]
 
 
-@pytest.mark.parametrize(("doors", "most"), [(False, 16_000), (True, 7_000)], ids=["levers and core", "front doors"])
-def test_the_product_stays_small(sources, doors, most):
-    counted = [path for path in product() if (layer(module_name(path)) == "front") is doors]
-    assert sum(len(sources[path].splitlines()) for path in counted) <= most
+@pytest.mark.parametrize(
+    ("part", "most"), [("levers and core", 16_000), ("solver", 1_300), ("front", 7_000)], ids=lambda value: str(value)
+)
+def test_the_product_stays_small(sources, part, most):
+    """The solver, a fourth lever, has an allowance of its own beside those that were there before it."""
+
+    def of(path):
+        solver = path.is_relative_to("pipelines/solving")
+        return "solver" if solver else "front" if layer(module_name(path)) == "front" else "levers and core"
+
+    assert sum(len(sources[path].splitlines()) for path in product() if of(path) == part) <= most
 
 
 def test_files_stay_small(sources):

@@ -1,0 +1,133 @@
+"""Schedulers by short names, set up to solve the very ODE of a pipeline's own scheduler."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+
+from fastdiff.errors import BadConfig, UnknownName
+from fastdiff.listening import unheard
+
+_TITLES = {
+    "ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "deis": "DEIS", "euler": "Euler",
+    "flowmatch": "flow-matching Euler",
+}  # fmt: skip
+_CLASSES = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "flowmatch": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+def check_name(name: str) -> None:
+    """Raises UnknownName; needs no model."""
+    kind, _, grid = name.partition("@")
+    if kind not in _CLASSES or not re.fullmatch(r"|karras|shift[0-9.]+", grid):
+        raise UnknownName("scheduler", name, [*_CLASSES, "unipc@karras", "unipc@shift2"])
+
+
+def title(name: str) -> str:
+    """What people call it."""
+    kind, _, grid = name.partition("@")
+    return " ".join([_TITLES[kind], *([grid.replace("shift", "shift ")] if grid else [])])
+
+
+def solver(name: str, scheduler: Any) -> Any:
+    """A new scheduler of the named kind with the noise schedule and the prediction type of `scheduler`; `@karras` or,
+    of a flow, `@shift2` after the name is another grid.
+
+    Raises BadConfig where that kind cannot solve the same ODE.
+    """
+    import diffusers
+
+    check_name(name)
+    name, _, grid = name.partition("@")
+    flow = _is_flow(scheduler)
+    if grid and flow is (grid == "karras"):
+        raise BadConfig(f"{grid} is no grid of {'flow matching' if flow else 'a noise schedule in timesteps'}")
+    if flow and name == "euler":
+        name = "flowmatch"
+    if flow and name == "ddim":
+        raise BadConfig("ddim does not solve flow-matching models; take flowmatch, dpm++ or unipc")
+    if not flow and name == "flowmatch":
+        raise BadConfig("flowmatch solves flow-matching models only; take ddim, dpm++, unipc or euler")
+    options = _options(name, scheduler, flow)
+    if grid:
+        shift = "shift" if name == "flowmatch" else "flow_shift"
+        options |= {"use_karras_sigmas": True} if grid == "karras" else {shift: float(grid.removeprefix("shift"))}
+    return getattr(diffusers, _CLASSES[name]).from_config(scheduler.config, **options)
+
+
+def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if name == "dpm++":
+        options = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    if not flow:
+        return options | _end(name, scheduler.config)
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise BadConfig(f"{name} is not set up for a shift that depends on the resolution")
+    shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+    if name == "flowmatch":
+        return {"shift": shift}
+    return options | {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+
+
+def _end(name: str, config: Any) -> dict[str, Any]:
+    """Stop at the same noise level; DDIM and the others have different words for it, lost by `from_config`."""
+    if "set_alpha_to_one" in config:
+        clean = config["set_alpha_to_one"]
+    elif "final_sigmas_type" in config:
+        clean = config["final_sigmas_type"] == "zero"
+    else:
+        return {}
+    return {"set_alpha_to_one": clean} if name == "ddim" else {"final_sigmas_type": "zero" if clean else "sigma_min"}
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def host(own: Any) -> Any:
+    """A scheduler of one evaluation a step, linear in the model's outputs, that takes any noise levels and solves the
+    very ODE of a pipeline's own: FlowMatchEuler of a flow, else DPM-Solver++(2M).
+
+    Raises BadConfig for a scheduler that adds noise, or clips what the model predicts.
+    """
+    name, config = type(own).__name__, own.config
+    if config.get("thresholding"):
+        raise BadConfig(f"{name} clips each prediction (thresholding), which no weights can stand for; turn it off")
+    if _adds_noise(own):
+        raise BadConfig(
+            f"{name} adds noise of its own, so that there is no picture to converge to; give the pipeline a "
+            "deterministic scheduler such as DPM++, UniPC, DDIM or Euler"
+        )
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return copy.deepcopy(own)
+    if not hasattr(own, "alphas_cumprod") and not _is_flow(own):
+        raise BadConfig(f"{name} has neither a noise schedule in timesteps nor flow matching; no solver can be fitted")
+    return solver("flowmatch" if _is_flow(own) else "dpm++", own)
+
+
+def _adds_noise(scheduler: Any) -> bool:
+    """Whether the same steps, taken twice, end in other latents."""
+    kind, config = type(scheduler).__name__, scheduler.config
+    if "SDE" in kind or "sde" in str(config.get("algorithm_type")) or config.get("stochastic_sampling"):
+        return True
+    ends = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            own = unheard(scheduler)
+            own.set_timesteps(4, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
+            latents = torch.ones(1, 1, 2, 2)
+            for timestep in own.timesteps[:2]:
+                own.scale_model_input(latents, timestep) if hasattr(own, "scale_model_input") else None
+                latents = own.step(torch.zeros_like(latents), timestep, latents, return_dict=False)[0]
+            ends.append(latents)
+    return not torch.equal(*ends)

@@ -1,0 +1,135 @@
+"""The teacher's fine trajectories, and pictures drawn on other grids, each step settled for all of them at once."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .combine import At
+from .levels import Levels, put
+from .lockstep import loops, twin
+
+Calls = Sequence[Mapping[str, Any]]
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How pictures are drawn: the pipeline as it was before anything was installed, a scheduler of one evaluation a
+    step, and the calls, each of a few pictures. `tick` is told of every step of a call."""
+
+    pipe: Any
+    scheduler: Any
+    calls: Callable[[], Calls]  # anew each time, since a call uses its generators up
+    tick: Tick = lambda: None
+
+    def students(
+        self, places: Sequence[float], keep: int, settle: Callable[[int, list[list[At]]], list[Tensor]]
+    ) -> Tensor:
+        """The last latents of all pictures, (S, ...), drawn on a grid.
+
+        settle(step, seen): the latents that each call goes on with, of the newest `keep` steps of each, newest last.
+        """
+        states: list[Tensor] = []
+        with loops(self.pipe, lambda: on_grid(self.scheduler, places), self.calls()) as running:
+            seen: list[list[At]] = [[] for _ in running]
+            for index in range(len(places) - 1):
+                for number, loop in enumerate(running):
+                    at = loop.advance(states[number] if index else None)
+                    assert at is not None, "the pipeline's loop has fewer steps than its scheduler"
+                    seen[number] = [*seen[number], at][-keep:]
+                    self.tick()
+                states = settle(index, seen)
+            return torch.cat(states)
+
+    def stock(self, scheduler: Any, steps: int) -> Tensor:
+        """The last latents of all pictures, drawn by a stock scheduler in its own way."""
+        found = []
+        for call in self.calls():
+            own = twin(self.pipe, copy.deepcopy(scheduler))
+            given = {**call, "num_inference_steps": steps}
+            found.append(own(given.pop("prompt"), output_type="latent", **given)[0])
+        return torch.cat(found)
+
+
+@dataclass
+class Teacher:
+    """Trajectories along a fine grid: `states` (points, S, values) in a file, `gram` the mean over pictures of the
+    products of all states and then all outputs, divided by the number of values."""
+
+    places: list[float]
+    states: Tensor
+    gram: NDArray[np.float64]
+    levels: Levels
+    shape: tuple[int, ...] = ()
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def goal(self, point: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """The teacher's states at a point, in the pieces and shapes of `like`."""
+        pieces = self.states[point].split([len(part) for part in like])
+        return [piece.view_as(part).to(part) for piece, part in zip(pieces, like, strict=True)]
+
+
+@contextmanager
+def taught(trial: Trial, places: Sequence[float], pictures: int) -> Iterator[Teacher]:
+    """Draw all pictures on the fine grid with the scheduler's own steps, one call after the other; the file is gone at
+    the end."""
+    heard: list[Levels] = []
+    states: Any = None
+    gram: Any = None
+    shape: tuple[int, ...] = ()
+    done = 0
+    with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
+        for call in trial.calls():
+            rows: list[Tensor] = []
+            outputs: list[Tensor] = []
+            with loops(trial.pipe, lambda: on_grid(trial.scheduler, places, heard.append), [call]) as [loop]:
+                while (at := loop.advance()) is not None:
+                    rows, outputs, last = [*rows, _row(at.x)], [*outputs, _row(at.f)], at.plain
+                    trial.tick()
+            rows.append(_row(last))
+            count, values = rows[0].shape
+            if states is None:
+                shape = tuple(last.shape[1:])
+                file = Path(folder) / "states"
+                states = torch.from_file(
+                    str(file), shared=True, size=len(places) * pictures * values, dtype=torch.float32
+                ).view(len(places), pictures, values)
+            states[:, done : done + count] = torch.stack(rows)
+            parts = torch.stack([*rows, *outputs], 1).double()
+            summed = (parts @ parts.transpose(1, 2)).sum(0) / values
+            gram, done = summed if gram is None else gram + summed, done + count
+        yield Teacher(list(places), states, (gram / done).numpy(), heard[0], shape)
+
+
+def _row(value: Tensor) -> Tensor:
+    return value.flatten(1).float().cpu()
+
+
+def on_grid(scheduler: Any, places: Sequence[float], seen: Callable[[Levels], None] = lambda _: None) -> Any:
+    """A copy of a scheduler that sets these places whatever it is asked for."""
+    made = copy.deepcopy(scheduler)
+    stock = made.set_timesteps
+
+    @wraps(stock)
+    def set_timesteps(
+        num_inference_steps: Any = None, device: Any = None, *_: Any, mu: float | None = None, **__: Any
+    ) -> None:
+        stock(len(places) - 1, device=device, **({} if mu is None else {"mu": mu}))
+        levels = Levels.of(made, mu)
+        put(made, places, levels, device)
+        seen(levels)
+
+    made.set_timesteps = set_timesteps
+    return made

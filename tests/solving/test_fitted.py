@@ -1,0 +1,292 @@
+"""The lever on real pipelines: what it promises exactly, what it refuses, and what becomes of it."""
+
+import copy
+import json
+import warnings
+from functools import wraps
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.anatomy import fingerprint
+from fastdiff.config import Config
+from fastdiff.errors import BadConfig, UnsupportedModel
+from fastdiff.patch import PatchSet
+from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.solving import schedulers
+from fastdiff.pipelines.solving.calibrate import calibrate_solver, fitting, student
+from fastdiff.pipelines.solving.install import install
+from fastdiff.pipelines.solving.levels import power
+from fastdiff.pipelines.solving.plan import SolverPlan
+from fastdiff.pipelines.solving.students import Trial
+from tests.tiny import arguments, denoiser, make
+
+PROMPTS = ["a red cat", "a blue dog", "two green birds", "one old house", "a boat", "a tree", "rain", "a small fish"]
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "wan")
+
+
+def plan(pipe, places=(0, 0.2, 0.5, 0.8, 1), weights=None, **values):
+    count = len(places) - 1
+    [main, *_] = anatomies(pipe)
+    given = {"order": 2, "weights": weights or ((),) * count, "evaluations": count, "scheduler": "any"} | values
+    return SolverPlan(denoiser=fingerprint(main), places=places, **given)
+
+
+def solver(pipe, **values):
+    return {"method": "fitted", "plan": plan(pipe, **values)}
+
+
+def call(name):
+    """Arguments without what a calibration sets itself."""
+    kept = arguments(name, steps=4)
+    return {key: kept[key] for key in kept if key not in ("prompt", "generator", "output_type", "negative_prompt")}
+
+
+def drawn(pipe, name, **more):
+    return pipe(**arguments(name) | more)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_weights_it_is_the_stock_scheduler_on_these_levels(name):
+    """Bit for bit: the control has the same levels put into a scheduler by hand."""
+    pipe = make(name)
+    own = vars(pipe)["scheduler"]
+    with fastdiff.accelerate(pipe, solver=solver(pipe)) as fast:
+        found = drawn(pipe, name)
+        assert (fast.report.steps, fast.report.computed) == (4, 4)
+        timesteps, sigmas = pipe.scheduler.timesteps, pipe.scheduler.sigmas
+    assert vars(pipe)["scheduler"] is own
+    control = schedulers.host(own)
+    stock = control.set_timesteps
+
+    @wraps(stock)  # pipelines look for the names of what it takes
+    def by_hand(*_, mu=None, **__):
+        stock(4, **({} if mu is None else {"mu": mu}))
+        control.timesteps, control.sigmas = timesteps.clone(), sigmas.clone()
+
+    control.set_timesteps = by_hand
+    pipe.scheduler = control
+    assert torch.equal(drawn(pipe, name), found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_draws_what_calibration_drew(name):
+    """The weights act in the installed lever as they did on the student, in the pipeline's own loop."""
+    pipe = make(name)
+    how = call(name) | {"num_inference_steps": 9}
+    with fitting(pipe, Config(), PROMPTS, batch=2, teacher_steps=12, **how) as found:
+        made = student(found.trial, found.teacher, [0, 3, 5, 9, 12], 3)
+        fitted = SolverPlan(
+            denoiser=fingerprint(found.main), scheduler="any", evaluations=4, order=3, places=made.places,
+            weights=made.weights,
+        )  # fmt: skip
+        goal = found.teacher.states[-1]
+    assert any(made.weights)
+    with fastdiff.accelerate(pipe, solver={"method": "fitted", "plan": fitted}):
+        last = pipe(
+            PROMPTS[:2], generator=[torch.Generator().manual_seed(k) for k in (0, 1)], output_type="latent", **how
+        )[0]
+    error = (last.flatten(1) - goal[:2]).square().mean(1)
+    assert torch.allclose(error, made.error[:2], rtol=1e-3)
+
+
+def test_a_calibrated_plan_is_near_the_teacher_and_says_how_near():
+    pipe = make("sd15")
+    before = drawn(pipe, "sd15")
+    seen = []
+    made = calibrate_solver(
+        pipe, Config(solver={"method": "fitted", "evaluations": 5}), PROMPTS, teacher_steps=30,
+        watch=lambda done, total: seen.append((done, total)), **call("sd15"),
+    ).solver.plan  # fmt: skip
+    assert torch.equal(drawn(pipe, "sd15"), before)
+    assert made.evaluations == 5 and made.psnr >= made.stock_psnr and made.stock in ("own", "dpm++", "unipc")
+    assert made.use == "fitted" and made.scheduler == type(pipe.scheduler).__name__ and made.guidance_scale == 4.0
+    assert [done for done, _ in seen[:-1]] == list(range(1, len(seen))) and seen[-1] == (1, 1)
+    assert made.shape == before.shape[1:]
+    assert "evaluations at 0.000" in made.summary()
+
+
+def test_where_nothing_is_to_be_won_the_stock_solver_stays(monkeypatch):
+    pipe = make("sd15")
+    with fitting(pipe, Config(), PROMPTS, teacher_steps=12, **call("sd15")) as found:
+        monkeypatch.setattr(type(found), "_fitted", lambda *_: iter(()))
+        made = found.plan(4, 2)
+    assert made.use != "fitted" and not made.weights and "nothing fitted beat" in made.summary()
+    with fastdiff.accelerate(pipe, solver={"method": "fitted", "plan": made}) as fast:
+        found = drawn(pipe, "sd15")
+        assert fast.report.steps == 4
+    if made.use != "own":
+        pipe.scheduler = schedulers.solver(made.use, pipe.scheduler)
+    assert torch.equal(drawn(pipe, "sd15", num_inference_steps=4), found)
+
+
+def test_a_run_of_a_part_of_the_plan_takes_the_stock_weights_and_says_so():
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**make("sd15").components)
+    pipe.set_progress_bar_config(disable=True)
+    weights = ((0.0, 0.0), *(((0.5, 0.0, 0.0),) * 3))
+    given = {key: value for key, value in arguments("sd15").items() if key not in ("height", "width")}
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ends = {}
+    for own in (weights, ((),) * 4):
+        with fastdiff.accelerate(pipe, solver=solver(pipe, weights=own)) as fast:
+            made = given | {"image": image, "strength": 0.5, "generator": torch.Generator().manual_seed(0)}
+            ends[own] = pipe(**made)[0]
+            assert fast.report.steps == 2
+            assert any("begins inside the plan" in note for note in fast.report.notes) is (own is weights)
+    assert torch.equal(*ends.values())
+
+
+def test_pipelines_with_copies_of_the_scheduler_keep_their_own_history():
+    pipe = make("sd15")
+    with fastdiff.accelerate(pipe, solver=solver(pipe, weights=((0.1, 0.0), *(((0.1, 0.2, 0.0),) * 3)))):
+        pipe.scheduler.set_timesteps(9)
+        other = copy.deepcopy(pipe.scheduler)
+        outputs = torch.randn(5, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        ends = []
+        for scheduler in (pipe.scheduler, other):
+            state = outputs[0]
+            for timestep, output in zip(scheduler.timesteps, outputs[1:], strict=True):
+                state = scheduler.step(output, timestep, state).prev_sample
+            ends.append(state)
+    assert torch.equal(*ends)
+
+
+def test_what_is_saved_is_the_pipelines_own_scheduler(tmp_path):
+    pipe = make("sd15")
+    pipe.scheduler.save_pretrained(tmp_path / "own")
+    with fastdiff.accelerate(pipe, solver=solver(pipe)):
+        assert type(pipe.scheduler) == diffusers.DPMSolverMultistepScheduler  # noqa: E721 some pipelines ask so
+        pipe.scheduler.save_pretrained(tmp_path / "other")
+    own, other = (json.loads((tmp_path / n / "scheduler_config.json").read_text()) for n in ("own", "other"))
+    assert own == other and own["_class_name"] == type(pipe.scheduler).__name__
+
+
+def test_a_cache_on_top_counts_the_plans_steps():
+    pipe = make("sd15")
+    table = solver(pipe, places=(0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1))
+    with fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2}, solver=table) as fast:
+        drawn(pipe, "sd15")
+        assert (fast.report.steps, fast.report.cached) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "said"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}, "adds noise"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "adds noise"),
+        ("DDIMScheduler", {"thresholding": True}, "thresholding"),
+    ],
+)
+def test_schedulers_that_no_weights_can_stand_for_are_refused(scheduler, options, said):
+    pipe = make("sd15")
+    pipe.scheduler = own = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
+    before = dict(vars(pipe))
+    with pytest.raises(BadConfig, match=said):
+        fastdiff.accelerate(pipe, solver=solver(pipe))
+    assert vars(pipe) == before and pipe.scheduler is own
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"]
+)
+def test_any_deterministic_scheduler_may_be_the_pipelines_own(scheduler):
+    pipe = make("sd15")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    with fastdiff.accelerate(pipe, solver=solver(pipe)) as fast:
+        assert torch.isfinite(drawn(pipe, "sd15")).all() and fast.report.steps == 4
+
+
+def test_plans_that_do_not_fit_are_refused(tmp_path):
+    pipe = make("sd15")
+    with pytest.raises(BadConfig, match=r"needs a plan.*fastdiff calibrate --set solver.evaluations=7"):
+        fastdiff.accelerate(pipe, solver={"method": "fitted", "evaluations": 7})
+    with pytest.raises(BadConfig, match="was made for"):
+        fastdiff.accelerate(pipe, solver=solver(make("sdxl")))
+    with pytest.raises(BadConfig, match="evaluations = 7, but the plan is of 4"):
+        Config(solver=solver(pipe) | {"evaluations": 7})
+    with pytest.raises(BadConfig, match="parastep"):
+        fastdiff.accelerate(pipe, solver=solver(pipe), parallel={"method": "parastep", "devices": 2})
+    with pytest.raises(BadConfig, match="8 or more"):
+        calibrate_solver(pipe, Config(solver="fitted"), PROMPTS[:4])
+    file = tmp_path / "plan.json"
+    for text, said in (
+        ("{", "truncated"),
+        ("[]", "no plan"),
+        ('{"version": 9, "places": [], "weights": []}', "version 9"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BadConfig, match=said):
+            Config(solver={"method": "fitted", "plan": str(file)})
+    whole = plan(pipe).model_dump()
+    for wrong, said in (
+        ({"places": (0, 0.5, 0.4, 0.8, 1)}, "rise"), ({"weights": ((0.1,), (), (), ())}, "1 weights at step 0"),
+        ({"evaluations": 9}, "one noise level more"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(whole | wrong))
+        with pytest.raises(BadConfig, match=said):
+            Config(solver={"method": "fitted", "plan": str(file)})
+    file.write_text(json.dumps(whole))
+    assert Config(solver={"method": "fitted", "plan": str(file)}).solver.plan == plan(pipe)
+
+
+def test_no_scheduler_no_solver():
+    pipe = make("sd15")
+    [main, *_] = anatomies(pipe)
+    with pytest.raises(UnsupportedModel, match="SimpleNamespace has no scheduler"):
+        install(
+            SimpleNamespace(prior_scheduler=pipe.scheduler, config={}),
+            Config(solver=solver(pipe)),
+            main,
+            None,
+            print,
+            PatchSet(),
+        )
+
+
+def test_differences_are_said():
+    pipe = make("sd15")
+    table = solver(pipe, guidance_scale=7.5, shape=(4, 64, 64))
+    with fastdiff.accelerate(pipe, solver=table) as fast:
+        drawn(pipe, "sd15")
+    told = " ".join(fast.report.notes)
+    assert "fitted at guidance 7.5, this run has 4" in told and "fitted at 4x64x64, this run is at 4x" in told
+
+
+def test_a_failing_run_leaves_no_thread_waiting():
+    import threading
+
+    pipe = make("sd15")
+    before = threading.active_count()
+    trial = Trial(pipe, schedulers.host(pipe.scheduler), lambda: [{"prompt": 5}])
+    with pytest.raises(ValueError, match="prompt"):
+        trial.students(power(3, 1.0), 2, lambda index, seen: [steps[-1].plain for steps in seen])
+    calls = [{"prompt": ["a"], "height": 64, "width": 64}] * 2
+
+    def fails(index, seen):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        Trial(pipe, trial.scheduler, lambda: calls).students(power(3, 1.0), 2, fails)
+    assert threading.active_count() == before
+
+
+def test_a_wan_of_two_transformers_is_calibrated_and_drawn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = make("wan")
+        pipe.register_modules(transformer_2=copy.deepcopy(denoiser(pipe)))
+        pipe.register_to_config(boundary_ratio=0.6)
+        made = calibrate_solver(
+            pipe,
+            Config(solver={"method": "fitted", "evaluations": 4}),
+            PROMPTS,
+            batch=2,
+            teacher_steps=10,
+            **call("wan"),
+        )
+        with fastdiff.accelerate(pipe, made) as fast:
+            drawn(pipe, "wan")
+            assert fast.report.steps == 4
