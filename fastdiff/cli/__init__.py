@@ -18,10 +18,11 @@ from .demo import demo
 from .plan import plan
 from .quantize import quantize
 from .serve import serve
+from .tune import tune
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(root)
-for command in (generate, bench, calibrate, quantize, plan, methods, inspect, env, demo, serve):
+for command in (generate, bench, calibrate, quantize, tune, plan, methods, inspect, env, demo, serve):
     app.command()(command)
 
 

@@ -36,10 +36,13 @@ class Fitted(Method):
     @model_validator(mode="after")
     def _one_number(self) -> Fitted:
         plan = self.plan
-        if plan is not None and "evaluations" in self.model_fields_set and self.evaluations != plan.evaluations:
+        if plan is None or self.evaluations == plan.evaluations:
+            return self
+        if "evaluations" in self.model_fields_set:
             raise ValueError(
                 f"solver.evaluations = {self.evaluations}, but the plan is of {plan.evaluations}; calibrate one for it"
             )
+        vars(self)["evaluations"] = plan.evaluations
         return self
 
     def found(self, model: str | None) -> SolverPlan:

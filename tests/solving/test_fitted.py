@@ -229,7 +229,9 @@ def test_plans_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(BadConfig, match=said):
             Config(solver={"method": "fitted", "plan": str(file)})
     file.write_text(json.dumps(whole))
-    assert Config(solver={"method": "fitted", "plan": str(file)}).solver.plan == plan(pipe)
+    read = Config(solver={"method": "fitted", "plan": str(file)})
+    assert read.solver.plan == plan(pipe) and read.solver.evaluations == 4
+    assert Config.from_json(read.model_dump_json()) == read
 
 
 def test_no_scheduler_no_solver():

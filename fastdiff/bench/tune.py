@@ -1,0 +1,206 @@
+"""Finds settings for a goal: the fastest that keep a quality, or the best of a speed. What may do is predicted first,
+and what is said was measured, on prompts that nothing was fitted on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.config import Config
+from fastdiff.errors import BadConfig, FastdiffError
+from fastdiff.pipelines.calibrate import calibrate
+from fastdiff.pipelines.solving.calibrate import fitting
+from fastdiff.pipelines.solving.schedulers import solver
+
+from .measure import Observer, run
+from .metrics import psnr
+from .plan import Contender, Settings
+from .prompts import Prompts
+
+EVALUATIONS = (4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 25, 30)
+SHARES = (0.6, 0.45, 0.33)  # of the steps that a dynamic program of cached steps computes
+CONVERGED = "converged"
+_FINE = 120  # steps of a second-order solver; 58 dB from those of 250 on shapes-unet
+_SCREENED = 4  # prompts that all candidates are drawn for
+_FINALISTS = 4  # candidates that are drawn for all prompts
+_ORDER = 4  # of the fitted solvers
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`psnr` decibels to the plain or the converged picture, a `speedup` of the whole call, or `seconds` for it."""
+
+    kind: Literal["psnr", "speedup", "seconds"]
+    value: float
+    to: Literal["converged", "plain"] = "converged"
+
+    def met(self, tried: Tried) -> bool:
+        """A quality is met if its mean is above it by one standard error: other prompts are to keep it, too."""
+        if self.kind == "psnr":
+            return tried.mean - float(np.std(tried.decibels)) / len(tried.decibels) ** 0.5 >= self.value
+        return tried.speedup >= self.value if self.kind == "speedup" else tried.seconds <= self.value
+
+    def best(self, found: Sequence[Tried]) -> Tried | None:
+        """Of what meets the goal, the fastest, or that of the best quality; None if nothing does."""
+        good = [one for one in found if self.met(one)]
+        return max(good, key=lambda one: one.speedup if self.kind == "psnr" else one.mean, default=None)
+
+    def nearest(self, found: Sequence[Tried]) -> list[Tried]:
+        """All, the most promising first: those that meet the goal, the best of them first, then what misses least."""
+
+        def miss(one: Tried) -> float:
+            if self.kind == "psnr":
+                return self.value - one.mean
+            return self.value - one.speedup if self.kind == "speedup" else one.seconds - self.value
+
+        good = [one for one in found if miss(one) <= 0]
+        good.sort(key=lambda one: one.speedup if self.kind == "psnr" else one.mean, reverse=True)
+        return good + sorted((one for one in found if miss(one) > 0), key=miss)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was measured of one candidate: seconds of a whole call for one picture, and decibels of each prompt."""
+
+    name: str
+    seconds: float
+    speedup: float
+    decibels: list[float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.decibels))
+
+    def kept(self, least: float) -> float:
+        """The share of prompts at or above some decibels."""
+        return float(np.mean(np.asarray(self.decibels) >= least))
+
+
+class Pictures(Observer):
+    """Keeps the pictures of each row."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, NDArray] = {}
+
+    def drawn(self, name: str, images: NDArray, decibels: NDArray) -> None:
+        self.images[name] = images
+
+
+@dataclass
+class Tuning:
+    """A search that can be taken up again: `file` holds what was fitted and measured so far."""
+
+    pipe: Any
+    goal: Goal
+    settings: Settings
+    prompts: Prompts  # to measure on
+    texts: Sequence[str]  # to fit on
+    file: Path
+    minutes: float
+    say: Say = print
+    configs: dict[str, Config] = field(default_factory=dict)
+    screened: list[Tried] = field(default_factory=list)
+
+    def search(self) -> tuple[list[Tried], Tried | None]:
+        """All that was drawn for every prompt, with fewer steps of the stock solver, and the choice. Raises
+        FastdiffError where nothing could be fitted."""
+        ends = time.monotonic() + 60 * self.minutes
+        self._resume()
+        for name, config in self._candidates(ends):
+            self.configs[name] = config
+            self._keep()
+        left = [name for name in self.configs if name not in {one.name for one in self.screened}]
+        if left:
+            self.say(f"drawing {len(left)} candidates for {_SCREENED} prompts")
+            few = Prompts(self.prompts.texts[:_SCREENED])
+            self.screened += self._measure({name: self.configs[name] for name in left}, few, 2)
+            self._keep()
+        known = [one for one in self.screened if one.name in self.configs]
+        if not known:
+            raise FastdiffError(
+                "no candidate could be drawn with this pipeline; fastdiff bench says why of each preset"
+            )
+        finalists = {one.name: self.configs[one.name] for one in self.goal.nearest(known)[:_FINALISTS]}
+        if time.monotonic() < ends:
+            name, config = next(iter(finalists.items()))
+            quantized = config.model_copy(update={"quant": Config(quant="w8a8").quant})
+            finalists[f"{name} w8a8"] = self.configs[f"{name} w8a8"] = quantized
+        self.say(f"drawing {', '.join(finalists)} for {len(self.prompts)} prompts")
+        measured = self._measure(finalists, self.prompts, self.settings.rounds)
+        return measured, self.goal.best([one for one in measured if one.name in finalists])
+
+    def _candidates(self, ends: float) -> Iterator[tuple[str, Config]]:
+        """Solvers from few evaluations on, then plans of cached steps, until the time is up or there are enough."""
+        settings = self.settings
+        call: dict[str, Any] = {
+            "num_inference_steps": settings.steps,
+            "seed": settings.seed + 10_000,
+            "batch": settings.batch,
+        }
+        call |= {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
+        wanted = [n for n in EVALUATIONS if n < settings.steps and f"solver {n}" not in self.configs]
+        half = time.monotonic() + (ends - time.monotonic()) / 2
+        if wanted:
+            self.say(f"drawing {len(self.texts)} pictures with the teacher of the solvers")
+            with fitting(self.pipe, Config(), self.texts, **call) as found:
+                for n in wanted:
+                    if time.monotonic() > half:
+                        break
+                    plan = found.plan(n, _ORDER)
+                    self.say(plan.summary())
+                    yield f"solver {n}", Config(solver={"method": "fitted", "plan": plan})
+        for share in SHARES if self.goal.to == "plain" else ():
+            steps = round(share * settings.steps)
+            if f"dp {steps}" not in self.configs and time.monotonic() < half:
+                self.say(f"planning {steps} of {settings.steps} steps")
+                asked = Config(cache={"method": "dp", "computed_steps": steps})
+                yield f"dp {steps}", calibrate(self.pipe, asked, self.texts[:8], **call)
+
+    def _measure(self, configs: Mapping[str, Config], prompts: Prompts, rounds: int) -> list[Tried]:
+        steps, seen = self.settings.steps, Pictures()
+        contenders = [Contender(name, "fastdiff", steps, config) for name, config in configs.items()]
+        if self.goal.to == "converged":
+            contenders.append(self._converged())
+        settings = self.settings.model_copy(update={"rounds": rounds, "converged_steps": None})
+        rows = run(self.pipe, contenders, prompts, settings, observer=seen)
+        goal = seen.images[CONVERGED if self.goal.to == "converged" else "baseline"]
+        return [
+            Tried(row.name, row.latency_s, row.speedup, [float(d) for d in psnr(seen.images[row.name], goal)])
+            for row in rows
+            if row.name != CONVERGED and row.latency_s is not None and row.speedup is not None
+        ]
+
+    def _converged(self) -> Contender:
+        """A fine solution: second order where the scheduler can be exchanged, else many steps of its own."""
+        try:
+            return Contender(CONVERGED, "fewer_steps", _FINE, scheduler=solver("dpm++", self.pipe.scheduler))
+        except BadConfig:
+            return Contender(CONVERGED, "fewer_steps", self.settings.converged_steps or 500)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "version": 1, "model": str(self.pipe.config.get("_name_or_path")), "to": self.goal.to,
+            "settings": self.settings.model_dump(mode="json"), "prompts": [*self.prompts.texts], "fit": [*self.texts],
+        }  # fmt: skip
+
+    def _resume(self) -> None:
+        if not self.file.exists():
+            return
+        kept = json.loads(self.file.read_text(encoding="utf-8"))
+        if kept.get("header") == self._header():
+            self.configs = {name: Config(**values) for name, values in kept["configs"].items()}
+            self.screened = [Tried(**values) for values in kept["screened"]]
+            self.say(f"going on with what {self.file.name} holds: {', '.join(self.configs)}")
+
+    def _keep(self) -> None:
+        configs = {name: config.model_dump(mode="json") for name, config in self.configs.items()}
+        kept = {"header": self._header(), "configs": configs, "screened": [asdict(one) for one in self.screened]}
+        self.file.write_text(json.dumps(kept) + "\n", encoding="utf-8")
