@@ -47,7 +47,9 @@ libraries on the same pipeline. A rival is called beaten if a row of ours has at
 speedup, or at least its speedup and 3 dB more.
 
 Quality was measured in batches of 8, time on single images: methods that decide by a threshold decide for a batch as a
-whole, so that their computed steps may differ between the two."""
+whole, so that their computed steps may differ between the two.
+
+Rows named `fast` are the preset of that name before it had a solver: `ab_cache` with `interval = 3`."""
 _URL = re.compile(r"https?://[^\s)>,]+")
 
 
@@ -78,7 +80,10 @@ def main() -> int:
 def rendered(readme: str) -> str:
     """The README with its generated parts made anew."""
     results = {model: rows_of(model) for model in MODELS}
-    parts = {"methods": methods_table(), "picture": picture(results["shapes-unet"]), "presets": presets(results)}
+    parts = {
+        "methods": methods_table(), "picture": picture(results["shapes-unet"]), "solver": solvers(),
+        "presets": presets(results),
+    }  # fmt: skip
     for name, text in parts.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if readme.count(start) != 1 or readme.count(end) != 1:
@@ -138,7 +143,7 @@ def shown(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         row for row in rivals
         if not any(other["psnr"] > row["psnr"] and other["speedup"] > row["speedup"] for other in rivals)
     ]  # fmt: skip
-    own = [row for row in rows if row["name"] in ("baseline", "lossless", "balanced", "fast")]
+    own = [row for row in rows if row["name"] in ("baseline", "lossless", "balanced")]
     plans = [row for row in rows if str(row["name"]).startswith("dp") and row["speedup"] is not None]
     return own + sorted(plans, key=lambda row: row["speedup"]) + sorted(best, key=lambda row: row["speedup"])
 
@@ -204,6 +209,45 @@ def cell(key: str, value: Any) -> str:
     if isinstance(value, (int, float)) and key in _DIGITS:
         return f"{value:.{_DIGITS[key]}f}"
     return str(value).replace("|", "\\|")
+
+
+def solvers() -> str:
+    """For each number of evaluations, the fitted solver beside the stock one that comes nearest to the converged
+    picture with as many."""
+    parts = []
+    for model in MODELS:
+        rows = rows_of(f"{model}-solver")
+        plain = next((row for row in rows if row["kind"] == "baseline"), None)
+        if plain is None:
+            continue
+        head = (
+            "evaluations", "fitted: PSNR dB to converged", "speedup", "prompt accuracy", "best stock solver", "PSNR dB",
+            "speedup",
+        )  # fmt: skip
+        own = [row for row in rows if row["kind"] == "fastdiff" and not row["error"]]
+        body = [beside(row, rows) for row in sorted(own, key=lambda row: row["computed_steps"])]
+        told = (
+            f"plain diffusers, {plain['steps']} steps of {plain['scheduler']}: {plain['psnr_converged']:.1f} dB, prompt "
+            f"accuracy {plain['prompt_accuracy']:.3f}"
+        )
+        parts.append(
+            f"`{model}`, {plain['prompts']} captions that nothing was fitted on; {told}.\n\n{table(head, body)}"
+        )
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def beside(row: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A row of the fitted solver and its best rival of as many evaluations."""
+    same = [
+        other for other in rows
+        if other["kind"] == "fewer_steps" and other["steps"] == row["computed_steps"] and other["psnr_converged"]
+    ]  # fmt: skip
+    best = max(same, key=lambda other: other["psnr_converged"])
+    name = best["name"].partition(" steps")[2].strip() or best["scheduler"]
+    return (
+        str(row["computed_steps"]), *(cell(key, row[key]) for key in ("psnr_converged", "speedup", "prompt_accuracy")),
+        name, cell("psnr_converged", best["psnr_converged"]), cell("speedup", best["speedup"]),
+    )  # fmt: skip
 
 
 def picture(rows: list[Mapping[str, Any]]) -> str:

@@ -106,9 +106,11 @@ def _toml(config: Config, output: Path) -> list[str]:
     from fastdiff import output as files
 
     lines = []
+    whole = config.model_dump(mode="json")
     for lever, table in config.model_dump(mode="json", exclude_defaults=True).items():
         lines.append(f"[{lever}]")
-        for key, value in ({"method": getattr(config, lever).method} | table).items():
+        for key in dict.fromkeys(["method", *table]):
+            value = whole[lever][key]
             if isinstance(value, dict):
                 beside, text = output.with_name(f"{output.stem}-{lever}.json"), json.dumps(value, indent=2)
                 files.write(beside, lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))  # type: ignore[misc]

@@ -1,0 +1,87 @@
+"""How a shipped solver's plan does in runs that it was not fitted on: other guidance, sizes, quantized weights.
+
+python scripts/measure_transfer.py shapes-unet -o benchmarks/solver-transfer-unet.json    about 10 minutes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+import fastdiff
+from fastdiff.bench import prompts_for
+from fastdiff.bench.metrics import psnr
+from fastdiff.bench.row import command, environment
+from fastdiff.config import Config
+from fastdiff.pipelines.loading import call_defaults
+from fastdiff.pipelines.solving.fitted import Fitted
+from fastdiff.pipelines.solving.schedulers import solver, title
+
+STOCK = {
+    "shapes-unet": ("unipc", "unipc@karras", "dpm++", "dpm++@karras"),
+    "shapes-dit": ("unipc@shift2", "unipc@shift3", "dpm++@shift2", "dpm++@shift3"),
+}
+FINE = 150  # steps of DPM++ 2M that stand for the converged picture
+SIZES = (48, 96)  # pixels; the models are made for 64
+
+
+def conditions(usual: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """What is said of a run, its arguments, and the quantization that is on."""
+    yield "as fitted", usual, None
+    for guidance in (1.5, 2.0, 4.5, 6.0, 7.5):
+        yield f"guidance {guidance:g}", usual | {"guidance_scale": guidance}, None
+    for size in SIZES:
+        yield f"{size} x {size} pixels", usual | {"height": size, "width": size}, None
+    yield "w8a8 weights", usual, "w8a8"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="shapes-unet or shapes-dit")],
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    evaluations: Annotated[int, typer.Option(help="of the shipped plan")] = 10,
+    prompts: Annotated[int, typer.Option(help="held-out captions")] = 16,
+) -> None:
+    torch.set_num_threads(1)
+    pipe = fastdiff.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    own, texts = pipe.scheduler, list(prompts_for(pipe, prompts, 0, None).texts)
+    plan = Fitted(evaluations=evaluations).found(model)
+    usual = {"guidance_scale": call_defaults(pipe)["guidance_scale"]}
+
+    def drawn(steps: int, call: dict[str, Any], name: str | None = None) -> Any:
+        pipe.scheduler = own if name is None else solver(name, own)
+        made = []
+        for k in range(0, len(texts), 8):
+            generators = [torch.Generator().manual_seed(k + i) for i in range(len(texts[k : k + 8]))]
+            made.append(
+                pipe(texts[k : k + 8], num_inference_steps=steps, generator=generators, output_type="np", **call)[0]
+            )
+        pipe.scheduler = own
+        return np.concatenate(made)
+
+    rows = []
+    for what, call, quant in conditions(usual):
+        with fastdiff.accelerate(pipe, quant=quant) if quant else nullcontext():
+            goal = drawn(FINE, call, "dpm++")
+            stock = {title(n): float(psnr(drawn(evaluations, call, n), goal).mean()) for n in STOCK[model]}
+        with fastdiff.accelerate(pipe, Config(solver={"method": "fitted", "plan": plan}), quant=quant):
+            fitted = float(psnr(drawn(evaluations, call), goal).mean())
+        best = max(stock, key=lambda name: stock[name])
+        rows.append({"what": what, "fitted": round(fitted, 2), "stock": round(stock[best], 2), "stock_name": best})
+        print(rows[-1], flush=True)
+    found = {
+        "model": model, "evaluations": evaluations, "prompts": prompts, "converged": f"DPM++ 2M, {FINE} steps",
+        "rows": rows, "command": command(), "environment": environment(pipe),
+    }  # fmt: skip
+    output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,113 @@
+"""Tuning: the choice is what was asked for, what is written runs, and a search goes on where it ended."""
+
+import json
+
+import pytest
+
+import fastdiff
+from fastdiff.bench import tune
+from fastdiff.bench.plan import Settings
+from fastdiff.bench.prompts import Prompts
+from fastdiff.bench.tune import Goal, Tried, Tuning
+from fastdiff.config import layers_of
+from tests.tiny import arguments, make
+
+TEXTS = tuple(f"a {colour} cat" for colour in ("red", "blue", "green", "old", "small", "large", "wet", "dry"))
+
+
+def tried(name, speedup, decibels):
+    return Tried(name, 1 / speedup, speedup, [decibels, decibels])
+
+
+FOUND = [tried("slow", 2.0, 50.0), tried("middle", 4.0, 41.0), tried("quick", 5.0, 39.0), tried("poor", 9.0, 20.0)]
+
+
+@pytest.mark.parametrize(
+    ("goal", "best", "order"),
+    [
+        (Goal("psnr", 40), "middle", ["middle", "slow", "quick", "poor"]),
+        (Goal("speedup", 4.5), "quick", ["quick", "poor", "middle", "slow"]),
+        (Goal("seconds", 0.3), "middle", ["middle", "quick", "poor", "slow"]),
+        (Goal("psnr", 60), None, ["slow", "middle", "quick", "poor"]),
+    ],
+)
+def test_the_choice(goal, best, order):
+    chosen = goal.best(FOUND)
+    assert (chosen.name if chosen else None) == best
+    assert [one.name for one in goal.nearest(FOUND)] == order
+
+
+def test_a_quality_is_met_with_a_margin_for_other_prompts():
+    goal = Goal("psnr", 40)
+    assert goal.met(Tried("even", 1, 1, [40.5] * 4)) and not goal.met(Tried("uneven", 1, 1, [30.0, 51.0, 30.0, 51.0]))
+    assert Tried("x", 1, 1, [39.0, 40.0, 41.0, 42.0]).kept(40) == 0.75
+
+
+def search(pipe, file, goal, said):
+    settings = Settings(steps=6, rounds=1, guidance_scale=4.0, batch=4, converged_steps=20)
+    return Tuning(pipe, goal, settings, Prompts(TEXTS[:4]), TEXTS, file, 5.0, said.append)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A whole search on a tiny pipeline, for speed, and what came of it."""
+    file, said = tmp_path_factory.mktemp("tune") / "x.tune.json", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "EVALUATIONS", (2, 3))
+        patch.setattr(tune, "SHARES", (0.5,))
+        made = search(make("sd15"), file, Goal("speedup", 0.01, "plain"), said)
+        yield made, *made.search()
+
+
+def test_a_search_measures_and_chooses(first):
+    made, measured, chosen = first
+    assert {"solver 2", "solver 3", "dp 3"} <= set(made.configs) and chosen.name in made.configs
+    names = {one.name for one in measured}
+    assert "baseline" in names and any(name.endswith("w8a8") for name in names)
+    assert any(name.endswith(" steps") for name in names), "fewer steps of the stock solver are among what was tried"
+    assert all(len(one.decibels) == 4 for one in measured)
+    with fastdiff.accelerate(made.pipe, made.configs["solver 3"]) as fast:
+        made.pipe(**arguments("sd15"))
+        assert fast.report.steps == 3
+
+
+def test_a_search_goes_on_where_it_ended(first, monkeypatch):
+    monkeypatch.setattr(tune, "_FINE", 12)
+    made, said = first[0], []
+    again = search(made.pipe, made.file, Goal("psnr", 1.0, "plain"), said)
+    again._resume()
+    assert said[0].startswith("going on with") and again.screened == made.screened
+    assert {name for name in again.configs if "w8a8" not in name} == {n for n in made.configs if "w8a8" not in n}
+    other = search(made.pipe, made.file, Goal("psnr", 1.0, "converged"), said)
+    other._resume()
+    assert not other.configs, "another kind of picture is another search"
+    [last] = other._measure({}, Prompts(TEXTS[:2]), 1)[:1]
+    assert last.name == "baseline" and 0 < last.mean < 100, "the plain picture is not the converged one"
+
+
+def test_what_is_written_is_a_config_with_its_plan_beside_it(first, tmp_path):
+    from fastdiff.cli.tune import _toml
+
+    for name, config in first[0].configs.items():
+        file = tmp_path / f"{name.replace(' ', '-')}.toml"
+        file.write_text("\n".join(_toml(config, file)), encoding="utf-8")
+        [(_, table)] = layers_of(file)
+        assert fastdiff.Config(**table) == config, name
+    assert json.loads((tmp_path / "solver-3-solver.json").read_text())["evaluations"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-o", "x.toml"], "one goal"),
+        (["-o", "x.toml", "--target-psnr", "40", "--seconds", "1"], "one goal"),
+        (["-o", "x.json", "--target-psnr", "40"], "must end in .toml"),
+        (["-o", "x.toml", "--target-psnr", "40", "--to", "best"], "--to"),
+    ],
+)
+def test_bad_goals_are_refused_at_once(words, said, capsys, tmp_path, monkeypatch):
+    from fastdiff.cli import run
+
+    monkeypatch.chdir(tmp_path)
+    assert run(["tune", *words]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
