@@ -226,13 +226,12 @@ def solvers() -> str:
         )  # fmt: skip
         own = [row for row in rows if row["kind"] == "fastdiff" and not row["error"]]
         body = [beside(row, rows) for row in sorted(own, key=lambda row: row["computed_steps"])]
+        accuracy = f"prompt accuracy {plain['prompt_accuracy']:.3f}"
         told = (
-            f"plain diffusers, {plain['steps']} steps of {plain['scheduler']}: {plain['psnr_converged']:.1f} dB, prompt "
-            f"accuracy {plain['prompt_accuracy']:.3f}"
+            f"`{model}`, {plain['prompts']} captions that nothing was fitted on; plain diffusers, {plain['steps']} "
+            f"steps of {plain['scheduler']}: {plain['psnr_converged']:.1f} dB, {accuracy}."
         )
-        parts.append(
-            f"`{model}`, {plain['prompts']} captions that nothing was fitted on; {told}.\n\n{table(head, body)}"
-        )
+        parts.append(f"{told}\n\n{table(head, body)}")
     return "\n\n".join(parts) or "Not measured yet."
 
 
