@@ -145,7 +145,8 @@ def _layer(
         raise BadModel(f"{name} of {str(folder)!r} is described as quantized, but is a {type(like).__name__}")
     layer = made(like, recipe, tensors, present)
     try:
-        fits = "q" in tensors and layer.matrix().shape == layer.matrix_shape
+        shapes = {key: t.to("meta") for key, t in layer.tensors().items()}  # of which nothing is made float
+        fits = "q" in tensors and layer.format.unpack(shapes, layer.matrix_shape[1]).shape == layer.matrix_shape
     except (KeyError, RuntimeError, IndexError):
         fits = False
     has_bias = like.bias is not None
