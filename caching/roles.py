@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff.affine import wide
+
 
 def conditional(first: Tensor, second: Tensor, solved: Tensor) -> int | None:
     """0 or 1; None where what the solver is given is no guidance of these two. One wait for the device.
@@ -14,7 +16,7 @@ def conditional(first: Tensor, second: Tensor, solved: Tensor) -> int | None:
     """
     if first.ndim != solved.ndim or first.shape[:1] != solved.shape[:1] or first.shape[2:] != solved.shape[2:]:
         return None
-    a, b, e = (x.detach()[:, : solved.shape[1]].double().flatten() for x in (first, second, solved))
+    a, b, e = (wide(x.detach()[:, : solved.shape[1]]).flatten() for x in (first, second, solved))
     if a.shape != e.shape:
         return None
     dots = torch.stack([a @ a, a @ b, b @ b, a @ e, b @ e, e @ e]).tolist()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdiff.affine import wide
 from fastdiff.clock import Run, StepClock
 from fastdiff.listening import unheard
 
@@ -37,7 +38,7 @@ class Gram:
         flat = value.detach().flatten(1)
         width = flat.shape[1]
         if width <= _SKETCH:
-            return flat.double().cpu()
+            return wide(flat).cpu()
         if self._projection is None or len(self._projection[0]) != width:
             generator = torch.Generator().manual_seed(0)
             buckets = torch.randint(_SKETCH, (width,), generator=generator)
@@ -45,7 +46,7 @@ class Gram:
             self._projection = buckets.to(flat.device), signs.to(flat.device)
         buckets, signs = self._projection
         out = torch.zeros(len(flat), _SKETCH, device=flat.device)
-        return out.index_add_(1, buckets, flat.float() * signs).double().cpu()
+        return wide(out.index_add_(1, buckets, flat.float() * signs)).cpu()
 
     def add(self, rows: list[Tensor]) -> None:
         """The sketches of one run, a step each."""

@@ -68,13 +68,19 @@ def corrected(value: Tensor, scale: Tensor, shift: Tensor, axis: int | None = No
     """
     shape = [1] * value.ndim
     shape[channel_axis(value) if axis is None else axis] = -1
-    return (value.float() * scale.float().view(shape) + shift.float().view(shape)).to(value.dtype)
+    scale, shift = (numbers.float().to(value.device).view(shape) for numbers in (scale, shift))
+    return (value.float() * scale + shift).to(value.dtype)
 
 
 def channel_rows(value: Tensor, axis: int | None = None) -> Tensor:
     """[n, channels] in float64; `axis` as of `corrected`."""
     moved = value.movedim(channel_axis(value) if axis is None else axis, -1)
-    return moved.reshape(-1, moved.shape[-1]).double()
+    return wide(moved.reshape(-1, moved.shape[-1]))
+
+
+def wide(numbers: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (MPS, some XPUs)."""
+    return (numbers if numbers.device.type in ("cpu", "cuda", "meta") else numbers.cpu()).double()
 
 
 def channel_axis(value: Tensor) -> int:

@@ -173,8 +173,10 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
         eps = (mesh.step - 1) * site.output
         total = (warmup + cycles) * synchronous(rank.fresh) + cycles * (site.latency + eps / site.link)
         counted = counted + type(counted)(step=math.ceil(eps * cycles / site.steps))
+    waits = method.fresh(method.warmup_steps + 1) and mesh.step == 1
+    exact = waits and method.context is None and method.codec == "raw"
     return Prediction(
-        method.method, {}, (mesh.cfg, mesh.step, mesh.patch), _exact(method, mesh), computing(rank.stale),
+        method.method, {}, (mesh.cfg, mesh.step, mesh.patch), exact, computing(rank.stale),
         rank.fresh.sent.total(), counted.total(), dict(counted), total / site.steps, total,
         _one_step(site, one) * site.steps / total,
     )  # fmt: skip
@@ -182,8 +184,3 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
 
 def _one_step(site: Site, one: Rehearsed) -> float:
     return one.stale.seconds if site.one_step is None else site.one_step
-
-
-def _exact(method: ParallelMethod, mesh: Topology) -> bool:
-    late = method.warmup_steps + 1
-    return method.fresh(late) and method.context is None and mesh.step == 1 and method.codec == "raw"

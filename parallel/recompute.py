@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastdiff.affine import wide
+
 Call = tuple[Callable[..., Any], tuple, dict[str, Any], Any]  # a denoiser's forward, its arguments, what it gave
 
 
@@ -56,8 +58,8 @@ def _weights(parts: Sequence[Tensor], whole: Tensor) -> list[float] | None:
     """Numbers with which the parts add up to the whole, to rounding; None where there are none."""
     if any(part.shape != whole.shape for part in parts):
         return None
-    columns = torch.stack([part.flatten().double().cpu() for part in parts], 1)
-    wanted = whole.flatten().double().cpu()
+    columns = torch.stack([wide(part.flatten()).cpu() for part in parts], 1)
+    wanted = wide(whole.flatten()).cpu()
     found = torch.linalg.lstsq(columns, wanted[:, None], driver="gelsd").solution[:, 0]
     far = (columns @ found - wanted).norm() / wanted.norm().clamp_min(1e-30)
     return found.tolist() if far < torch.finfo(whole.dtype).eps ** 0.5 else None

@@ -34,7 +34,10 @@ def with_fed_layers(
     method = config.cache
     if not isinstance(method, CacheQuant) or not method.correct or config.quant is None:
         return config
-    floats = {anatomy.component: _floats(anatomy) for anatomy in found}
+    floats = {
+        anatomy.component: {p: m for p, m in anatomy.denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+        for anatomy in found
+    }
     handle = Accelerated(pipe, Resolved(config, {}))
     put(handle, found)
     plans: dict[str, Corrected] = {}
@@ -50,10 +53,6 @@ def with_fed_layers(
     plans = {name: plan.model_copy(update={"layers": _solved(fits[name])}) for name, plan in plans.items()}
     plan = Each[Corrected](plans) if isinstance(method.plan, Each) else plans[found[0].component]
     return config.model_copy(update={"cache": method.with_plan(plan)})
-
-
-def _floats(anatomy: Anatomy) -> dict[str, nn.Module]:
-    return {path: m for path, m in anatomy.denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
 
 
 def _solved(fits: Fits) -> dict[str, dict[int, Affine]]:

@@ -53,11 +53,9 @@ def load_components(directory: Path, dtype: torch.dtype) -> dict[str, nn.Module]
 
 def structure(module: nn.Module) -> nn.Module:
     """A model like this one, made of its configuration, with weights that take no memory."""
-    state, kind = standing(module), type(module)
+    state = standing(module)
     assert state is not None
-    with init_empty_weights(include_buffers=False):
-        made = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
-    return pruned(made, state.method)
+    return pruned(_unweighted(type(module), module.config), state.method)
 
 
 def align(pipe: Any) -> None:
@@ -130,12 +128,14 @@ def empty(folder: Path, library: str, name: str) -> nn.Module:
             f"{folder.name} is a {library}.{name}; only components of diffusers and transformers can be read"
         )
     kind = getattr(importlib.import_module(library), name)
+    read = kind.load_config if library == "diffusers" else kind.config_class.from_pretrained
+    return _unweighted(kind, read(folder))
+
+
+def _unweighted(kind: Any, config: Any) -> nn.Module:
     with init_empty_weights(include_buffers=False):
-        if library == "transformers":
-            model: nn.Module = kind(kind.config_class.from_pretrained(folder))
-        else:
-            model = kind.from_config(kind.load_config(folder))
-    return model
+        made: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return made
 
 
 def _layer(
@@ -145,7 +145,8 @@ def _layer(
         raise BadModel(f"{name} of {str(folder)!r} is described as quantized, but is a {type(like).__name__}")
     layer = made(like, recipe, tensors, present)
     try:
-        fits = "q" in tensors and layer.matrix().shape == layer.matrix_shape
+        shapes = {key: t.to("meta") for key, t in layer.tensors().items()}  # of which nothing is made float
+        fits = "q" in tensors and layer.format.unpack(shapes, layer.matrix_shape[1]).shape == layer.matrix_shape
     except (KeyError, RuntimeError, IndexError):
         fits = False
     has_bias = like.bias is not None

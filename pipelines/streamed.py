@@ -112,7 +112,10 @@ def _made(
                     setattr(found.layer, name, empty_one)
                 trim(0)  # glibc keeps what is freed between blocks that stay, and asks for more
 
-        quantize_model(module, anatomy.component, method, _put, present, report, weights=weights)
+        def put(parent: nn.Module, name: str, layer: nn.Module) -> None:
+            parent._modules[name] = layer
+
+        quantize_model(module, anatomy.component, method, put, present, report, weights=weights)
         quantized = {name for name, part in module.named_modules() if isinstance(part, QLayer)}
         left = [name for name in needed if name in shards.names and name.rpartition(".")[0] not in quantized]
         module.load_state_dict({name: read(name) for name in left}, strict=False, assign=True)
@@ -124,7 +127,3 @@ def _made(
 def _malloc_trim() -> Callable[[int], Any]:
     found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     return found or (lambda _: None)
-
-
-def _put(parent: nn.Module, name: str, layer: nn.Module) -> None:
-    parent._modules[name] = layer

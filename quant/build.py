@@ -93,7 +93,8 @@ def build(
     packed = (
         learned(weight, recipe) if learned else format_named(recipe.format).pack(weight, recipe.group, recipe.rounding)
     )
-    optional = {"smooth": smooth, "low": low, "high": high, "bias": _detached(layer.bias)}
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    optional = {"smooth": smooth, "low": low, "high": high, "bias": bias}
     tensors = {**packed, **extra, **{name: t for name, t in optional.items() if t is not None}}
     return made(layer, recipe, tensors, present)
 
@@ -122,7 +123,3 @@ def _factors(layer: nn.Linear | nn.Conv2d, up: Tensor, down: Tensor, smooth: Ten
     if isinstance(layer, nn.Conv2d):
         return {"up": up[:, :, None, None].contiguous(), "down": down.view(-1, layer.in_channels, *layer.kernel_size)}
     return {"up": up.contiguous(), "down": down}
-
-
-def _detached(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().float()

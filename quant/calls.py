@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastdiff.affine import wide
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Step
 from fastdiff.errors import BadModel
@@ -88,7 +89,7 @@ class Calls:
 
 def relative(value: Tensor, truth: Tensor) -> float:
     """Squared error over the squared norm of the truth."""
-    value, truth = value.double(), truth.double()
+    value, truth = wide(value), wide(truth)
     return float((value - truth).square().sum() / truth.square().sum().clamp_min(1e-300))
 
 

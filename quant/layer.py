@@ -245,7 +245,8 @@ class QLayer(nn.Module):
     def choose_kernel(self) -> str:
         """Pack for the fastest kernel that works here; says what was passed over and why, or nothing."""
         self._plain()
-        self._ranges = [] if self.low is None or self.high is None else _pairs(self.low, self.high)
+        low, high = self.low, self.high
+        self._ranges = [] if low is None or high is None else [*zip(low.tolist(), high.tolist(), strict=True)]
         self._at = self.present.at(self.q.device) if self._ranges else None
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
@@ -330,7 +331,3 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         outputs, inputs = self.matrix_shape
         return f"{inputs} -> {outputs}, {self.recipe.format}, activations {self.recipe.activations}, {self.kernel_name}"
-
-
-def _pairs(low: Tensor, high: Tensor) -> list[tuple[float, float]]:
-    return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -33,6 +33,9 @@ def plan(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as generate takes it.")
     ] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="Count what this cache would hold too; repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Predict step time, speed-up and memory of each parallel method, and recommend one.
@@ -50,6 +53,7 @@ def plan(
     from fastdiff.pipelines.plan import plan_parallel
     from fastdiff.studio.console import waiting
     from fastdiff.studio.drawing import opened
+    from fastdiff.studio.holding import cache_bytes
 
     pipe = opened(model, getattr(torch, dtype) if dtype else None)
     pipe.set_progress_bar_config(disable=True)
@@ -58,7 +62,14 @@ def plan(
             pipe, devices, link * 1e9, size=size, steps=steps, latency=latency * 1e-6, codec=codec,
             memory=None if memory is None else memory * 2**30,
         )  # fmt: skip
-    asked = {"model": model, "size": size, "devices": devices, "link_gb_per_second": link, "latency_us": latency}
+    asked: dict[str, Any] = {
+        "model": model,
+        "size": size,
+        "devices": devices,
+        "link_gb_per_second": link,
+        "latency_us": latency,
+    }
+    asked |= {"cache_bytes": cache_bytes(pipe, cache or [], size)}
     asked |= {"steps": steps or call_defaults(pipe).get("num_inference_steps", 50)}
     _tell(found, asked, as_json)
     if found.best is None:
@@ -90,6 +101,8 @@ def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
         if row.refused:
             print(f"{row.method} is refused: {row.refused}")
     say(f"one device: {found.one_step:.4g} s a step, measured here; {NOTE}; a mesh is cfg x step x patch")
+    for name, held in asked.get("cache_bytes", {}).items():
+        say(f"cache.method={name} would hold {held / 1e6:.4g} MB on one device, counted on the first step")
     if best is not None:
         chosen = {key: value for key, value in best.settings.items() if key != "devices" and value not in (1, "raw")}
         sets = " ".join(f"--set parallel.{key}={value}" for key, value in chosen.items())

@@ -78,7 +78,8 @@ class Cycle:
                 step = self.clock.now
                 if step is None:
                     return forward(*args, **kwargs)
-                place, asked = (anatomy.component, step.branch), _shapes(args, kwargs)
+                leaves, place = pytree.tree_leaves((args, kwargs)), (anatomy.component, step.branch)
+                asked = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
                 known, last = self._last.get(place, (None, None))
                 if self.bus.alone or self._turn(step.index) or known != asked:
                     output = forward(*args, **kwargs)
@@ -167,10 +168,6 @@ class Cycle:
             return value
         before, older = self.known[0]
         return value + (at - time) / (time - before) * (value - older)
-
-
-def _shapes(args: tuple, kwargs: dict) -> list[torch.Size]:
-    return [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _again(method: Callable[..., Any], call: inspect.BoundArguments, **other: Tensor) -> Any:

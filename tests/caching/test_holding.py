@@ -10,7 +10,8 @@ import torch
 
 import fastdiff
 from fastdiff.caching import holding, session
-from fastdiff.errors import DoesNotFit
+from fastdiff.errors import BadConfig, DoesNotFit
+from fastdiff.studio.holding import cache_bytes
 from tests import tiny
 
 
@@ -94,3 +95,19 @@ def test_nothing_is_held_after_a_run():
     gc.collect()
     assert kept and all(reference() is None for reference in kept)
     assert handle.report.cache_mb > 0 and handle.report.to_dict()["cache_mb"] > 0
+
+
+@pytest.mark.parametrize("name", ["sd15_one_layer", "sd3", "flux"])
+@pytest.mark.parametrize("method", ["fora", "taylorseer"])
+def test_what_a_run_will_hold_is_known_after_its_first_step(method, name):
+    pipe = tiny.make(name)
+    foreseen = cache_bytes(pipe, [method], 64)
+    with fastdiff.accelerate(pipe, cache={"method": method, "interval": 2, "warmup_steps": 3}) as handle:
+        pipe("a photo", num_inference_steps=8, height=64, width=64, output_type="latent")
+    assert foreseen == {method: round(handle.report.cache_mb * 1e6)}
+
+
+def test_a_method_that_needs_a_plan_has_to_be_calibrated_before():
+    with pytest.raises(BadConfig, match="needs a plan"):
+        cache_bytes(tiny.make("sd3"), ["dp"])
+    assert cache_bytes(tiny.make("sd3"), []) == {}

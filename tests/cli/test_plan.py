@@ -9,13 +9,17 @@ import pytest
 from fastdiff.cli.plan import _tell
 from fastdiff.parallel.planner import Plan, Prediction
 
+CACHES = ("--cache", "deepcache", "--cache", "pab")
+
 
 def test_json_and_recommendation(cli, model: str) -> None:
-    done = cli("plan", "-m", model, "--devices", 2, "--link", 100, "--size", 128, "--steps", 6, "--json")
+    done = cli("plan", "-m", model, "--devices", 2, "--link", 100, "--size", 128, "--steps", 6, "--json", *CACHES)
     assert done.code in (0, 1), done.err  # which of them is faster on so small a model is not known
     found = json.loads(done.out)
     assert (found["devices"], found["link_gb_per_second"], found["size"], found["steps"]) == (2, 100, 128, 6)
     assert found["measured_one_device_step_seconds"] > 0 and "predictions" in found["note"]
+    held = found["cache_bytes"]
+    assert list(held) == ["deepcache", "pab"] and 0 < held["deepcache"] < held["pab"]
     rows = {row["method"]: row for row in found["methods"]}
     assert set(rows) == {"cfg", "patch", "distrifusion", "pcpp", "parastep", "ulysses"}
     assert rows["patch"]["counted_kinds"].keys() == {"kv", "halo", "norm", "output"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +16,12 @@ import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.compile import repeated
 from fastdiff.pipelines.families import anatomies
+from tests.coverage.graphs import compiled
 from tests.coverage.short import SHORT
 from tests.state import differences, snapshot
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("graphs")
 STEPS = 6
 SLOW = pytest.mark.slow
 AB = {"method": "ab_cache", "interval": 2, "warmup_steps": 1}
@@ -57,47 +57,6 @@ DENOISER_CASES = [
 def sorted_out(cases: list[tuple[str, str]], *quick: tuple[str, str]) -> list[Any]:
     """Cases for parametrize; but for some they are slow: tracing takes seconds each."""
     return [pytest.param(*case, id="-".join(case), marks=() if case in quick else SLOW) for case in cases]
-
-
-class Graphs:
-    """What a dynamo backend was given: operations of each graph, and for each execution the inputs it read."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.executed: list[tuple[int, set[int]]] = []
-
-    def __call__(self, module: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
-        number = len(self.sizes)
-        self.sizes.append(sum(node.op.startswith("call") for node in module.graph.nodes))
-
-        def executed(*args: Any) -> Any:
-            self.executed.append((number, {id(arg) for arg in args}))
-            return module.forward(*args)
-
-        return executed
-
-    def reads(self, weight: Tensor) -> int:
-        """How many executions used a weight."""
-        return sum(id(weight) in read for _, read in self.executed)
-
-
-GRAPHS = Graphs()
-torch._dynamo.register_backend(lambda module, inputs: GRAPHS(module, inputs), name="fastdiff_counted")
-
-
-@pytest.fixture(autouse=True)
-def graphs():
-    trace = logging.getLogger("torch.__trace")  # pytest would keep a line for each tensor of each graph
-    GRAPHS.__init__()
-    torch._dynamo.reset()
-    trace.propagate = False
-    yield GRAPHS
-    trace.propagate = True
-    torch._dynamo.reset()
-
-
-def compiled(scope: str, **more: Any) -> dict[str, Any]:
-    return {"enabled": True, "scope": scope, "backend": "fastdiff_counted", "fullgraph": True} | more
 
 
 def uncompiled(pipe: DiffusionPipeline, name: str, cache: dict | None) -> tuple[Tensor, int]:

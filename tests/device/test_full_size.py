@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from fastdiff.caching.session import Session
-from fastdiff.clock import Run, Step, StepClock
 from fastdiff.parallel.mesh import Topology
 from fastdiff.parallel.rehearsal import rehearse
-from fastdiff.patch import PatchSet
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.packing import FORMATS
 from fastdiff.quant.schemes.w4a16 import W4A16
-from fastdiff.recorder import Recorder
 from fastdiff.registry import registry
+from fastdiff.studio.holding import first_step
 from fastdiff.weights import nbytes
 
 from .full_size import model
@@ -41,22 +37,7 @@ def test_a_cache_holds_what_its_regions_give(name, method):
     told, wanted = HELD[name, method]
     settings = registry("cache")[method].model_validate({"method": method, **told})
     anatomy, calls = model(name)
-    clock = StepClock(None)
-    times = tuple(map(float, range(STEPS, 0, -1)))
-    clock.run = Run(1, times, times, False)
-    recorder = Recorder(clock)
-    with PatchSet() as patches, torch.no_grad():
-        session = Session(settings, anatomy, clock, recorder)
-        session.attach(patches)
-        session.attach_denoiser(patches)
-        for callback in clock.on_start:
-            callback(clock.run)
-        for branch, (args, kwargs) in enumerate(calls):
-            clock.now = Step(clock.run, 0, branch)
-            anatomy.denoiser(*args, **kwargs)
-        clock.now = None
-        held, foreseen = round(recorder.report.cache_mb * 1e6), session.holding.foreseen
-        patches.restore()
+    held, foreseen = first_step(settings, anatomy, calls, STEPS)
     assert held == wanted
     assert foreseen == held * settings.history
 
