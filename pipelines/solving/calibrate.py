@@ -27,14 +27,13 @@ from .combine import At, counts, onward, parts
 from .fit import Products, fitted
 from .fitted import Fitted
 from .grid import best, costs
-from .levels import Levels, power
+from .levels import Levels, blend
 from .lockstep import twin
 from .plan import SolverPlan
 from .schedulers import host, solver
 from .students import Teacher, Trial, taught
 
 Watch: TypeAlias = Callable[[int, int], None]
-_FINER = 1.2  # the teacher's levels lie a little closer at the noise
 _RIDGES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _BIASES = (-0.2, -0.1, 0.0)  # powers of 1 + (noise / signal)^2 that a step's cost is counted with
 _HELD = 4  # every so many a picture is left out of the fit, to choose by
@@ -96,7 +95,10 @@ def fitting(
     calls = partial(_calls, prompts, seed, batch, call)
     trial = Trial(twin(pipe, own), host(own), calls, _ticks(watch, work))
     quantized = nullcontext() if config.quant is None else accelerate(pipe, Config(quant=config.quant))
-    with quantized, taught(trial, power(teacher_steps, _FINER), len(prompts)) as teacher:
+    probe = host(own)
+    if not probe.config.get("use_dynamic_shifting"):
+        probe.set_timesteps(teacher_steps)
+    with quantized, taught(trial, blend(Levels.of(probe), teacher_steps), len(prompts)) as teacher:
         yield Fitting(trial, teacher, main, own, call.get("guidance_scale"))
 
 
@@ -112,10 +114,10 @@ class Fitting:
 
     def plan(self, evaluations: int, order: int) -> SolverPlan:
         """The best plan of so many evaluations on the pictures held out."""
-        held = held_out(self.teacher.states.shape[1])
-        rivals = [*self._stock(evaluations)]
-        found = [*self._fitted(evaluations, order), *rivals]
-        chosen = max(found, key=lambda one: one.psnr(held))
+        pictures = torch.ones(self.teacher.states.shape[1], dtype=torch.bool)
+        held, rivals = held_out(len(pictures)), [*self._stock(evaluations)]
+        fitted = max(self._fitted(evaluations, order), key=lambda one: one.psnr(pictures))
+        chosen = max([fitted, *rivals], key=lambda one: one.psnr(held))
         rival = max(rivals, key=lambda one: one.psnr(held), default=None)
         return SolverPlan(
             denoiser=fingerprint(self.main), quantization=quantization(self.main), scheduler=type(self.own).__name__,

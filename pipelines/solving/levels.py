@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_LEAST = 1e-3  # signal or noise that log SNR is told apart from
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Levels:
         alphas = scheduler.alphas_cumprod.double().numpy().clip(1e-12)
         return cls(False, float(scheduler.sigmas[-1]), trained, 1.0, np.sqrt((1 - alphas) / alphas))
 
-    def sigmas(self, places: Sequence[float]) -> Floats:
+    def sigmas(self, places: Sequence[float] | Floats) -> Floats:
         """Sigma at each place between 0 and 1; at 1 that of the end."""
         at = np.asarray(places, float)
         if self.flow:
@@ -64,7 +65,7 @@ class Levels:
             return self.sigmas(places) * self.trained
         return (1 - np.asarray(places, float)) * (self.trained - 1)
 
-    def signal_and_noise(self, places: Sequence[float]) -> list[tuple[float, float]]:
+    def signal_and_noise(self, places: Sequence[float] | Floats) -> list[tuple[float, float]]:
         """How much of the picture and how much noise the latents hold at each place."""
         sigmas = self.sigmas(places)
         if self.flow:
@@ -79,6 +80,10 @@ def put(scheduler: Any, places: Sequence[float], levels: Levels, device: Any = N
     scheduler.num_inference_steps = len(places) - 1
 
 
-def power(evaluations: int, exponent: float) -> list[float]:
-    """Places that lie closer together at the noise for an exponent above 1."""
-    return [(k / evaluations) ** exponent for k in range(evaluations + 1)]
+def blend(levels: Levels, steps: int) -> list[float]:
+    """Places of so many steps that are even, half in themselves and half in log SNR: fine at both ends."""
+    dense = np.linspace(0, 1, 4_001)
+    ratios = [math.log(max(signal, _LEAST) / max(noise, _LEAST)) for signal, noise in levels.signal_and_noise(dense)]
+    even = (np.asarray(ratios) - ratios[0]) / (ratios[-1] - ratios[0])
+    inner = np.interp(np.linspace(0, 1, steps + 1)[1:-1], (dense + even) / 2, dense)
+    return [0.0, *inner.tolist(), 1.0]

@@ -17,9 +17,8 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.solving import schedulers
-from fastdiff.pipelines.solving.calibrate import calibrate_solver, fitting, student
+from fastdiff.pipelines.solving.calibrate import Candidate, calibrate_solver, fitting, student
 from fastdiff.pipelines.solving.install import install
-from fastdiff.pipelines.solving.levels import power
 from fastdiff.pipelines.solving.plan import SolverPlan
 from fastdiff.pipelines.solving.students import Trial
 from tests.tiny import arguments, denoiser, make
@@ -112,7 +111,8 @@ def test_a_calibrated_plan_is_near_the_teacher_and_says_how_near():
 def test_where_nothing_is_to_be_won_the_stock_solver_stays(monkeypatch):
     pipe = make("sd15")
     with fitting(pipe, Config(), PROMPTS, teacher_steps=12, **call("sd15")) as found:
-        monkeypatch.setattr(type(found), "_fitted", lambda *_: iter(()))
+        bad = Candidate("fitted", torch.full((len(PROMPTS),), 1e9))
+        monkeypatch.setattr(type(found), "_fitted", lambda *_: iter([bad]))
         made = found.plan(4, 2)
     assert made.use != "fitted" and not made.weights and "nothing fitted beat" in made.summary()
     with fastdiff.accelerate(pipe, solver={"method": "fitted", "plan": made}) as fast:
@@ -264,14 +264,14 @@ def test_a_failing_run_leaves_no_thread_waiting():
     before = threading.active_count()
     trial = Trial(pipe, schedulers.host(pipe.scheduler), lambda: [{"prompt": 5}])
     with pytest.raises(ValueError, match="prompt"):
-        trial.students(power(3, 1.0), 2, lambda index, seen: [steps[-1].plain for steps in seen])
+        trial.students([0, 0.3, 0.7, 1], 2, lambda index, seen: [steps[-1].plain for steps in seen])
     calls = [{"prompt": ["a"], "height": 64, "width": 64}] * 2
 
     def fails(index, seen):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        Trial(pipe, trial.scheduler, lambda: calls).students(power(3, 1.0), 2, fails)
+        Trial(pipe, trial.scheduler, lambda: calls).students([0, 0.3, 0.7, 1], 2, fails)
     assert threading.active_count() == before
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastdiff.pipelines.solving.fit import Products, fitted, solve
 from fastdiff.pipelines.solving.grid import best, costs
-from fastdiff.pipelines.solving.levels import Levels, power, put
+from fastdiff.pipelines.solving.levels import Levels, blend, put
 from fastdiff.pipelines.solving.theory import flow_step
 from tests.tiny import make
 
@@ -166,5 +166,13 @@ def test_the_grid_is_that_of_brute_force(evaluations):
     assert tuple(best(cost, evaluations)) == min(paths, key=total)
 
 
-def test_power_grids_end_where_they_must():
-    assert power(4, 1.0) == [0, 0.25, 0.5, 0.75, 1] and power(3, 2.0)[1] == pytest.approx(1 / 9)
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_the_teachers_places_are_fine_at_both_ends(name):
+    from fastdiff.pipelines.solving.schedulers import host
+
+    scheduler = host(make(name).scheduler)
+    scheduler.set_timesteps(7)
+    places = blend(Levels.of(scheduler), 40)
+    gaps = np.diff(places)
+    assert (places[0], places[-1], len(places)) == (0, 1, 41) and min(gaps) > 0
+    assert gaps[-1] < 0.5 * max(gaps) and gaps[0] < max(gaps)
