@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ RECIPES = {
     "w8a8": Recipe("int8", "int8"), "fp8": Recipe("float8", "fp8"), "w8a16": Recipe("int8"), "w4a16": Recipe("int4"),
     "w4a8": Recipe("dual4", "int8"),
 }  # fmt: skip
+# what makes a layer, and the shape of so many rows that it is given
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[int, ...]]]] = {
+    "linear": (lambda: nn.Linear(256, 384), lambda rows: (rows, 256)),
+    "3x3": (lambda: nn.Conv2d(64, 96, 3, padding=1), lambda rows: (1, 64, rows, 16)),
+}
 ROWS_OF_X = (1, 17, 77, 512, 4608)
 WRONG = 0.02  # of a half-precision result
 MOVED = 1e-3  # of float32 latents, between two devices
@@ -36,7 +41,8 @@ def gates(bench: Bench) -> Iterator[Row]:
         yield tried(f"format {name}", lambda name=name: _format(bench, name))  # type: ignore[misc]
     for name, recipe in RECIPES.items():
         for kernel in KERNELS:
-            yield from _kernel(bench, name, recipe, kernel)
+            for kind in LAYERS:
+                yield from _kernel(bench, name, recipe, kernel, kind)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for family in FAMILIES[:1] if bench.dry else FAMILIES:
         for name, row in list(ROWS.items())[: 6 if bench.dry else None]:
@@ -54,8 +60,9 @@ def _format(bench: Bench, name: str) -> Row:
     return row | {"passed": max(row.values()) < MOVED}
 
 
-def _kernel(bench: Bench, name: str, recipe: Recipe, kernel: Kernel) -> Iterator[Row]:
-    layer = build(nn.Linear(256, 384).requires_grad_(False), recipe, Present())
+def _kernel(bench: Bench, name: str, recipe: Recipe, kernel: Kernel, kind: str) -> Iterator[Row]:
+    make, shape = LAYERS[kind]
+    layer = build(make().requires_grad_(False), recipe, Present())
     assert isinstance(layer, QLayer)
     layer = layer.to(bench.device)
     if kernel.refuses(layer) is not None:
@@ -67,23 +74,22 @@ def _kernel(bench: Bench, name: str, recipe: Recipe, kernel: Kernel) -> Iterator
         packed = kernel.pack(layer)
         return {}
 
-    row = tried(f"kernel {kernel.name} {name}", pack)
+    row = tried(f"kernel {kernel.name} {name} {kind}", pack)
     if len(row) > 1:
         yield row
         return
     for dtype in (torch.float32,) if bench.dry else (torch.bfloat16, torch.float16):
         for rows in ROWS_OF_X[:2] if bench.dry else ROWS_OF_X:
-            x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(bench.device, dtype)
-            told = f"kernel {kernel.name} {name} {rows} {str(dtype).removeprefix('torch.')}"
+            x = torch.randn(shape(rows), generator=torch.Generator().manual_seed(rows)).to(bench.device, dtype)
+            told = f"kernel {kernel.name} {name} {kind} {rows} {str(dtype).removeprefix('torch.')}"
             yield tried(told, lambda x=x: _compared(kernel, layer, packed, x))  # type: ignore[misc]
 
 
 def _compared(kernel: Kernel, layer: QLayer, packed: Any, x: torch.Tensor) -> Row:
     """Against the reference, and against float64 products of the dequantized weight and the unquantized input."""
     found = kernel(layer, packed, x)
-    exact = x.double() @ layer.matrix().double().t()
-    if layer.bias is not None:
-        exact = exact + layer.bias.double()
+    bias = None if layer.bias is None else layer.bias.double()
+    exact = layer.apply_weight(x.double(), layer.matrix().double(), bias)
     error = apart(found, kernel.expected(layer, x.float()))
     return {"error_of_reference": error, "error_of_float64": apart(found, exact), "passed": error < WRONG}
 

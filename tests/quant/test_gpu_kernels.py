@@ -98,10 +98,9 @@ for layer, shape in (
             smooth = torch.rand(shape[1 if len(shape) == 4 else -1]) + 0.5
             quantized = build(layer.requires_grad_(False), Recipe(form, "int8"), Present(0), smooth=smooth, **edges)
             quantized._ranges, quantized._inverse = [(-2.0, 4.0), (-3.0, 3.5)] if edges else [], 1 / smooth
-            x = torch.randn(shape)
-            wanted = reference(quantized, x)
-            quantized.present.forget()
-            found = kernel(quantized, kernel.pack(quantized), x.half())
+            x = torch.randn(shape).half()
+            wanted = reference(quantized, x.float())
+            found = kernel(quantized, kernel.pack(quantized), x)
             assert found.shape == wanted.shape and found.dtype == torch.float16 and wanted.norm() > 1
             worst = max(worst, float((found - wanted).norm() / wanted.norm()))
             x.flatten()[0] = torch.nan
@@ -112,7 +111,11 @@ print(worst)
 layer, x = build(nn.Linear(1100, 64).requires_grad_(False), Recipe("float8", "fp8"), Present()), torch.randn(40, 1100)
 eight, scale = FusedScaledMM().rows(layer, x)
 assert torch.equal(scale, x.abs().amax(-1, keepdim=True) / 448)
-print(float(((eight.float() * scale - x).abs() / (x.abs() + scale * 2**-6)).max()))
+exact = (x / scale).to(torch.float8_e4m3fn).float()
+# the interpreter does not carry: what rounds up to a power of two it halves; numbers below the normal ones are zero
+carried = (exact.abs() > (x / scale).abs()) & (exact.abs().log2() % 1 == 0)
+assert carried.float().mean() < 0.05
+print(float((eight.float() - exact).abs()[~carried].max()))
 """
 
 _RUN = """
@@ -179,7 +182,7 @@ def test_what_surrounds_the_products_compiles_for_gpus(tmp_path):
 def test_what_surrounds_the_products_computes_what_the_reference_does():
     integers, floats = map(float, run(_RUN_FUSED, TRITON_INTERPRET="1").split())
     assert integers < 1e-3  # float16 results
-    assert floats < 2**-3  # a level: the interpreter cuts, a GPU rounds to the nearest
+    assert floats <= 2**-6  # the least normal number
 
 
 @pytest.fixture
