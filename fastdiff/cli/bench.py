@@ -75,9 +75,8 @@ def bench(
     from fastdiff.pipelines.solving import schedulers as solvers
 
     metrics.require_extra()
-    if scheduler is not None:
-        solvers.check_name(scheduler)
-    for name in solver or ():
+    others = [*(_OTHER_SOLVERS if peers else ()), *(solver or ())]
+    for name in [*others, *([scheduler] if scheduler else [])]:
         solvers.check_name(name)
     import torch
 
@@ -91,9 +90,9 @@ def bench(
     pipe: Any = fastdiff.load(model)
     if scheduler is not None:
         pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
-    others = tuple(dict.fromkeys([*(_OTHER_SOLVERS if peers else ()), *(solver or ())]))
     settings = Settings.of(
-        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=others,
+        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch,
+        solvers=tuple(dict.fromkeys(others)),
         **({"converged_steps": None} if no_converged else {}),
     )  # fmt: skip
     planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings) if peers else [])
