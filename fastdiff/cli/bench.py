@@ -91,15 +91,13 @@ def bench(
     if scheduler is not None:
         pipe.scheduler = solvers.solver(scheduler, pipe.scheduler)
     settings = Settings.of(
-        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch,
-        solvers=tuple(dict.fromkeys(others)),
+        pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=tuple(dict.fromkeys(others)),
         **({"converged_steps": None} if no_converged else {}),
     )  # fmt: skip
     planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings) if peers else [])
     texts = prompts_for(pipe, prompts, seed, prompt_file)
     with _observer(texts.texts) as observer:
-        command = shlex.join(["fastdiff", *sys.argv[1:]])
-        rows = run(pipe, planned, texts, settings, observer=observer, command=command)
+        rows = run(pipe, planned, texts, settings, observer=observer, command=shlex.join(["fastdiff", *sys.argv[1:]]))
     _write(rows, observer.tiles(), json_file, plot, sheet, to_stdout)
     _judge(rows, verdict, shown=peers and not to_stdout)
     tried = [row for row in rows if row.kind == "fastdiff"]

@@ -29,13 +29,13 @@ def offenders(sources, find):
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("levers and core", 16_000), ("solver", 1_300), ("front", 7_000)], ids=lambda value: str(value)
+    ("part", "most"), [("levers and core", 16_000), ("solver", 1_500), ("front", 7_000)], ids=lambda value: str(value)
 )
 def test_the_product_stays_small(sources, part, most):
-    """The solver, a fourth lever, has an allowance of its own beside those that were there before it."""
+    """The solver, a fourth lever, and `tune` have an allowance of their own beside what was there before them."""
 
     def of(path):
-        solver = path.is_relative_to("pipelines/solving")
+        solver = path.is_relative_to("pipelines/solving") or path.name == "tune.py"
         return "solver" if solver else "front" if layer(module_name(path)) == "front" else "levers and core"
 
     assert sum(len(sources[path].splitlines()) for path in product() if of(path) == part) <= most
