@@ -16,23 +16,23 @@ from typing import Any
 Heard = Callable[..., Any]  # (scheduler, name, method, *args, **kwargs) -> what the method returns
 
 _NAMES = ("set_timesteps", "step", "scale_model_input", "check_block_should_continue")
-_EARS = "_fastdiff_ears"
+EARS = "_fastdiff_ears"
 _BASE = "_fastdiff_base"
 
 
 def listen(scheduler: Any, heard: Heard) -> None:
     """From now on `heard` makes the scheduler's calls, and those of its copies."""
-    if not hasattr(type(scheduler), _EARS):
+    if not hasattr(type(scheduler), EARS):
         _become(scheduler, _listening(type(scheduler)))
         for name in _NAMES:
             if callable(own := vars(scheduler).get(name)):  # somebody's wrapper lies above the class
                 vars(scheduler)[name] = _told_own(scheduler, name, own)
-    getattr(type(scheduler), _EARS).append(heard)
+    getattr(type(scheduler), EARS).append(heard)
 
 
 def unlisten(scheduler: Any, heard: Heard) -> None:
     """The inverse of `listen`; with the last listener the object is what it was. Copies are told nothing any more."""
-    ears = getattr(type(scheduler), _EARS, None)
+    ears = getattr(type(scheduler), EARS, None)
     if ears is None or heard not in ears:
         return
     ears.remove(heard)
@@ -67,7 +67,7 @@ def _listening(base: type) -> type:
     }
     body |= {name: _told(name, getattr(base, name), ears) for name in _NAMES if hasattr(base, name)}
     body |= {
-        _EARS: ears, _BASE: base, "__class__": property(lambda self: base), "__doc__": base.__doc__,
+        EARS: ears, _BASE: base, "__class__": property(lambda self: base), "__doc__": base.__doc__,
         "__module__": base.__module__, "__qualname__": base.__qualname__,
         "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _pickled,
     }  # fmt: skip
@@ -92,7 +92,7 @@ def _told(name: str, plain: Callable[..., Any], ears: list[Heard]) -> Callable[.
 
 def _told_own(scheduler: Any, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a method that was set on the object itself."""
-    ears = getattr(type(scheduler), _EARS)
+    ears = getattr(type(scheduler), EARS)
 
     @wraps(own)
     def told(*args: Any, **kwargs: Any) -> Any:
@@ -120,9 +120,10 @@ def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
     return made
 
 
-def _pickled(self: Any, _protocol: Any) -> Any:
+def _pickled(self: Any, protocol: Any) -> Any:
     """As an object of the base: another process has nobody who listens."""
-    return _plain, (getattr(type(self), _BASE),), vars(self)
+    base = getattr(type(self), _BASE)
+    return base.__reduce_ex__(self, protocol) if "__reduce_ex__" in vars(base) else (_plain, (base,), vars(self))
 
 
 def _plain(kind: type) -> Any:

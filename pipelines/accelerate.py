@@ -86,8 +86,7 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
-            if self.config.solver is not None:
-                install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
+            install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
             self._cached = self._methods(found)
             self.crew = self._meet(found)
             if self.crew is not None:

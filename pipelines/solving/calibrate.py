@@ -30,7 +30,7 @@ from .grid import best, costs
 from .levels import Levels, blend
 from .lockstep import twin
 from .plan import SolverPlan
-from .schedulers import host, solver
+from .schedulers import host, ode, solver
 from .students import Teacher, Trial, taught
 
 Watch: TypeAlias = Callable[[int, int], None]
@@ -68,7 +68,7 @@ def calibrate_solver(
     method: Any = config.solver
     if not isinstance(method, Fitted):
         raise BadConfig("a solver is calibrated with --set solver.method=fitted and solver.evaluations=N")
-    with fitting(pipe, config, prompts, watch=watch, after=len(_BIASES) * method.evaluations, **how) as found:
+    with fitting(pipe, config, prompts, watch=watch, evaluations=method.evaluations, **how) as found:
         plan = found.plan(method.evaluations, method.order)
     if watch is not None:
         watch(1, 1)
@@ -78,20 +78,24 @@ def calibrate_solver(
 @contextmanager
 def fitting(
     pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, teacher_steps: int = 100,
-    watch: Watch | None = None, after: int = 0, **call: Any,
+    watch: Watch | None = None, evaluations: int = 1, **call: Any,
 ) -> Iterator[Fitting]:  # fmt: skip
     """The teacher's trajectories, from which plans of any number of evaluations can be made.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's quantization on;
-    the teacher takes `teacher_steps`, and about `after` steps come after it.
+    the teacher takes `teacher_steps`, and plans of `evaluations` are to be made from it.
     """
+    if evaluations >= teacher_steps:
+        raise BadConfig(f"{evaluations} evaluations need a teacher of more steps than {teacher_steps}")
+    if "strength" in call and call["strength"] < 1:
+        raise BadConfig("a solver is fitted on whole runs; leave out strength")
     if len(prompts) < 2 * _HELD:
         raise BadConfig(
             f"{len(prompts)} prompts: a solver is fitted on {2 * _HELD} or more, of which one in {_HELD} is held out"
         )
     restore(pipe)
     own, [main, *_] = pipe.scheduler, anatomies(pipe)
-    work = (teacher_steps + after) * -(-len(prompts) // batch)
+    work = (teacher_steps + len(_BIASES) * evaluations) * -(-len(prompts) // batch)
     calls = partial(_calls, prompts, seed, batch, call)
     trial = Trial(twin(pipe, own), host(own), calls, _ticks(watch, work))
     quantized = nullcontext() if config.quant is None else accelerate(pipe, Config(quant=config.quant))
@@ -121,6 +125,7 @@ class Fitting:
         rival = max(rivals, key=lambda one: one.psnr(held), default=None)
         return SolverPlan(
             denoiser=fingerprint(self.main), quantization=quantization(self.main), scheduler=type(self.own).__name__,
+            ode=ode(self.own),
             guidance_scale=self.guidance_scale, shape=self.teacher.shape, use=chosen.use, evaluations=evaluations,
             order=chosen.order, places=chosen.places, weights=chosen.weights, psnr=round(chosen.psnr(held), 2),
             stock=rival.use if rival else "", stock_psnr=round(rival.psnr(held), 2) if rival else None,
@@ -139,6 +144,8 @@ class Fitting:
         for name in ("own", "dpm++", "unipc"):
             try:
                 scheduler = unheard(self.own) if name == "own" else solver(name, self.own)
+                if getattr(scheduler, "order", 1) > 1 or "PNDM" in type(scheduler).__name__:
+                    continue  # it calls the model more often
                 last = self.trial.stock(scheduler, evaluations)
             except (BadConfig, ValueError):
                 continue

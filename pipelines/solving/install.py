@@ -1,31 +1,39 @@
-"""Putting a plan's scheduler in the place of a pipeline's own."""
+"""Putting a pipeline's scheduler on a plan."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from fastdiff.anatomy import Anatomy
+from fastdiff.caller import running_pipeline
 from fastdiff.clock import StepClock
 from fastdiff.config import Config
 from fastdiff.errors import BadConfig, UnsupportedModel
-from fastdiff.listening import unheard
+from fastdiff.listening import EARS, unheard
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.loading import embedded_name
 from fastdiff.run import Run
 
 from .plan import SolverPlan
-from .scheduler import on_plan
-from .schedulers import host, solver
+from .scheduler import OnPlan
+from .schedulers import host, ode, solver
+
+EXCHANGED = "the pipeline's scheduler was exchanged after accelerate: the solver is off; accelerate the pipeline again"
 
 
 def install(
     pipe: Any, config: Config, anatomy: Anatomy, clock: StepClock, note: Callable[[str], None], patches: PatchSet
 ) -> None:
-    """From now on every run of the pipeline goes by the config's plan of a solver. Raises UnsupportedModel for a
-    pipeline without one scheduler, BadConfig for a scheduler that no weights can stand for, for a plan of another
-    model, and with parastep."""
+    """From now on every run of the pipeline goes by the config's plan of a solver, if it has one.
+
+    Raises UnsupportedModel for a pipeline without one scheduler, BadConfig for a scheduler that no weights can stand
+    for or that another accelerated pipeline listens to, for a plan of another model or noise schedule, with parastep.
+    """
+    if config.solver is None:
+        return
     if config.parallel is not None and config.parallel.method == "parastep":
         raise BadConfig("parastep predicts along with the steps of a stock solver; leave out solver, or parastep")
     method: Any = config.solver
@@ -33,38 +41,64 @@ def install(
     own = vars(pipe).get("scheduler")
     if not hasattr(own, "step"):
         raise UnsupportedModel(f"{type(pipe).__name__} has no scheduler that a fitted solver could stand for")
-    plan.check_model(anatomy)
-    made = host(own) if plan.use == "fitted" else unheard(own) if plan.use == "own" else solver(plan.use, own)
-    patches.set(pipe, "scheduler", on_plan(made, own, plan, note))
-    _count(pipe, plan.evaluations, patches)
+    if hasattr(type(own), EARS):
+        raise BadConfig(
+            "this scheduler object belongs to another accelerated pipeline, too; give this pipeline one of its own"
+        )
+    stock = host(own)  # refuses what no solver can stand for, also where a stock one is to be used
+    plan.check_model(anatomy, ode(own))
+    made = stock if plan.use == "fitted" else unheard(own) if plan.use == "own" else solver(plan.use, own)
+    on = OnPlan(own, made, plan, note, lambda: (running := running_pipeline()) is None or running is pipe)
+    patches.call(on.become, on.restore)
+    _count(pipe, on, patches)
 
     def compare(run: Run) -> None:
-        asked = getattr(pipe.scheduler, "_fastdiff_asked", None)
-        if asked not in (None, plan.evaluations):
-            note(f"the solver's plan of {plan.evaluations} evaluations takes the place of {asked} steps")
+        if pipe.scheduler is not own:
+            note(EXCHANGED)
+            return
+        if on.asked not in (None, plan.evaluations):
+            note(f"the solver's plan of {plan.evaluations} evaluations takes the place of {on.asked} steps")
+        if on.eta:
+            note(f"eta = {on.eta:g} asks for noise at every step, which a fitted solver leaves out")
         for text in plan.differences(run, anatomy):
             note(text)
 
     clock.on_start.append(compare)
 
 
-def _count(pipe: Any, evaluations: int, patches: PatchSet) -> None:
-    """What a pipeline makes of a number of steps that the plan overrides: which part of them a strength leaves, and
-    how long its bar is."""
-    if hasattr(pipe, "get_timesteps"):
-        timesteps = pipe.get_timesteps
+def _count(pipe: Any, on: OnPlan, patches: PatchSet) -> None:
+    """What a pipeline makes of a number of steps that the plan overrides, and of noise that no plan has: which part a
+    strength leaves, how long the bar is."""
+    own, plan = on.own, on.plan
+    above = PatchSet()  # the clock's bar lies above, and is taken off first
 
-        @wraps(timesteps)
-        def planned(num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:
-            return timesteps(evaluations, *args, **kwargs)
+    def put(name: str, wrapper: Callable[..., Any]) -> None:
+        patches.call(lambda: above.set(pipe, name, wraps(getattr(pipe, name))(wrapper)), above.restore)
 
-        patches.set(pipe, "get_timesteps", planned)
-    if hasattr(pipe, "progress_bar"):
-        bar = pipe.progress_bar
+    timesteps = getattr(pipe, "get_timesteps", None)
+    if timesteps is not None and [*inspect.signature(timesteps).parameters][:2] == ["num_inference_steps", "strength"]:
 
-        @wraps(bar)
+        def planned(num_inference_steps: int, strength: float, *args: Any, **kwargs: Any) -> Any:
+            if pipe.scheduler is own and strength < 1:
+                num_inference_steps, strength = plan.evaluations, plan.left(strength)
+            elif pipe.scheduler is own:
+                num_inference_steps = plan.evaluations
+            return timesteps(num_inference_steps, strength, *args, **kwargs)
+
+        put("get_timesteps", planned)
+    bar = getattr(pipe, "progress_bar", None)
+    if bar is not None:
+
         def whole(iterable: Any = None, total: int | None = None) -> Any:
-            return bar(iterable) if total is None else bar(iterable, total=min(total, evaluations))
+            least = total if total is None or pipe.scheduler is not own else min(total, plan.evaluations)
+            return bar(iterable) if least is None else bar(iterable, total=least)
 
-        own = PatchSet()  # the clock's bar lies above it, and is taken off first
-        patches.call(lambda: own.set(pipe, "progress_bar", whole), own.restore)
+        put("progress_bar", whole)
+    extra = getattr(pipe, "prepare_extra_step_kwargs", None)
+    if extra is not None:
+
+        def quiet(generator: Any, eta: Any = 0.0, *args: Any, **kwargs: Any) -> Any:
+            on.eta = eta or 0.0
+            return extra(generator, eta, *args, **kwargs)
+
+        put("prepare_extra_step_kwargs", quiet)

@@ -7,7 +7,7 @@ That way the loop is the pipeline's own, with its guidance, its second denoiser 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from threading import Semaphore, Thread
 from typing import Any
@@ -32,6 +32,9 @@ class Loop:
         self._at: At | None = None
         self._error: BaseException | None = None
         self._closed = False
+        kind = pipe.device.type  # autocast is a thread's own affair
+        dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self._autocast = torch.autocast(kind, dtype, enabled=on) if on else nullcontext()
         self._thread = Thread(target=self._run, daemon=True)
 
     def advance(self, state: torch.Tensor | None = None) -> At | None:
@@ -56,7 +59,8 @@ class Loop:
     def _run(self) -> None:
         try:
             given = dict(self._call)
-            self._pipe(given.pop("prompt"), output_type="latent", **given)
+            with self._autocast:
+                self._pipe(given.pop("prompt"), output_type="latent", **given)
         except _Closed:
             pass
         except BaseException as error:

@@ -34,6 +34,7 @@ class SolverPlan(Settings):
     denoiser: str = Field(max_length=200, description="class and configuration of the model it was fitted on")
     quantization: str | None = Field(None, max_length=200, description="dtypes of quantized weights, if any")
     scheduler: str = Field(max_length=200, description="class of the pipeline's own scheduler")
+    ode: str = Field("", max_length=200, description="prediction type and noise schedule; none: any")
     guidance_scale: float | None = Field(None, description="what the pipeline said of itself, if anything")
     shape: tuple[int, ...] = Field((), max_length=8, description="shape of the denoiser's input, without the batch")
     use: Literal["fitted", "own", "dpm++", "unipc"] = "fitted"
@@ -66,8 +67,17 @@ class SolverPlan(Settings):
         rival = "" if self.stock_psnr is None else f", {self.stock} {self.stock_psnr:.1f}"
         return f"{self.evaluations} evaluations {what}{gain}{rival}"
 
-    def check_model(self, anatomy: Anatomy) -> None:
-        """Raises BadConfig if the plan was made for another model."""
+    def left(self, strength: float) -> float:
+        """The strength that leaves the evaluations at levels with at most so much noise, and at least the last one."""
+        count = sum(place >= 1 - strength - 1e-6 for place in self.places[:-1]) if self.places else 0
+        return (max(count, 1) + 0.5) / self.evaluations if self.places else max(strength, 1 / self.evaluations)
+
+    def check_model(self, anatomy: Anatomy, ode: str) -> None:
+        """Raises BadConfig if the plan was made for another model, or another noise schedule."""
+        if self.ode and self.ode != ode:
+            raise BadConfig(
+                f"the solver's plan was made for {self.ode}, the pipeline's scheduler has {ode}; calibrate it with that"
+            )
         found = fingerprint(anatomy)
         if self.denoiser != found:
             raise BadConfig(
@@ -77,6 +87,8 @@ class SolverPlan(Settings):
     def differences(self, run: Run, anatomy: Anatomy) -> list[str]:
         """What is different in a run from those that it was fitted on, a sentence each."""
         said = []
+        if not run.late and run.total < self.evaluations:
+            said.append(f"the run ends after {run.total} evaluations of the solver's plan, at the noise level there")
         if None not in (self.guidance_scale, run.guidance_scale) and self.guidance_scale != run.guidance_scale:
             said.append(
                 f"the solver was fitted at guidance {self.guidance_scale:g}, this run has {run.guidance_scale:g}"

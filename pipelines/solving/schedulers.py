@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import re
 from typing import Any
 
@@ -69,7 +69,7 @@ def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:
     if name == "dpm++":
         options = {"algorithm_type": "dpmsolver++", "solver_order": 2}
     if not flow:
-        return options | _end(name, scheduler.config)
+        return options | _end(name, scheduler)
     if scheduler.config.get("use_dynamic_shifting"):
         raise BadConfig(f"{name} is not set up for a shift that depends on the resolution")
     shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
@@ -78,9 +78,11 @@ def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:
     return options | {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
 
 
-def _end(name: str, config: Any) -> dict[str, Any]:
+def _end(name: str, own: Any) -> dict[str, Any]:
     """Stop at the same noise level; DDIM and the others have different words for it, lost by `from_config`."""
-    if "set_alpha_to_one" in config:
+    config = own.config
+    # what another class left behind in the config says nothing
+    if "set_alpha_to_one" in config and _takes(own, "set_alpha_to_one"):
         clean = config["set_alpha_to_one"]
     elif "final_sigmas_type" in config:
         clean = config["final_sigmas_type"] == "zero"
@@ -89,29 +91,49 @@ def _end(name: str, config: Any) -> dict[str, Any]:
     return {"set_alpha_to_one": clean} if name == "ddim" else {"final_sigmas_type": "zero" if clean else "sigma_min"}
 
 
+def _takes(own: Any, key: str) -> bool:
+    """Whether a setting is the scheduler's own, and not left in its config by another class."""
+    return key in inspect.signature(type(own).__init__).parameters
+
+
 def _is_flow(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def host(own: Any) -> Any:
     """A scheduler of one evaluation a step, linear in the model's outputs, that takes any noise levels and solves the
-    very ODE of a pipeline's own: FlowMatchEuler of a flow, else DPM-Solver++(2M).
+    ODE of a pipeline's own: FlowMatchEuler of a flow, else DPM-Solver++(2M).
 
-    Raises BadConfig for a scheduler that adds noise, or clips what the model predicts.
+    Raises BadConfig for a scheduler that adds noise, clips what the model predicts, or has another ODE than these.
     """
     name, config = type(own).__name__, own.config
-    if config.get("thresholding"):
-        raise BadConfig(f"{name} clips each prediction (thresholding), which no weights can stand for; turn it off")
+    for key in ("thresholding", "clip_sample"):
+        if _takes(own, key) and config.get(key):
+            raise BadConfig(f"{name} clips each prediction ({key}), which no weights can stand for; turn it off")
+    if config.get("invert_sigmas") or "Inverse" in name or config.get("timestep_type") == "continuous":
+        raise BadConfig(f"{name}, as it is set up, has other noise levels than those that a solver is fitted at")
     if _adds_noise(own):
         raise BadConfig(
             f"{name} adds noise of its own, so that there is no picture to converge to; give the pipeline a "
             "deterministic scheduler such as DPM++, UniPC, DDIM or Euler"
         )
     if name == "FlowMatchEulerDiscreteScheduler":
-        return copy.deepcopy(own)
+        return unheard(own)
     if not hasattr(own, "alphas_cumprod") and not _is_flow(own):
         raise BadConfig(f"{name} has neither a noise schedule in timesteps nor flow matching; no solver can be fitted")
-    return solver("flowmatch" if _is_flow(own) else "dpm++", own)
+    made = solver("flowmatch" if _is_flow(own) else "dpm++", own)
+    if not _is_flow(own) and not torch.allclose(made.alphas_cumprod.double(), own.alphas_cumprod.double(), rtol=1e-3):
+        raise BadConfig(f"{name} changes its noise schedule as DPM++ does not; no solver can be fitted to it")
+    return made
+
+
+def ode(own: Any) -> str:
+    """What a plan's weights depend on of a scheduler: what the model predicts, and the noise schedule."""
+    if _is_flow(own):
+        return "flow matching"
+    kept = own.alphas_cumprod
+    marks = ", ".join(f"{float(kept[k]):.4g}" for k in (0, len(kept) // 2, len(kept) - 1))
+    return f"{own.config.get('prediction_type', 'epsilon')}, signal {marks}"
 
 
 def _adds_noise(scheduler: Any) -> bool:
@@ -123,11 +145,19 @@ def _adds_noise(scheduler: Any) -> bool:
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            own = unheard(scheduler)
-            own.set_timesteps(4, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
-            latents = torch.ones(1, 1, 2, 2)
-            for timestep in own.timesteps[:2]:
-                own.scale_model_input(latents, timestep) if hasattr(own, "scale_model_input") else None
-                latents = own.step(torch.zeros_like(latents), timestep, latents, return_dict=False)[0]
-            ends.append(latents)
+            try:
+                ends.append(_stepped(unheard(scheduler)))
+            except (TypeError, IndexError, AttributeError, ValueError):
+                raise BadConfig(f"the steps of {kind} are not those of a solver; no weights can stand for it") from None
     return not torch.equal(*ends)
+
+
+def _stepped(own: Any) -> torch.Tensor:
+    """Latents after two steps of no output at all."""
+    own.set_timesteps(4, **({"mu": 1.0} if own.config.get("use_dynamic_shifting") else {}))
+    latents = torch.ones(1, 1, 2, 2)
+    for timestep in own.timesteps[:2]:
+        if hasattr(own, "scale_model_input"):
+            own.scale_model_input(latents, timestep)
+        latents = own.step(torch.zeros_like(latents), timestep, latents, return_dict=False)[0]
+    return latents

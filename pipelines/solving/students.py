@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,6 @@ class Teacher:
     gram: NDArray[np.float64]
     levels: Levels
     shape: tuple[int, ...] = ()
-    run: dict[str, Any] = field(default_factory=dict)
 
     def goal(self, point: int, like: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's states at a point, in the pieces and shapes of `like`."""

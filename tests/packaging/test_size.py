@@ -29,7 +29,7 @@ def offenders(sources, find):
 
 
 @pytest.mark.parametrize(
-    ("part", "most"), [("levers and core", 16_000), ("solver", 1_500), ("front", 7_000)], ids=lambda value: str(value)
+    ("part", "most"), [("levers and core", 16_000), ("solver", 1_700), ("front", 7_000)], ids=lambda value: str(value)
 )
 def test_the_product_stays_small(sources, part, most):
     """The solver, a fourth lever, and `tune` have an allowance of their own beside what was there before them."""

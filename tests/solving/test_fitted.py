@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from functools import wraps
 from types import SimpleNamespace
@@ -178,6 +179,11 @@ def test_a_cache_on_top_counts_the_plans_steps():
         ("EulerAncestralDiscreteScheduler", {}, "adds noise"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "adds noise"),
         ("DDIMScheduler", {"thresholding": True}, "thresholding"),
+        ("DDIMScheduler", {"clip_sample": True}, "clip_sample"),
+        ("DDIMInverseScheduler", {}, "other noise levels"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "other noise levels"),
+        ("CogVideoXDDIMScheduler", {}, "noise schedule"),
+        ("CogVideoXDPMScheduler", {}, "not those of a solver"),
     ],
 )
 def test_schedulers_that_no_weights_can_stand_for_are_refused(scheduler, options, said):
@@ -199,6 +205,83 @@ def test_any_deterministic_scheduler_may_be_the_pipelines_own(scheduler):
         assert torch.isfinite(drawn(pipe, "sd15")).all() and fast.report.steps == 4
 
 
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_the_host_ends_where_the_own_scheduler_does(scheduler):
+    """Both solved finely: an ODE with other levels, or another end, would be another picture."""
+    pipe = make("sd15")
+    spaced = {"timestep_spacing": "trailing"}  # from the noisiest level on, however many steps there are
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **spaced)
+    own = drawn(pipe, "sd15", num_inference_steps=50)  # DDIM takes whole numbers of training steps only
+    rough = drawn(pipe, "sd15", num_inference_steps=10)
+    pipe.scheduler = schedulers.host(pipe.scheduler)
+    fine = drawn(pipe, "sd15", num_inference_steps=50)
+    assert (fine - own).square().mean() < 0.25 * (rough - own).square().mean()
+
+
+def test_pipelines_that_share_the_scheduler_are_told_and_have_it_back():
+    pipe = make("sd15")
+    before = drawn(pipe, "sd15")
+    with fastdiff.accelerate(pipe, solver=solver(pipe)):
+        other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        copied = copy.deepcopy(pipe.scheduler)
+        with pytest.warns(UserWarning, match="shares its scheduler"):
+            drawn(other, "sd15")
+        assert len(other.scheduler.timesteps) == 6, "as many steps as were asked for"
+        unpickled = pickle.loads(pickle.dumps(pipe.scheduler))
+        assert type(unpickled) is diffusers.DDIMScheduler
+    assert type(other.scheduler) is diffusers.DDIMScheduler
+    assert torch.equal(drawn(other, "sd15"), before)
+    copied.set_timesteps(9)
+    assert len(copied.timesteps) == 9, "a copy outlives the plan as a plain scheduler"
+    first = make("sd15")
+    second = diffusers.StableDiffusionPipeline(**first.components, requires_safety_checker=False)
+    with fastdiff.accelerate(first, cache="fora"), pytest.raises((BadConfig, UnsupportedModel)):
+        fastdiff.accelerate(second, solver=solver(second))
+
+
+def test_a_scheduler_that_is_exchanged_is_said_and_kept():
+    pipe = make("sd15")
+    own = pipe.scheduler
+    fast = fastdiff.accelerate(pipe, solver=solver(pipe))
+    pipe.scheduler = other = diffusers.UniPCMultistepScheduler.from_config(own.config)
+    drawn(pipe, "sd15")
+    assert fast.report.steps == 6 and any("exchanged" in note for note in fast.report.notes)
+    fast.restore()
+    assert pipe.scheduler is other and type(own) is diffusers.DDIMScheduler
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.5, 0.9, 1.0])
+def test_strength_is_a_noise_level_and_not_a_share_of_the_evaluations(strength):
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**make("sd15").components)
+    pipe.set_progress_bar_config(disable=True)
+    given = {key: value for key, value in arguments("sd15").items() if key not in ("height", "width")}
+    places = (0, 0.05, 0.1, 0.2, 0.4, 0.65, 0.9, 1)
+    with fastdiff.accelerate(pipe, solver=solver(pipe, places=places)) as fast:
+        pipe(**given | {"image": torch.zeros(1, 3, 64, 64), "strength": strength})
+    assert fast.report.steps == max(1, sum(place >= 1 - strength for place in places[:-1]))
+
+
+def test_what_a_plan_leaves_out_is_said():
+    pipe = make("sd15")
+    with fastdiff.accelerate(pipe, solver=solver(pipe)) as fast:
+        drawn(pipe, "sd15", eta=1.0)
+        assert any("eta = 1" in note for note in fast.report.notes)
+    pipe = make("flux")
+    with fastdiff.accelerate(pipe, solver=solver(pipe)) as fast:
+        drawn(pipe, "flux")
+        assert "the solver's plan of 4 evaluations takes the place of 6 steps" in fast.report.notes
+
+
+def test_a_stock_plan_of_a_pipeline_that_gives_sigmas_draws_what_it_draws_in_as_many_steps():
+    pipe = make("flux")
+    stock = drawn(pipe, "flux", num_inference_steps=4)
+    [main, *_] = anatomies(pipe)
+    own = SolverPlan(denoiser=fingerprint(main), scheduler="any", evaluations=4, use="own")
+    with fastdiff.accelerate(pipe, solver={"method": "fitted", "plan": own}):
+        assert torch.equal(drawn(pipe, "flux"), stock)
+
+
 def test_plans_that_do_not_fit_are_refused(tmp_path):
     pipe = make("sd15")
     with pytest.raises(BadConfig, match=r"needs a plan.*fastdiff calibrate --set solver.evaluations=7"):
@@ -209,6 +292,12 @@ def test_plans_that_do_not_fit_are_refused(tmp_path):
         Config(solver=solver(pipe) | {"evaluations": 7})
     with pytest.raises(BadConfig, match="parastep"):
         fastdiff.accelerate(pipe, solver=solver(pipe), parallel={"method": "parastep", "devices": 2})
+    with pytest.raises(BadConfig, match="was made for flow matching"):
+        fastdiff.accelerate(pipe, solver=solver(pipe, ode="flow matching"))
+    with pytest.raises(BadConfig, match="more steps than 10"):
+        calibrate_solver(pipe, Config(solver={"method": "fitted", "evaluations": 12}), PROMPTS, teacher_steps=10)
+    with pytest.raises(BadConfig, match="strength"):
+        calibrate_solver(pipe, Config(solver="fitted"), PROMPTS, strength=0.5)
     with pytest.raises(BadConfig, match="8 or more"):
         calibrate_solver(pipe, Config(solver="fitted"), PROMPTS[:4])
     file = tmp_path / "plan.json"
