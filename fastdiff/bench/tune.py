@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff import output
 from fastdiff.config import Config
 from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.pipelines.calibrate import calibrate
@@ -126,7 +127,8 @@ class Tuning:
         known = [one for one in self.screened if one.name in self.configs]
         if not known:
             raise FastdiffError(
-                "no candidate could be drawn with this pipeline; fastdiff bench says why of each preset"
+                f"nothing was drawn: no solver of fewer than {self.settings.steps} steps was fitted in "
+                f"{self.minutes:g} minutes; give more of either"
             )
         finalists = {one.name: self.configs[one.name] for one in self.goal.nearest(known)[:_FINALISTS]}
         if time.monotonic() < ends:
@@ -194,13 +196,19 @@ class Tuning:
     def _resume(self) -> None:
         if not self.file.exists():
             return
-        kept = json.loads(self.file.read_text(encoding="utf-8"))
-        if kept.get("header") == self._header():
+        try:
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            if kept["header"] != self._header():
+                raise ValueError("it is of another search")
             self.configs = {name: Config(**values) for name, values in kept["configs"].items()}
             self.screened = [Tried(**values) for values in kept["screened"]]
-            self.say(f"going on with what {self.file.name} holds: {', '.join(self.configs)}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadConfig(
+                f"{str(self.file)!r} cannot be gone on with ({error}); remove it, or give another output"
+            ) from None
+        self.say(f"going on with what {self.file.name} holds: {', '.join(self.configs)}")
 
     def _keep(self) -> None:
         configs = {name: config.model_dump(mode="json") for name, config in self.configs.items()}
         kept = {"header": self._header(), "configs": configs, "screened": [asdict(one) for one in self.screened]}
-        self.file.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        output.write(self.file, lambda part: part.write_text(json.dumps(kept) + "\n", encoding="utf-8"))

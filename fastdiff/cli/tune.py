@@ -11,7 +11,7 @@ import typer
 from .options import FirstSeed, Json, ModelName, PromptLines, StepCount
 
 if TYPE_CHECKING:
-    from fastdiff.bench.tune import Goal, Tried
+    from fastdiff.bench.tune import Goal, Tried, Tuning
     from fastdiff.config import Config
 
 TargetPsnr = Annotated[float | None, typer.Option(min=1, help="Decibels to keep; the fastest settings that do.")]
@@ -48,32 +48,48 @@ def tune(
     from fastdiff import output as files
     from fastdiff.bench import Settings, metrics, prompts_for
     from fastdiff.bench.tune import Tuning
-    from fastdiff.errors import FastdiffError
     from fastdiff.studio.console import say
     from fastdiff.studio.drawing import opened
 
-    files.check([output], overwrite)
+    files.check(
+        [output, *(output.with_name(f"{output.stem}-{lever}.json") for lever in ("solver", "cache"))], overwrite
+    )
     metrics.require_extra()
     pipe = opened(model)
+    pipe.set_progress_bar_config(disable=True)
     settings = Settings.of(pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch)
     texts = prompts_for(pipe, fit, seed + 50_000, prompt_file, held_out=False).texts
     search = Tuning(
         pipe, goal, settings, prompts_for(pipe, prompts, seed, prompt_file), texts, state, budget_minutes, say
     )
-    measured, chosen = search.search()
-    for one in sorted(measured, key=lambda one: one.speedup):
-        say(_line(one))
-    if chosen is None:
-        best = goal.nearest(measured)[0]
-        raise FastdiffError(f"nothing that was tried reaches {_words(goal)}; nearest is {_line(best)}")
-    lines = [f"# Found by fastdiff tune for {_words(goal)}, measured on {prompts} prompts that nothing was fitted on:"]
-    lines += [f"# {_line(one)}" for one in sorted(measured, key=lambda one: one.speedup)]
-    lines.append(f"# chosen: {chosen.name}" + (f"; {chosen.kept(goal.value):.0%} of the prompts keep {goal.value:g} dB"
-                 if goal.kind == "psnr" else ""))  # fmt: skip
+    chosen, lines = _told(search)
     text = "\n".join([*lines, "", *_toml(search.configs[chosen.name], output)]) + "\n"
     files.write(output, lambda part: part.write_text(text, encoding="utf-8"))
     print(json.dumps({"file": str(output), "chosen": chosen.name, "seconds": chosen.seconds,
                       "speedup": chosen.speedup, "psnr": chosen.mean}) if as_json else output)  # fmt: skip
+
+
+def _told(search: Tuning) -> tuple[Tried, list[str]]:
+    """The choice, and what was measured, as comments. Raises FastdiffError where nothing meets the goal."""
+    from fastdiff.errors import FastdiffError
+    from fastdiff.studio.console import say
+
+    goal = search.goal
+    measured, chosen = search.search()
+    lines = [_line(one) for one in sorted(measured, key=lambda one: one.speedup)]
+    ours = [one for one in measured if one.name in search.configs]
+    for one in measured:
+        if one not in ours and one.name != "baseline" and goal.best([one, *([chosen] if chosen else [])]) is one:
+            lines.append(f"{one.name} of the stock scheduler alone do better; no config says that, a call does")
+    for line in lines:
+        say(line)
+    if chosen is None:
+        raise FastdiffError(
+            f"nothing that was fitted reaches {_words(goal)}; nearest is {_line(goal.nearest(ours)[0])}"
+        )
+    kept = f"; {chosen.kept(goal.value):.0%} of the pictures keep {goal.value:g} dB" if goal.kind == "psnr" else ""
+    head = f"Found by fastdiff tune for {_words(goal)}, on {len(search.prompts)} pictures that nothing was fitted on:"
+    return chosen, [f"# {line}" for line in (head, *lines, f"chosen: {chosen.name}{kept}")]
 
 
 def _goal(target_psnr: Any, target_speedup: Any, seconds: Any, to: str, output: Path) -> Goal:

@@ -10,6 +10,7 @@ from fastdiff.bench.plan import Settings
 from fastdiff.bench.prompts import Prompts
 from fastdiff.bench.tune import Goal, Tried, Tuning
 from fastdiff.config import layers_of
+from fastdiff.errors import BadConfig
 from tests.tiny import arguments, make
 
 TEXTS = tuple(f"a {colour} cat" for colour in ("red", "blue", "green", "old", "small", "large", "wet", "dry"))
@@ -79,10 +80,19 @@ def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     assert said[0].startswith("going on with") and again.screened == made.screened
     assert {name for name in again.configs if "w8a8" not in name} == {n for n in made.configs if "w8a8" not in n}
     other = search(made.pipe, made.file, Goal("psnr", 1.0, "converged"), said)
-    other._resume()
+    with pytest.raises(BadConfig, match="of another search"):
+        other._resume()
     assert not other.configs, "another kind of picture is another search"
     [last] = other._measure({}, Prompts(TEXTS[:2]), 1)[:1]
     assert last.name == "baseline" and 0 < last.mean < 100, "the plain picture is not the converged one"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"header": 1}'])
+def test_a_broken_state_is_refused_in_words(first, tmp_path, text):
+    file = tmp_path / "x.tune.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadConfig, match="cannot be gone on with"):
+        search(first[0].pipe, file, Goal("psnr", 1.0, "plain"), [])._resume()
 
 
 def test_what_is_written_is_a_config_with_its_plan_beside_it(first, tmp_path):
