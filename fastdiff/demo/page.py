@@ -234,7 +234,7 @@ class Page:
         settings = settings_of(model, values, leave_out)
         title = section.capitalize() if section in SECTIONS else f"{KINDS[section]}: {name}"
         found: dict[Any, tuple[str, Setting]] = {}
-        with gr.Accordion(title, open=section in ("cache", "quant"), key=f"{section}/{name}"), gr.Row():
+        with gr.Accordion(title, open=section in ("cache", "quant", "solver"), key=f"{section}/{name}"), gr.Row():
             for setting in settings:
                 key = f"{ground.model}/{ground.preset}/{section}/{name}/{setting.name}"
                 found[setting.component(section, key)] = (section, setting)

@@ -156,7 +156,10 @@ def test_a_preset_sets_the_methods_and_a_method_brings_its_fields(screen):
     screen.advanced()
     assert screen.one("#cache-interval input").get_attribute("value") == "2"
     screen.choose("preset", "fast")
-    until(lambda: screen.one("#solver-evaluations input").get_attribute("value") == "10", "the preset's solver")
+    until(
+        lambda: screen.one("#solver-evaluations input[type=number]").get_attribute("value") == "10",
+        "the preset's solver",
+    )
     until(lambda: screen.one("#cache input").get_attribute("value") == "off", "no method")
     until(lambda: not screen.all("#cache-interval"), "no fields")
     screen.choose("cache", "fora")
@@ -212,7 +215,10 @@ def test_a_run_goes_on_while_a_preset_is_chosen_and_keeps_cancel(screen):
     screen.run(900)
     until(lambda: "step " in screen.text("#status"), "the run to begin")
     screen.choose("preset", "fast")
-    until(lambda: screen.one("#solver-evaluations input").get_attribute("value") == "10", "the preset's solver")
+    until(
+        lambda: screen.one("#solver-evaluations input[type=number]").get_attribute("value") == "10",
+        "the preset's solver",
+    )
     assert screen.one("#cancel").is_enabled() and not screen.one("#run").is_enabled()
     screen.one("#prompt textarea").send_keys("\n")
     until(lambda: "cancel it first" in screen.text("[data-testid=toast-body]"), "the message")
