@@ -17,6 +17,7 @@ from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
 
 Floats = NDArray[np.float64]
+LARGEST = 64 << 20  # bytes of a plan file
 
 PLAN = "what calibrate found, or the path of its file; of several denoisers one each, by component"
 VERSION: Literal[2] = 2
@@ -152,7 +153,7 @@ def _known(values: Any, name: str) -> None:
 
 def from_file(kind: type[Plan]) -> BeforeValidator:
     """Lets a setting name a plan file where it wants a plan, or one for each denoiser."""
-    return plans.from_file(kind, "plan file", "make one with fastdiff calibrate", _known)
+    return plans.from_file(kind, "plan file", "make one with fastdiff calibrate", _known, LARGEST)
 
 
 def quantization(anatomy: Anatomy) -> str | None:

@@ -12,7 +12,6 @@ from .method import Settings, read_json
 
 P = TypeVar("P", bound=Settings)
 _FOUND = {"missing": "missing", "extra_forbidden": "unknown to it"}
-LARGEST = 64 << 20  # bytes
 
 
 class Each(RootModel[dict[str, P]], Generic[P]):
@@ -39,10 +38,10 @@ def is_several(values: Any) -> bool:
 
 
 def from_file(
-    kind: type[P], what: str, hint: str, check: Callable[[Any, str], None] = lambda values, name: None
+    kind: type[P], what: str, hint: str, check: Callable[[Any, str], None] = lambda *_: None, largest: int = 1 << 28
 ) -> BeforeValidator:
     """Takes a plan, its values, or the path of a file of them; or those of several by component. check: raises
-    ValueError, with the name it is given, for values that are no such plan at all.
+    ValueError, with the name it is given, for values that are no such plan at all. largest: bytes of a file.
 
     Raises ValueError, in one sentence, for a file that is missing, broken, or no `what`.
     """
@@ -59,7 +58,7 @@ def from_file(
         if isinstance(value, str | Path):
             path = Path(value).expanduser()
             name = f"{what} {str(path)!r}"
-            value = read_json(path, name, what, hint, LARGEST)
+            value = read_json(path, name, what, hint, largest)
         elif not isinstance(value, Mapping):
             return value
         if not is_several(value):

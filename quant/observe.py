@@ -91,13 +91,13 @@ class Observer:
     def watching(self, denoiser: nn.Module | None = None) -> Iterator[None]:
         """Looks at the layers, and at what the denoiser is told of the time."""
         with ExitStack() as hooks:
+            hooks.callback(setattr, self, "_last", None)
             for f in self.layers:
                 hooks.enter_context(f.layer.register_forward_pre_hook(self._hook(f.name), with_kwargs=True))
                 hooks.enter_context(f.layer.register_forward_hook(_finite(f.name)))
             if denoiser is not None:
                 hooks.enter_context(denoiser.register_forward_hook(self._timed, with_kwargs=True))
             yield
-        self._last = None
 
     def _timed(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         time = told_time(args, kwargs)

@@ -13,13 +13,12 @@ import torch
 import fastdiff
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.caching.methods.dp import DP
-from fastdiff.caching.plan import Schedule
+from fastdiff.caching.plan import LARGEST, Schedule
 from fastdiff.clock import Run
 from fastdiff.config import layers_of, resolve
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
-from fastdiff.plans import LARGEST
 from tests import tiny
 from tests.state import differences, snapshot
 

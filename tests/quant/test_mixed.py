@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff.caching.plan import LARGEST
 from fastdiff.errors import BadConfig, BadModel
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
@@ -113,6 +114,8 @@ def test_bad_settings_are_told(tmp_path):
         Mixed(plan=plan).recipe("layer", layer)
     file = tmp_path / "bits.json"
     file.write_text(plan.model_dump_json())
+    assert Mixed(plan=str(file)).plan == plan
+    file.write_text(plan.model_dump_json() + " " * LARGEST)  # plans of maps are larger than those of caches may be
     assert Mixed(plan=str(file)).plan == plan
     file.write_text(json.dumps({**plan.model_dump(mode="json"), "bits": {"other": 3}}))
     with pytest.raises(BadConfig, match="damaged"):

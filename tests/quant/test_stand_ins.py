@@ -224,6 +224,9 @@ def test_calibration_looks_at_tokens_of_four_dimensions_and_inputs_given_by_name
     assert torch.allclose(observer.seen["one"].high[-1], x.flatten(0, 2).amax(0))
     assert torch.allclose(observer.seen["two"].high[-1], x.amax((0, 2, 3)))
     assert observer.partners == {"one": "one", "two": "two"}, "channels of different dimensions are smoothed apart"
+    with pytest.raises(UnsupportedModel, match="NaN"), observer.watching(), torch.no_grad():
+        model(x * float("nan"))
+    assert observer._last is None and not model.one._forward_pre_hooks, "nothing of a failed run is remembered"
 
 
 def test_animatediff_calls_its_layers_by_name():
