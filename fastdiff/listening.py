@@ -23,7 +23,7 @@ _BASE = "_fastdiff_base"
 def listen(scheduler: Any, heard: Heard) -> None:
     """From now on `heard` makes the scheduler's calls, and those of its copies."""
     if not hasattr(type(scheduler), EARS):
-        _become(scheduler, _listening(type(scheduler)))
+        become(scheduler, _listening(type(scheduler)))
         for name in _NAMES:
             if callable(own := vars(scheduler).get(name)):  # somebody's wrapper lies above the class
                 vars(scheduler)[name] = _told_own(scheduler, name, own)
@@ -41,7 +41,7 @@ def unlisten(scheduler: Any, heard: Heard) -> None:
     for name in _NAMES:
         if (own := getattr(vars(scheduler).get(name), _BASE, None)) is not None:
             vars(scheduler)[name] = own
-    _become(scheduler, getattr(type(scheduler), _BASE))
+    become(scheduler, getattr(type(scheduler), _BASE))
 
 
 def unheard(scheduler: Any) -> Any:
@@ -49,11 +49,11 @@ def unheard(scheduler: Any) -> Any:
     made = copy.deepcopy(scheduler)
     base = getattr(type(made), _BASE, None)
     if base is not None:
-        _become(made, base)
+        become(made, base)
     return made
 
 
-def _become(scheduler: Any, kind: type) -> None:
+def become(scheduler: Any, kind: type) -> None:
     object.__dict__["__class__"].__set__(scheduler, kind)  # past the property of `_listening`
 
 
@@ -69,7 +69,7 @@ def _listening(base: type) -> type:
     body |= {
         EARS: ears, _BASE: base, "__class__": property(lambda self: base), "__doc__": base.__doc__,
         "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__copy__": _copied, "__deepcopy__": _deeply_copied, "__reduce_ex__": _pickled,
+        "__copy__": _copied, "__deepcopy__": deeply_copied, "__reduce_ex__": _pickled,
     }  # fmt: skip
     return same(base)(base.__name__, (base,), body)
 
@@ -114,7 +114,7 @@ def _copied(self: Any) -> Any:
     return made
 
 
-def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
+def deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
     made = memo[id(self)] = object.__new__(type(self))
     vars(made).update(copy.deepcopy(vars(self), memo))
     return made
@@ -123,8 +123,8 @@ def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
 def _pickled(self: Any, protocol: Any) -> Any:
     """As an object of the base: another process has nobody who listens."""
     base = getattr(type(self), _BASE)
-    return base.__reduce_ex__(self, protocol) if "__reduce_ex__" in vars(base) else (_plain, (base,), vars(self))
+    return base.__reduce_ex__(self, protocol) if "__reduce_ex__" in vars(base) else (blank, (base,), vars(self))
 
 
-def _plain(kind: type) -> Any:
+def blank(kind: type) -> Any:
     return object.__new__(kind)

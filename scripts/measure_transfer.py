@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import typer
 
 import fastdiff
 from fastdiff.bench import prompts_for
+from fastdiff.bench.measure import draw
 from fastdiff.bench.metrics import psnr
 from fastdiff.bench.row import command, environment
 from fastdiff.config import Config
@@ -29,6 +31,7 @@ STOCK = {
     "shapes-dit": ("unipc@shift2", "unipc@shift3", "dpm++@shift2", "dpm++@shift3"),
 }
 FINE = 150  # steps of DPM++ 2M that stand for the converged picture
+BATCH = 8
 SIZES = (48, 96)  # pixels; the models are made for 64
 
 
@@ -57,12 +60,9 @@ def main(
 
     def drawn(steps: int, call: dict[str, Any], name: str | None = None) -> Any:
         pipe.scheduler = own if name is None else solver(name, own)
-        made = []
-        for k in range(0, len(texts), 8):
-            generators = [torch.Generator().manual_seed(k + i) for i in range(len(texts[k : k + 8]))]
-            made.append(
-                pipe(texts[k : k + 8], num_inference_steps=steps, generator=generators, output_type="np", **call)[0]
-            )
+        size, guidance = {k: v for k, v in call.items() if k != "guidance_scale"}, call["guidance_scale"]
+        chunks = [range(k, min(k + BATCH, len(texts))) for k in range(0, len(texts), BATCH)]
+        made = [draw(partial(pipe, **size), [texts[i] for i in chunk], chunk, steps, guidance) for chunk in chunks]
         pipe.scheduler = own
         return np.concatenate(made)
 

@@ -58,7 +58,9 @@ def calibrate(
 def _unplanned(layers: list[Layer]) -> list[Layer]:
     """On top of the method dp or, where a solver is set but no cache, of fitted; a config may name the plan that is
     still to be made."""
-    asked = {lever: any(v.get(lever) not in (None, "off") for _, v in layers) for lever in ("solver", "cache")}
+    from fastdiff.config import OFF
+
+    asked = {lever: any(v.get(lever) not in (None, OFF) for _, v in layers) for lever in ("solver", "cache")}
     solver = asked["solver"] and not asked["cache"]
     lever, method = ("solver", "fitted") if solver else ("cache", "dp")
     kept: list[Layer] = [("calibrate", {lever: {"method": method}})]

@@ -26,7 +26,7 @@ from . import theory
 from .combine import At, counts, onward, parts
 from .fit import Products, fitted
 from .fitted import Fitted
-from .grid import best, costs
+from .grid import best
 from .levels import Levels, blend
 from .lockstep import twin
 from .plan import SolverPlan
@@ -87,7 +87,7 @@ def fitting(
     """
     if evaluations >= teacher_steps:
         raise BadConfig(f"{evaluations} evaluations need a teacher of more steps than {teacher_steps}")
-    if "strength" in call and call["strength"] < 1:
+    if call.get("strength", 1) < 1:
         raise BadConfig("a solver is fitted on whole runs; leave out strength")
     if len(prompts) < 2 * _HELD:
         raise BadConfig(
@@ -97,12 +97,12 @@ def fitting(
     own, [main, *_] = pipe.scheduler, anatomies(pipe)
     work = (teacher_steps + len(_BIASES) * evaluations) * -(-len(prompts) // batch)
     calls = partial(_calls, prompts, seed, batch, call)
-    trial = Trial(twin(pipe, own), host(own), calls, _ticks(watch, work))
+    stock = host(own)
+    if not stock.config.get("use_dynamic_shifting"):
+        stock.set_timesteps(teacher_steps)  # which says where it ends
+    trial = Trial(twin(pipe, own), stock, calls, _ticks(watch, work))
     quantized = nullcontext() if config.quant is None else accelerate(pipe, Config(quant=config.quant))
-    probe = host(own)
-    if not probe.config.get("use_dynamic_shifting"):
-        probe.set_timesteps(teacher_steps)
-    with quantized, taught(trial, blend(Levels.of(probe), teacher_steps), len(prompts)) as teacher:
+    with quantized, taught(trial, blend(Levels.of(stock), teacher_steps), len(prompts)) as teacher:
         yield Fitting(trial, teacher, main, own, call.get("guidance_scale"))
 
 
@@ -133,9 +133,9 @@ class Fitting:
 
     def _fitted(self, evaluations: int, order: int) -> Iterator[Candidate]:
         """Each drawn with all pictures: an error early in the run counts for more or less than one at its end."""
-        cost, levels = costs(self.teacher.gram), self.teacher.levels
-        noise = np.array([n / max(s, 1e-3) for s, n in levels.signal_and_noise(self.teacher.places)])
-        grids = {tuple(best(cost * (1 + noise**2) ** bias, evaluations)) for bias in _BIASES}
+        mixed = self.teacher.levels.signal_and_noise(self.teacher.places)
+        noise = np.array([n / max(s, 1e-3) for s, n in mixed])
+        grids = {tuple(best(self.teacher.costs * (1 + noise**2) ** bias, evaluations)) for bias in _BIASES}
         for points in sorted(grids):
             yield student(self.trial, self.teacher, points, order)
 

@@ -79,10 +79,9 @@ def _count(pipe: Any, on: OnPlan, patches: PatchSet) -> None:
     if timesteps is not None and [*inspect.signature(timesteps).parameters][:2] == ["num_inference_steps", "strength"]:
 
         def planned(num_inference_steps: int, strength: float, *args: Any, **kwargs: Any) -> Any:
-            if pipe.scheduler is own and strength < 1:
-                num_inference_steps, strength = plan.evaluations, plan.left(strength)
-            elif pipe.scheduler is own:
+            if pipe.scheduler is own:
                 num_inference_steps = plan.evaluations
+                strength = plan.left(strength) if strength < 1 else strength
             return timesteps(num_inference_steps, strength, *args, **kwargs)
 
         put("get_timesteps", planned)

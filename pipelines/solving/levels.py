@@ -73,11 +73,14 @@ class Levels:
         return [(1 / math.sqrt(1 + s * s), s / math.sqrt(1 + s * s)) for s in sigmas.tolist()]
 
 
-def put(scheduler: Any, places: Sequence[float], levels: Levels, device: Any = None) -> None:
-    """Give a scheduler whose timesteps were set another grid; the last of the places is where the run ends."""
+def put(scheduler: Any, places: Sequence[float], mu: float | None = None, device: Any = None) -> Levels:
+    """Give a scheduler whose timesteps were set, with `mu`, another grid; the last of the places is where the run ends.
+    What its levels are."""
+    levels = Levels.of(scheduler, mu)
     scheduler.sigmas = torch.from_numpy(levels.sigmas(places)).to(scheduler.sigmas)
     scheduler.timesteps = torch.from_numpy(levels.timesteps(places[:-1])).to(device, torch.float32)
     scheduler.num_inference_steps = len(places) - 1
+    return levels
 
 
 def blend(levels: Levels, steps: int) -> list[float]:

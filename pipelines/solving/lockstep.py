@@ -34,7 +34,7 @@ class Loop:
         self._closed = False
         kind = pipe.device.type  # autocast is a thread's own affair
         dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        self._autocast = torch.autocast(kind, dtype, enabled=on) if on else nullcontext()
+        self._autocast = torch.autocast(kind, dtype) if on else nullcontext()
         self._thread = Thread(target=self._run, daemon=True)
 
     def advance(self, state: torch.Tensor | None = None) -> At | None:

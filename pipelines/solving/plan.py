@@ -69,8 +69,10 @@ class SolverPlan(Settings):
 
     def left(self, strength: float) -> float:
         """The strength that leaves the evaluations at levels with at most so much noise, and at least the last one."""
-        count = sum(place >= 1 - strength - 1e-6 for place in self.places[:-1]) if self.places else 0
-        return (max(count, 1) + 0.5) / self.evaluations if self.places else max(strength, 1 / self.evaluations)
+        if not self.places:
+            return max(strength, 1 / self.evaluations)
+        count = sum(place >= 1 - strength - 1e-6 for place in self.places[:-1])
+        return (max(count, 1) + 0.5) / self.evaluations
 
     def check_model(self, anatomy: Anatomy, ode: str) -> None:
         """Raises BadConfig if the plan was made for another model, or another noise schedule."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.listening import same
+from fastdiff.listening import become, blank, deeply_copied, same
 
 from .combine import At, onward
-from .levels import Levels, put
+from .levels import put
 from .lockstep import replaced
 from .plan import SolverPlan
 
@@ -23,7 +23,6 @@ SHARED = (
     "this pipeline shares its scheduler with an accelerated one, whose solver made it {}; restore() that handle, or "
     "give this pipeline a scheduler of its own"
 )
-_KIND = object.__dict__["__class__"]  # past the property of classes that listen
 
 
 class OnPlan:
@@ -42,7 +41,7 @@ class OnPlan:
 
     def become(self) -> None:
         self.on = True
-        _KIND.__set__(self.own, self._class(type(self._host)))
+        become(self.own, self._class(type(self._host)))
         vars(self.own).clear()
         vars(self.own).update(vars(self._host))
 
@@ -50,7 +49,7 @@ class OnPlan:
         """The inverse of `become`; copies that were made meanwhile are plain hosts from now on."""
         if self.on:
             self.on = False
-            _KIND.__set__(self.own, self.kind)
+            become(self.own, self.kind)
             vars(self.own).clear()
             vars(self.own).update(self.state)
 
@@ -59,13 +58,13 @@ class OnPlan:
         body = {
             "set_timesteps": self._set_timesteps(base), "step": self._step(base), "_fastdiff_seen": None,
             "save_pretrained": lambda _, *args, **kwargs: plain().save_pretrained(*args, **kwargs),
-            "__deepcopy__": _deeply_copied, "__reduce_ex__": lambda *_: (_blank, (self.kind,), self.state),
+            "__deepcopy__": deeply_copied, "__reduce_ex__": lambda *_: (blank, (self.kind,), self.state),
             "__module__": self.kind.__module__, "__qualname__": self.kind.__qualname__, "__doc__": base.__doc__,
         }  # fmt: skip
         return same(base)(self.kind.__name__, (base,), body)
 
     def _plain(self) -> Any:
-        made = object.__new__(self.kind)
+        made = blank(self.kind)
         vars(made).update(copy.deepcopy(self.state))
         return made
 
@@ -90,7 +89,7 @@ class OnPlan:
                 even = np.linspace(1.0, 1 / plan.evaluations, plan.evaluations)
                 base.set_timesteps(scheduler, sigmas=even, **kept)
             if plan.places:
-                put(scheduler, plan.places, Levels.of(scheduler, given.get("mu")), given.get("device"))
+                put(scheduler, plan.places, given.get("mu"), given.get("device"))
             scheduler._fastdiff_seen = ()
 
         return set_timesteps
@@ -115,13 +114,3 @@ class OnPlan:
             return replaced(result, onward(seen, weights, plan.order)) if weights else result
 
         return step
-
-
-def _blank(kind: type) -> Any:
-    return object.__new__(kind)
-
-
-def _deeply_copied(scheduler: Any, memo: dict[int, Any]) -> Any:
-    made = memo[id(scheduler)] = object.__new__(type(scheduler))
-    vars(made).update(copy.deepcopy(vars(scheduler), memo))
-    return made

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .combine import At
+from .grid import costs
 from .levels import Levels, put
 from .lockstep import loops, twin
 
@@ -74,6 +75,11 @@ class Teacher:
     levels: Levels
     shape: tuple[int, ...] = ()
 
+    @cached_property
+    def costs(self) -> NDArray[np.float64]:
+        """Of steps between its points: `grid.costs`."""
+        return costs(self.gram)
+
     def goal(self, point: int, like: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's states at a point, in the pieces and shapes of `like`."""
         pieces = self.states[point].split([len(part) for part in like])
@@ -91,11 +97,12 @@ def taught(trial: Trial, places: Sequence[float], pictures: int) -> Iterator[Tea
     done = 0
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
         for call in trial.calls():
-            rows: list[Tensor] = []
-            outputs: list[Tensor] = []
+            rows, outputs = [], []
             with loops(trial.pipe, lambda: on_grid(trial.scheduler, places, heard.append), [call]) as [loop]:
                 while (at := loop.advance()) is not None:
-                    rows, outputs, last = [*rows, _row(at.x)], [*outputs, _row(at.f)], at.plain
+                    rows.append(_row(at.x))
+                    outputs.append(_row(at.f))
+                    last = at.plain
                     trial.tick()
             rows.append(_row(last))
             count, values = rows[0].shape
@@ -126,9 +133,7 @@ def on_grid(scheduler: Any, places: Sequence[float], seen: Callable[[Levels], No
         num_inference_steps: Any = None, device: Any = None, *_: Any, mu: float | None = None, **__: Any
     ) -> None:
         stock(len(places) - 1, device=device, **({} if mu is None else {"mu": mu}))
-        levels = Levels.of(made, mu)
-        put(made, places, levels, device)
-        seen(levels)
+        seen(put(made, places, mu, device))
 
     made.set_timesteps = set_timesteps
     return made

@@ -92,7 +92,7 @@ def test_levels_are_those_of_the_scheduler(name):
         assert sigmas[:3] == pytest.approx([float(known[t].sqrt()) for t in whole], rel=2e-3)
     for signal, noise in levels.signal_and_noise([0.3, 0.9]):
         assert signal + noise == pytest.approx(1) if levels.flow else signal**2 + noise**2 == pytest.approx(1)
-    put(scheduler, [0.0, 0.3, 0.9, 1.0], levels)
+    put(scheduler, [0.0, 0.3, 0.9, 1.0])
     assert scheduler.num_inference_steps == 3 and scheduler.timesteps.tolist() == pytest.approx([*times])
 
 
