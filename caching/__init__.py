@@ -14,6 +14,7 @@ METHODS = {
     "faster_diffusion": "fastdiff.caching.methods.faster_diffusion:FasterDiffusion",
     "first_block": "fastdiff.caching.methods.first_block:FirstBlock",
     "fora": "fastdiff.caching.methods.fora:FORA",
+    "joint": "fastdiff.caching.methods.joint:Joint",
     "magcache": "fastdiff.caching.methods.magcache:MagCache",
     "pab": "fastdiff.caching.methods.pab:PAB",
     "seacache": "fastdiff.caching.methods.seacache:SeaCache",

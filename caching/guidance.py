@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -28,10 +28,13 @@ class GuidanceGate:
     """
 
     def __init__(
-        self, gated: Callable[[Run, int], bool], order: int, session: Live, forward: Callable[..., Any], delta: bool
-    ) -> None:
-        """gated: whether guidance is left out at a step of a run; order: differences a prediction may use."""
+        self, gated: Callable[[Run, int], bool], order: int, session: Live, forward: Callable[..., Any], delta: bool,
+        news: Mapping[int, float] | None = None,
+    ) -> None:  # fmt: skip
+        """gated: whether guidance is left out at a step of a run; order: differences a prediction may use; news: how
+        much of what the conditional output changed by since the last of them is added to it, by step."""
         self.gated, self.order, self.session, self.forward, self.delta = gated, order, session, forward, delta
+        self.news = news or {}
         self._batches = Batches(session.anatomy)
         self._halved = False
         self._steps: list[int] = []
@@ -52,6 +55,7 @@ class GuidanceGate:
         self._at = -1  # a step, and what the calls in it gave: by branch the rows, and the leaves of the output
         self._outputs: dict[int, tuple[int, list[Any]]] = {}
         self._steps, self._deltas = [], []
+        self._cond: list[Any] = []  # the conditional output at the last of these steps, where news are told by it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = self.session.clock.now
@@ -103,26 +107,29 @@ class GuidanceGate:
             if self._second is None and isinstance(whole[0], Tensor):
                 self._second = conditional(halves[0][0], halves[0][1], output) == 1
             if self.delta and self._second:
-                self._keep(index, [_minus(*pair) for pair in halves])
+                self._keep(index, [_minus(*pair) for pair in halves], [cond for _, cond in halves])
         elif len(calls) == 2:
             (one, first), (other, second) = calls.items()
             if self._roles is None and isinstance(first[0], Tensor):
                 found = conditional(first[0], second[0], output)
                 self._roles = None if found is None else ((one, other), (other, one))[found]
             if self.delta and self._roles:
-                pairs = zip(calls[self._roles[1]], calls[self._roles[0]], strict=True)
-                self._keep(index, [_minus(*pair) for pair in pairs])
+                cond = calls[self._roles[0]]
+                pairs = zip(calls[self._roles[1]], cond, strict=True)
+                self._keep(index, [_minus(*pair) for pair in pairs], cond)
 
-    def _keep(self, index: int, delta: list[Any]) -> None:
+    def _keep(self, index: int, delta: list[Any], cond: list[Any]) -> None:
         if self._steps and self._steps[-1] == index:
             self._steps.pop(), self._deltas.pop()
         self._steps.append(index)
         self._deltas.append(delta)
+        self._cond = cond if self.news else []
         del self._steps[: -self.order], self._deltas[: -self.order]
 
     def _half(self, index: int, args: tuple, kwargs: dict) -> Any:
         """Both outputs from one forward of the conditional half."""
         self._halved = True
+        self.session.overlook()
         try:
             leaves, form = pytree.tree_flatten(self.forward(*args, **kwargs))
         finally:
@@ -136,7 +143,12 @@ class GuidanceGate:
             return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         factors = self.session.weigh(index, self._steps)
         columns = zip(leaves, zip(*self._deltas, strict=True), strict=True)
-        return [leaf + combine(factors, known) if isinstance(leaf, Tensor) else leaf for leaf, known in columns]
+        made = [leaf + combine(factors, known) if isinstance(leaf, Tensor) else leaf for leaf, known in columns]
+        share = self.news.get(index, 0.0)
+        if not share:
+            return made
+        pairs = zip(made, leaves, self._cond, strict=True)
+        return [u + share * (c - last) if isinstance(u, Tensor) else u for u, c, last in pairs]
 
     def _averaged(self, inner: Callable[..., Any], number: int) -> Callable[..., Any]:
         """A cross-attention layer whose remembered output is of both halves, in a call of one."""

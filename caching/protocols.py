@@ -45,6 +45,10 @@ class Live(Protocol):
         """Whether a region is left out in the present call."""
         ...
 
+    def overlook(self) -> None:
+        """Nothing of the present call is remembered: it is one of fewer rows."""
+        ...
+
     def forget(self) -> None:
         """What is remembered holds no longer: compute anew."""
         ...

@@ -297,6 +297,11 @@ class Session:
                 own for rows in self._branches.values() for first in rows for own in (first, *first.again)
             )
 
+    def overlook(self) -> None:
+        """Nothing of the present call is remembered: it is one of fewer rows."""
+        for memory in self._all():
+            memory.keep = False
+
     def forget(self) -> None:
         """What is remembered holds no longer: compute anew."""
         self._branches, self._shapes = {}, {}

@@ -86,8 +86,8 @@ class Accelerated:
         self._listen()
         with self._patches as patches:
             self._quantize(found, patches)
-            install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
-            self._cached = self._methods(found)
+            plan = install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
+            self._cached = self._methods(found, None if plan is None else plan.leaves_out)
             self.crew = self._meet(found)
             if self.crew is not None:
                 patches.call(lambda: None, self.crew.bus.abort)
@@ -110,11 +110,12 @@ class Accelerated:
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
         self.quantized = done
 
-    def _methods(self, found: list[Anatomy]) -> dict[str, CacheMethod]:
-        """The cache method for each denoiser that it can work on; that it cannot on others is said aloud."""
+    def _methods(self, found: list[Anatomy], planned: CacheMethod | None) -> dict[str, CacheMethod]:
+        """The cache method, or what the solver's plan leaves out, for each denoiser that it can work on; that it cannot
+        on others is said aloud."""
         cached: dict[str, CacheMethod] = {}
         refused: dict[str, FastdiffError] = {}
-        method: Any = self.config.cache
+        method: Any = planned or self.config.cache
         for anatomy in found if method is not None else ():
             try:
                 own = method.of(anatomy.component, anatomy is found[0])

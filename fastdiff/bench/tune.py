@@ -148,17 +148,19 @@ class Tuning:
             "batch": settings.batch,
         }
         call |= {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
-        wanted = [n for n in EVALUATIONS if n < settings.steps and f"solver {n}" not in self.configs]
+        # first a rough plan of each number, then as many good ones as there is time for
+        names = {f"solver {n}{moved}": (n, 2 if moved else 0) for moved in ("", " moved") for n in EVALUATIONS}
+        wanted = {k: v for k, v in names.items() if v[0] < settings.steps and k not in self.configs}
         half = time.monotonic() + (ends - time.monotonic()) / 2
         if wanted:
             self.say(f"drawing {len(self.texts)} pictures with the teacher of the solvers")
             with fitting(self.pipe, Config(), self.texts, **call) as found:
-                for n in wanted:
+                for name, (n, moves) in wanted.items():
                     if time.monotonic() > half:
                         break
-                    plan = found.plan(n, _ORDER)
+                    plan = found.plan(n, _ORDER, moves)
                     self.say(plan.summary())
-                    yield f"solver {n}", Config(solver={"method": "fitted", "plan": plan})
+                    yield name, Config(solver={"method": "fitted", "plan": plan})
         for share in SHARES if self.goal.to == "plain" else ():
             steps = round(share * settings.steps)
             if f"dp {steps}" not in self.configs and time.monotonic() < half:

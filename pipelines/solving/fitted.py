@@ -12,6 +12,12 @@ from fastdiff.method import Method
 
 from .plan import FROM_FILE, SolverPlan, shipped
 
+BUDGET = (
+    "the time of so many whole evaluations, which calibrate may spend on more of them: some of the conditional half "
+    "alone, some with the inside predicted; None: all are whole, as many as evaluations says"
+)
+DEPTH = "share of a UNet's skips, or of the blocks, that stay live where calibrate has the inside predicted"
+
 
 class Fitted(Method):
     """Evaluate the model at the noise levels of a calibrated plan and go on with its weights, whatever number of steps
@@ -30,6 +36,8 @@ class Fitted(Method):
     evaluations: int = Field(10, ge=1, le=1_000, description="calls of the model a picture; what calibrate plans for")
     order: int = Field(4, ge=1, le=8, description="model outputs that calibrate makes a step of")
     moves: int = Field(2, ge=0, le=8, description="passes in which calibrate moves the levels, nearer each time")
+    budget: float | None = Field(None, ge=2, le=1_000, description=BUDGET)
+    depth: float = Field(0.6, ge=0, le=1, description=DEPTH)
     plan: Annotated[SolverPlan | None, FROM_FILE] = Field(
         None, description="what calibrate found, or the path of its file; None: the one that comes with the model"
     )

@@ -26,14 +26,14 @@ EXCHANGED = "the pipeline's scheduler was exchanged after accelerate: the solver
 
 def install(
     pipe: Any, config: Config, anatomy: Anatomy, clock: StepClock, note: Callable[[str], None], patches: PatchSet
-) -> None:
-    """From now on every run of the pipeline goes by the config's plan of a solver, if it has one.
+) -> SolverPlan | None:
+    """From now on every run of the pipeline goes by the config's plan of a solver, if it has one, which is returned.
 
     Raises UnsupportedModel for a pipeline without one scheduler, BadConfig for a scheduler that no weights can stand
     for or that another accelerated pipeline listens to, for a plan of another model or noise schedule, with parastep.
     """
     if config.solver is None:
-        return
+        return None
     if config.parallel is not None and config.parallel.method == "parastep":
         raise BadConfig("parastep predicts along with the steps of a stock solver; leave out solver, or parastep")
     method: Any = config.solver
@@ -44,6 +44,11 @@ def install(
     if hasattr(type(own), EARS):
         raise BadConfig(
             "this scheduler object belongs to another accelerated pipeline, too; give this pipeline one of its own"
+        )
+    if plan.leaves_out is not None and config.cache is not None:
+        raise BadConfig(
+            f"the solver's plan says what its evaluations leave out, so nothing is left for cache = "
+            f"{config.cache.method!r}; leave out cache, or take a plan of whole evaluations"
         )
     stock = host(own)  # refuses what no solver can stand for, also where a stock one is to be used
     plan.check_model(anatomy, ode(own))
@@ -64,6 +69,7 @@ def install(
             note(text)
 
     clock.on_start.append(compare)
+    return plan
 
 
 def _count(pipe: Any, on: OnPlan, patches: PatchSet) -> None:

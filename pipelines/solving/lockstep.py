@@ -7,7 +7,7 @@ That way the loop is the pipeline's own, with its guidance, its second denoiser 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from threading import Semaphore, Thread
 from typing import Any
@@ -21,11 +21,16 @@ class _Closed(BaseException):
     """Ends the thread of a run that nobody needs any more."""
 
 
+Dress = Callable[[Any], AbstractContextManager[Any]]  # what is put on a pipeline before its run, and taken off after
+
+
 class Loop:
     """One pipeline call, advanced a solver step at a time."""
 
-    def __init__(self, pipe: Any, scheduler: Any, call: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, scheduler: Any, call: Mapping[str, Any], dress: Dress = nullcontext) -> None:
         self._pipe, self._call = twin(pipe, scheduler), call
+        self._dressed = ExitStack()
+        self._dressed.enter_context(dress(self._pipe))
         scheduler.step = self._paused(scheduler.step)
         self._theirs, self._ours = Semaphore(0), Semaphore(0)
         self._next: torch.Tensor | None = None
@@ -55,6 +60,7 @@ class Loop:
         self._theirs.release()
         if self._thread.ident is not None:
             self._thread.join()
+        self._dressed.close()
 
     def _run(self) -> None:
         try:
@@ -99,10 +105,13 @@ def replaced(result: Any, state: torch.Tensor) -> Any:
 
 
 @contextmanager
-def loops(pipe: Any, scheduler: Callable[[], Any], calls: Sequence[Mapping[str, Any]]) -> Iterator[list[Loop]]:
-    """Runs for these calls, each with a scheduler made by `scheduler`; closed at the end."""
-    made = [Loop(pipe, scheduler(), call) for call in calls]
+def loops(
+    pipe: Any, scheduler: Callable[[], Any], calls: Sequence[Mapping[str, Any]], dress: Dress = nullcontext
+) -> Iterator[list[Loop]]:
+    """Runs for these calls, each with a scheduler made by `scheduler`, `dress`ed; closed at the end."""
+    made: list[Loop] = []
     try:
+        made += [Loop(pipe, scheduler(), call, dress) for call in calls]
         yield made
     finally:
         for loop in made:

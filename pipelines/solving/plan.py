@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fastdiff.anatomy import Anatomy, fingerprint
+from fastdiff.caching.methods.joint import Joint
 from fastdiff.caching.plan import quantization
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
@@ -42,6 +43,8 @@ class SolverPlan(Settings):
     order: int = Field(4, ge=1, le=8, description="model outputs that a step is made of")
     places: tuple[float, ...] = Field((), max_length=1_001)
     weights: tuple[tuple[float, ...], ...] = Field((), max_length=1_000)
+    leaves_out: Joint | None = Field(None, description="what evaluations leave out; none: they are whole")
+    cost: float | None = Field(None, description="time of all evaluations, in whole ones, where it was measured")
     psnr: float | None = Field(None, description="its latents' PSNR to the teacher's on these, dB, peak 1")
     stock_psnr: float | None = Field(None, description="that of the best stock solver with as many evaluations")
     stock: str = Field("", max_length=200, description="which one that was")
@@ -57,6 +60,8 @@ class SolverPlan(Settings):
         for index, weights in enumerate(self.weights):
             if len(weights) not in (0, sum(counts(index, self.order))):
                 raise ValueError(f"the plan has {len(weights)} weights at step {index}, which takes another number")
+        if self.leaves_out is not None and len(self.leaves_out.kinds) != self.evaluations:
+            raise ValueError(f"the plan says of {len(self.leaves_out.kinds)} evaluations what they leave out")
         return self
 
     def summary(self) -> str:
@@ -65,7 +70,14 @@ class SolverPlan(Settings):
         what = f"at {levels}" if self.use == "fitted" else f"of the stock solver {self.use}, which nothing fitted beat"
         gain = "" if self.psnr is None else f"; {self.psnr:.1f} dB to the teacher on pictures left out of the fit"
         rival = "" if self.stock_psnr is None else f", {self.stock} {self.stock_psnr:.1f}"
-        return f"{self.evaluations} evaluations {what}{gain}{rival}"
+        return f"{self.evaluations} evaluations{self._kinds()} {what}{gain}{rival}"
+
+    def _kinds(self) -> str:
+        if self.leaves_out is None:
+            return ""
+        kinds = self.leaves_out.kinds
+        parts = [f"{kinds.count(kind)} {kind}" for kind in ("full", "conditional", "partial") if kind in kinds]
+        return f" ({', '.join(parts)}; the time of {self.cost:.1f})" if self.cost else f" ({', '.join(parts)})"
 
     def left(self, strength: float) -> float:
         """The strength that leaves the evaluations at levels with at most so much noise, and at least the last one."""

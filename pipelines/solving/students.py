@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .combine import At
 from .grid import costs
 from .levels import Levels, put
-from .lockstep import loops, twin
+from .lockstep import Dress, loops, twin
 from .replay import Outputs, Replay
 
 Calls = Sequence[Mapping[str, Any]]
@@ -29,13 +29,15 @@ Tick = Callable[[], None]
 @dataclass(frozen=True)
 class Trial:
     """How pictures are drawn: the pipeline as it was before anything was installed, a scheduler of one evaluation a
-    step, the calls, each of a few pictures, and the denoisers. `tick` is told of every step of a call."""
+    step, the calls, each of a few pictures, and the denoisers. `tick` is told of every step of a call; `dress` puts
+    a lever on a run that sets its levels itself."""
 
     pipe: Any
     scheduler: Any
     calls: Callable[[], Calls]  # anew each time, since a call uses its generators up
     denoisers: Sequence[nn.Module] = ()
     tick: Tick = lambda: None
+    dress: Dress | None = None
 
     def students(
         self, places: Sequence[float], keep: int, settle: Callable[[int, list[list[At]]], list[Tensor]],
@@ -48,7 +50,10 @@ class Trial:
         """
         states: list[Tensor] = []
         replay = Replay(known or {}, until)
-        made = loops(self.pipe, lambda: on_grid(self.scheduler, places), self.calls())
+        if self.dress is None:
+            made = loops(self.pipe, lambda: on_grid(self.scheduler, places), self.calls())
+        else:
+            made = loops(self.pipe, lambda: copy.deepcopy(self.scheduler), self.calls(), self.dress)
         with replay.on(self.denoisers), made as running:
             seen: list[list[At]] = [[] for _ in running]
             for index in range(len(places) - 1):

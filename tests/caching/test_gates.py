@@ -205,6 +205,7 @@ STATIC = {
     "fora": {"interval": 3},
     "pab": {"between": (0, 1)},
     "tgate": {},
+    "joint": {"kinds": ["full", *["partial"] * (STEPS - 1)], "predictor": "reuse"},
     "a_sdm": {"interval": 3},
     "faster_diffusion": {"interval": 3, "max_parallel": 1},
 }

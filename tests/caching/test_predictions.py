@@ -116,6 +116,7 @@ ON_PIXART = {
     "faster_diffusion": {"interval": 6},
     "a_sdm": {"interval": 6},
     "tgate": {"gate": 0.1},
+    "joint": {"kinds": ["full"] + ["partial"] * 11},
 }
 GUARDS = {
     "warmup_steps": ({"warmup_steps": 5}, lambda mask: all(mask[:5])),

@@ -32,6 +32,8 @@ TABLE = {
     "pab": ("pixart", "denoiser", 2),
     "tgate": ("pixart", "denoiser", 2),
     "tgate keep": ("pixart", "denoiser", 2),
+    "joint": ("pixart", "denoiser", 2),
+    "joint conditional": ("pixart", "denoiser", 2),
     "faster_diffusion serial": ("pixart", "denoiser", 2),
     "a_sdm": ("pixart", "denoiser", 2),
     "a_sdm unit": ("pixart", "denoiser", 2),

@@ -30,6 +30,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "faster_diffusion": {"method": "faster_diffusion", "interval": 3},
     "a_sdm": {"method": "a_sdm", "interval": 2},
     "tgate": {"method": "tgate", "gate": 0.5, "guidance": "keep"},
+    "joint": {"method": "joint", "kinds": ["full", "full", "partial", "full", "partial"], "predictor": "reuse"},
     "first_block": {"method": "first_block", "threshold": 0.5, "warmup_steps": 1},
     "dbcache": {"method": "dbcache", "threshold": 0.5, "warmup_steps": 1},
     "teacache": {"method": "teacache", "threshold": 0.5, "warmup_steps": 1},

@@ -203,6 +203,13 @@ ROWS: dict[str, Row | PlannedRow] = {
     "tgate": _row("tgate", _NO_GATE, _GATE, 3, tuple(name for name in FAMILIES if name != "flux"), saves=1),
     # guidance is two calls and nothing of the conditional one is frozen: no step is cached, three are partly
     "tgate flux": _row("tgate", _NO_GATE, _GATE, STEPS, ("flux",), partly=3, saves=1),
+    "joint": _row("joint", {"kinds": ["full"] * STEPS}, {"kinds": ["full", "partial", "partial"] * (STEPS // 3)}, 2),
+    # what follows the full steps is asked for the conditional half alone, and guidance goes on; where it is two calls,
+    # of which one is left out, no step is cached and each is partly (flux, wan)
+    "joint conditional": _row(
+        "joint", {"kinds": ["full"] * STEPS}, {"kinds": ["full"] * 3 + ["conditional"] * (STEPS - 3)}, 3,
+        tuple(name for name in FAMILIES if name not in ("flux", "wan")), saves=1,
+    ),
     "faster_diffusion": _row(
         "faster_diffusion", _EACH, {"interval": 3, "max_parallel": 3}, 2, leaf=encoder_leaf
     ),

@@ -122,7 +122,8 @@ STAGES = {
     "attach": (StepClock, "attach", 1),
     "layer": (QLayer, "choose_kernel", 5),
 }
-WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux")]  # no cross-attention: the denoiser alone is wrapped
+# no cross-attention, or nothing but guidance is left out: the denoiser alone is wrapped
+WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3")]
 
 
 @each([*ONCE, *QUANTIZED_ONCE])

@@ -18,7 +18,8 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.solving import schedulers
-from fastdiff.pipelines.solving.calibrate import Candidate, calibrate_solver, fitting, held_out, moved, student
+from fastdiff.pipelines.solving.calibrate import calibrate_solver, fitting
+from fastdiff.pipelines.solving.candidates import Candidate, held_out, moved, student
 from fastdiff.pipelines.solving.install import install
 from fastdiff.pipelines.solving.plan import SolverPlan
 from fastdiff.pipelines.solving.students import Trial
