@@ -7,6 +7,8 @@ METHODS = {
     "patch": "fastdiff.parallel.methods.patch:Patch",
     "distrifusion": "fastdiff.parallel.methods.distrifusion:DistriFusion",
     "pcpp": "fastdiff.parallel.methods.pcpp:PCPP",
+    "ring": "fastdiff.parallel.methods.ring:Ring",
+    "token_ring": "fastdiff.parallel.methods.token_ring:TokenRing",
     "parastep": "fastdiff.parallel.methods.parastep:ParaStep",
     "ulysses": "fastdiff.parallel.methods.ulysses:Ulysses",
 }

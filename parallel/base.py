@@ -34,7 +34,6 @@ class ParallelMethod(Method):
         "raise", description="when a rank is lost: raise, or let each that is left finish the image alone"
     )
 
-    heads: ClassVar[bool] = False  # whether attention is shared out by heads, not by what it may see
     attend: ClassVar[Callable[..., Tensor] | None] = None  # what computes split self-attention, if not full attention
     own_axis: ClassVar[str] = "patch"
 
@@ -57,6 +56,10 @@ class ParallelMethod(Method):
         """Whether attention sees everything in a step, whatever `context` says."""
         return True
 
+    def sharing(self, ranks: int) -> int:
+        """How many of so many patch ranks, next to each other, share the heads of attention out among them."""
+        return 1
+
     def topology(self, world: int, rank: int) -> Topology:
         """Raises BadConfig where the axes do not fill the mesh."""
         sizes = {"cfg": self.cfg, "step": self.step, "patch": 1}
@@ -69,4 +72,6 @@ class ParallelMethod(Method):
             sizes["step"] = world // given
         else:
             sizes["patch"] = world // given
+        if sizes["patch"] % (team := self.sharing(sizes["patch"])):
+            raise BadConfig(f"parallel.ulysses = {team} does not divide the {sizes['patch']} patch ranks; set it to 1")
         return Topology(**sizes, rank=rank)

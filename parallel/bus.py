@@ -202,8 +202,12 @@ class Bus:
     def swap(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> dict[int, Tensor]:
         """Send and receive now."""
         found = self.wait(self.post(kind, layer, sends, sizes), kind)
-        self._left(self._sending)
+        self.drain()
         return found
+
+    def drain(self) -> None:
+        """Wait until what was sent to be waited for has left."""
+        self._left(self._sending)
 
     def turn(self) -> None:
         """A step ends: what was sent in the step before has had time to leave."""
@@ -227,13 +231,13 @@ class Bus:
     def gather(self, kind: str, layer: str, tensor: Tensor, axis: str, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """The tensors of all ranks of a group along one axis of the mesh, whose shapes are known."""
         own = tensor.contiguous()
-        return self.deal(kind, layer, [own] * len(shapes), axis, shapes)
+        return self.deal(kind, layer, [own] * len(shapes), self.topology.group(axis), shapes)
 
     def deal(
-        self, kind: str, layer: str, parts: Sequence[Tensor], axis: str, shapes: Sequence[Sequence[int]]
+        self, kind: str, layer: str, parts: Sequence[Tensor], ranks: Sequence[int], shapes: Sequence[Sequence[int]]
     ) -> list[Tensor]:  # fmt: skip
-        """Part k goes to the k-th rank of a group along one axis, whose part for us has the k-th shape."""
-        ranks, own, like = self.topology.group(axis), self.topology.rank, parts[0]
+        """Part k goes to the k-th of some ranks, this one among them, whose part for us has the k-th shape."""
+        own, like = self.topology.rank, parts[0]
         messages = {rank: raw(part) for rank, part in zip(ranks, parts, strict=True) if rank != own}
         sizes = {r: torch.Size(s).numel() * like.itemsize for r, s in zip(ranks, shapes, strict=True) if r != own}
         got = self.swap(kind, layer, messages, sizes)

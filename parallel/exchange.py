@@ -89,6 +89,9 @@ class Exchange:
         """After a failure: nothing will arrive any more."""
         self._slots = {}
 
+    def slot(self, step: Step | None) -> Slot:
+        return self._slots.setdefault(step.branch if step else 0, Slot())
+
     def swap(
         self, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
         step: Step | None, fresh: bool, max_age: int, alike: Any,
@@ -99,7 +102,7 @@ class Exchange:
         step has renewed (its layer was cached) is too old. alike: where it changes, what is known is of no use; the
         same on all ranks, which one rank's shapes are not: half of a single row is that row.
         """
-        slot = self._slots.setdefault(step.branch if step else 0, Slot())
+        slot = self.slot(step)
         if step is None or fresh or slot.alike != alike:
             return self._now(slot, sends, shapes, dtype, step, alike)
         self._land(slot, dtype)

@@ -1,6 +1,7 @@
 """What each method would bring on so many devices and such a link: a cost model over what a rank does in a step.
 
-A synchronous step takes its computation and every transfer; a displaced one the longer of the two, then the output.
+A synchronous step takes its computation and every transfer, but for what travels under attention in parts (`ring`); a
+displaced one the longer of the two, then the output.
 ParaStep's ranks compute whole steps, one message a cycle. What is measured, counted and predicted is named so.
 """
 
@@ -158,7 +159,9 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
         return site.one_step * part.flops / one.stale.flops + (site.overhead if split else 0)
 
     def synchronous(part: Part) -> float:
-        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link
+        hides = computing(part) * part.under / max(1, part.flops) * (1 - 1 / mesh.patch)  # nothing under the last part
+        hidden = min(hides, part.sent["kv"] / site.link)
+        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link - hidden
 
     def displaced(part: Part) -> float:
         output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link

@@ -19,9 +19,10 @@ from fastdiff.clock import StepClock
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 
-from .attention import is_attention, split_attention
+from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
+from .heads import check_heads
 from .mesh import shares
 from .split import Split, around
 
@@ -101,8 +102,7 @@ def split_tokens(
         )
     split = Split(method, bus, clock)
     layout = Tokens(split, anatomy)
-    if method.heads:
-        _check_heads(blocks, len(split.ranks))
+    check_heads(blocks, method.sharing(len(split.ranks)), method.method)
     root_by_name = named(anatomy.denoiser)
 
     def seen(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -124,15 +124,6 @@ def split_tokens(
 def _rules(split: Split, blocks: list[nn.Module], layout: Tokens, patches: PatchSet) -> None:
     for number, block in enumerate(blocks):
         split_attention(split, block, layout, patches, prefix=f"block {number} ")
-
-
-def _check_heads(blocks: list[nn.Module], parts: int) -> None:
-    for module in (m for block in blocks for m in block.modules() if is_attention(m)):
-        heads = getattr(module, "heads", 0)
-        if heads % parts:
-            raise UnsupportedModel(
-                f"ulysses gives each rank a share of the heads: {heads} heads cannot be shared by {parts} ranks"
-            )
 
 
 def _block(

@@ -59,7 +59,7 @@ class Rows:
 def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
     """Raises UnsupportedModel, with the reason, before anything is patched."""
     unet: Any = anatomy.denoiser
-    if anatomy.family.name != "unet2d" or method.heads:
+    if anatomy.family.name != "unet2d" or method.sharing(bus.topology.patch) > 1:
         raise UnsupportedModel(
             f"{method.method} cannot split a {anatomy.family.name} denoiser by rows; cfg and parastep work on any model"
         )

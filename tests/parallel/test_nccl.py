@@ -37,7 +37,7 @@ def slow(*case: Any) -> Any:
 
 EXACT = [
     ("sd15", "patch"), ("sd3", "patch"), ("sd3", "ulysses"), ("flux", "cfg"), slow("sd15", "cfg"),
-    slow("flux", "patch"),
+    slow("flux", "patch"), ("sd3", "ring"), ("sd3", "token_ring"), slow("flux", "ring"), slow("sd15", "ring"),
     slow("wan", "patch"), slow("pixart", "ulysses"),
 ]  # fmt: skip
 NEAR = [
@@ -110,16 +110,31 @@ def test_other_methods_draw_the_picture_that_they_draw_over_gloo(name, method, m
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(3, {"method": "pcpp", **LATE}), slow(4, {"method": "patch", "cfg": 2})]
+    ("ranks", "parallel"),
+    [
+        (3, {"method": "pcpp", **LATE}),
+        (3, {"method": "token_ring"}),
+        slow(4, {"method": "patch", "cfg": 2}),
+        slow(4, {"method": "ring", "ulysses": 2}),
+    ],
 )
 def test_more_ranks(ranks, parallel, monkeypatch) -> None:
     found = ranks_draw("sd3", parallel, monkeypatch, ranks)
     assert all(torch.equal(one, found[0][0]) for one, *_ in found)
-    if parallel["method"] == "patch":
+    if parallel["method"] != "pcpp":
         assert moved(found[0][0], alone("sd3")) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "method"), [("flux", "patch"), slow("sd3", "distrifusion"), slow("sd3", "parastep")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("flux", "patch"),
+        ("sd3", "token_ring"),
+        slow("sd3", "ring"),
+        slow("sd3", "distrifusion"),
+        slow("sd3", "parastep"),
+    ],
+)
 def test_no_host_waits_for_its_gpu_in_a_step(name, method, monkeypatch) -> None:
     """The first step looks: at rank 0's inputs, and at Flux' list of places. The end of the run does once more."""
     world, reads = World(2), [list[int](), list[int]()]
@@ -179,6 +194,7 @@ HOW = {"hangs": "rank 1 did not answer", "has died": "rank 1 broke off or died",
         ("sd3", "hangs", "cfg"),
         ("sd3", "hangs", "distrifusion"),
         ("sd3", "has died", "ulysses"),
+        ("sd3", "hangs", "ring"),
         ("sd3", "raises", "cfg"),
     ],
 )
