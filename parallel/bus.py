@@ -82,6 +82,7 @@ class Bus:
         self.topology, self.timeout, self.where = topology, timeout, where
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
+        self.sharded, self.broken = False, 0  # whether ranks need each other's weights; how often groups were closed
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}
@@ -122,12 +123,14 @@ class Bus:
         return Watch(self.timeout, self._gone, lambda: _close("device", self._groups.get("device")))
 
     def post(
-        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
     ) -> list[Pending]:
-        """Send bytes to peers and expect so many of others, without waiting; `later`: they are for the next step."""
+        """Send bytes to peers and expect so many of others, or as many as a tensor has room for, without waiting;
+        `later`: what is needed now does not queue behind them."""
         sending = self._leaving[-1] if later else self._sending
         device = next(iter(sends.values())).device if sends else self.device
-        buffers = {peer: torch.empty(size, dtype=torch.uint8, device=device) for peer, size in sizes.items()}
+        empty = partial(torch.empty, dtype=torch.uint8, device=device)
+        buffers = {peer: size if isinstance(size, Tensor) else empty(size) for peer, size in sizes.items()}
         group = self._carrier(next(iter((*sends.values(), *buffers.values())), torch.empty(0)), later)
         ops, order = [], []
         for peer in sorted({*sends, *sizes}):
@@ -205,13 +208,9 @@ class Bus:
         self.drain()
         return found
 
-    def drain(self) -> None:
-        """Wait until what was sent to be waited for has left."""
-        self._left(self._sending)
-
     def turn(self) -> None:
         """A step ends: what was sent in the step before has had time to leave."""
-        self._left(self._leaving.pop(0))
+        self.drain(self._leaving.pop(0))
         self._leaving.append([])
 
     def settle(self) -> None:
@@ -220,8 +219,9 @@ class Bus:
             self.turn()
         self.arrived()
 
-    def _left(self, sending: list[Sent]) -> None:
-        began = time.perf_counter()
+    def drain(self, sending: list[Sent] | None = None) -> None:
+        """Wait until what was sent has left: of what the others wait for, unless told."""
+        began, sending = time.perf_counter(), self._sending if sending is None else sending
         for work, message in sending:
             limit = (self._limit(),) if message.is_cpu else ()  # see Watch.wait
             self._guarded("sending", set(), partial(work.wait, *limit))
@@ -277,7 +277,7 @@ class Bus:
     def abort(self) -> None:
         """Break off: whoever waits for this rank learns of it now."""
         self._watch.stop()
-        self._watch = self._watched()
+        self._watch, self.broken = self._watched(), self.broken + 1
         self._sending, self._leaving, self._asked = [], [[], []], []
         groups, self._groups = self._groups, {}
         for name, group in groups.items():

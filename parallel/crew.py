@@ -24,6 +24,7 @@ from .mesh import card, join
 from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
 from .opaque import Opaque
+from .shards import Shelf, shelve
 from .split import Forward
 from .tokens import split_tokens
 from .unet import split_decoder, split_unet
@@ -37,13 +38,9 @@ class Crew:
     """
 
     def __init__(
-        self,
-        method: ParallelMethod,
-        clock: StepClock,
-        recorder: Recorder,
-        device: torch.device,
+        self, method: ParallelMethod, clock: StepClock, recorder: Recorder, device: torch.device,
         alike: Mapping[str, str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         rank = join(method.devices, device, method.timeout)
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
@@ -51,7 +48,7 @@ class Crew:
         _apart(device, self.bus)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
-        self._others_inputs = False
+        self._others_inputs, self.shelves = False, list[Shelf]()
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
@@ -73,6 +70,11 @@ class Crew:
                 return split_tokens(self.method, anatomy, self.bus, self.clock, patches)
             split_unet(self.method, anatomy, self.bus, self.clock, patches)
         return lambda _: None
+
+    def shelve(self, anatomy: Anatomy, patches: PatchSet) -> None:
+        """Keep a share of the weights, where the config says so: around what is compiled, and inside of a cache."""
+        if self.method.shard:
+            self.shelves.append(shelve(anatomy, self.bus, self.clock, patches))
 
     def decoder(self, vae: nn.Module | None, patches: PatchSet) -> None:
         """Decode by patches, where the config says so."""

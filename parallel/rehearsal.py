@@ -77,7 +77,7 @@ class Echo(Bus):
         self.traffic, self.exchanges = Traffic(), Counter()
 
     def post(
-        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
     ) -> list[Pending]:
         self.traffic.sent[kind] += sum(message.numel() for message in sends.values())
         self.traffic.messages[kind] += len(sends)
@@ -222,9 +222,7 @@ def _conv(input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, *
     return 2 * math.prod(out) * weight[0].numel(), out
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[int, tuple[int, ...]]:  # fmt: skip
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[int, tuple[int, ...]]:
     pairs = query.shape[:-1].numel() * key.shape[-2]
     return 2 * pairs * (query.shape[-1] + value.shape[-1]), (*query.shape[:-1], value.shape[-1])
 

@@ -146,6 +146,8 @@ class Accelerated:
             check_cache(session, config.compile)
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
+        if crew is not None:
+            crew.shelve(anatomy, patches)
         if session is not None:
             if isinstance(session.method, CacheQuant):
                 correct_fed_layers(session.method, anatomy, self.clock, patches)

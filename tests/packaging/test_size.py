@@ -14,7 +14,7 @@ FILES = [*product(), *files("scripts", "*.py")]
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 DEVICES = {
-    *(f"parallel/{name}.py" for name in ("heads", "partial", "travel")),
+    *(f"parallel/{name}.py" for name in ("heads", "partial", "shards", "travel")),
     *(f"parallel/methods/{name}.py" for name in ("ring", "token_ring")),
 }
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.
