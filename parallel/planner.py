@@ -1,8 +1,7 @@
 """What each method would bring on so many devices and such a link: a cost model over what a rank does in a step.
 
-A synchronous step takes its computation and every transfer, but for what travels under attention in parts (`ring`); a
-displaced one the longer of the two, then the output.
-ParaStep's ranks compute whole steps, one message a cycle. What is measured, counted and predicted is named so.
+A synchronous step takes its computation and every transfer, but for what travels under attention in parts; a displaced
+one the longer of the two, then the output; ParaStep's ranks whole steps, one message a cycle. What is what is named.
 """
 
 from __future__ import annotations

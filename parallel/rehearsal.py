@@ -158,8 +158,7 @@ class _Player:
         self.bus.begin()
         before, under = tally.flops, tally.under
         self.step(index)
-        sent, exchanges = self.bus.traffic.sent, self.bus.exchanges
-        return Part(sent, exchanges, flops=tally.flops - before, under=tally.under - under)
+        return Part(self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tally.under - under)
 
     def seconds(self, indices: Sequence[int]) -> float:
         """The least of some steps: what else the machine does only adds."""

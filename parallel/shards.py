@@ -134,7 +134,7 @@ class Shelf:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], root: nn.Module, keeper: Keeper, device: torch.device) -> None:
-        self.blocks, self.root, self.keeper, self.device = list(blocks), root, keeper, device
+        self.blocks, self.root, self.keeper, self.device, self.home = list(blocks), root, keeper, device, device
         self.kept: list[Kept] = []
         self.fetched = 0
         self._forget()
@@ -159,7 +159,8 @@ class Shelf:
             total = sum(_aligned(count) for _, count, _ in own)
             size, begin = _aligned(-(-total // self.keeper.parts)), 0
             kept = Kept(f"the weights of block {number}", self.device, size, torch.empty(0))
-            whole = torch.zeros(size * self.keeper.parts, dtype=torch.uint8, device=self.device)
+            self.home = own[0][2][0].device if own else self.device
+            whole = torch.zeros(size * self.keeper.parts, dtype=torch.uint8, device=self.home)
             for address, count, found in own:
                 for tensor in found:
                     at = begin + tensor.data_ptr() - address
@@ -175,7 +176,7 @@ class Shelf:
             for kept in self.kept:
                 self._land(kept)
                 for view in kept.views:
-                    own = torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device=self.device)
+                    own = torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device=self.home)
                     assert kept.here is not None
                     view.tensor.data = own.copy_(view.of(kept.here))
                 kept.here = kept.coming = None

@@ -99,6 +99,14 @@ def test_exact_methods_draw_the_picture_of_one_device(name, method, monkeypatch)
     assert report.notes == []
 
 
+def test_shares_of_weights_are_gathered_in_the_order_of_the_device(monkeypatch) -> None:
+    for method in ("patch", "ring"):
+        found, report, world = ranks_draw("sd3", {"method": method, "shard": "blocks"}, monkeypatch)[0]
+        assert moved(found, alone("sd3")) < 1e-12 and report.notes == []
+        assert report.ranks[0]["sent"]["weights"] > 0
+        assert len({group for group, _ in world.launched[0]}) == 1
+
+
 @pytest.mark.parametrize(("name", "method", "more"), NEAR)
 def test_other_methods_draw_the_picture_that_they_draw_over_gloo(name, method, more, monkeypatch) -> None:
     parallel = {"method": method, **more}
