@@ -9,6 +9,7 @@ METHODS = {
     "pcpp": "fastdiff.parallel.methods.pcpp:PCPP",
     "ring": "fastdiff.parallel.methods.ring:Ring",
     "token_ring": "fastdiff.parallel.methods.token_ring:TokenRing",
+    "pipefusion": "fastdiff.parallel.methods.pipefusion:PipeFusion",
     "parastep": "fastdiff.parallel.methods.parastep:ParaStep",
     "ulysses": "fastdiff.parallel.methods.ulysses:Ulysses",
 }

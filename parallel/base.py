@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -38,6 +38,8 @@ class ParallelMethod(Method):
     )
 
     attend: ClassVar[Callable[..., Tensor] | None] = None  # what computes split self-attention, if not full attention
+    split: ClassVar[Callable[..., Any] | None] = None  # what splits a transformer, if not `split_tokens`
+    leave: ClassVar[Callable[..., Any] | None] = None  # what takes away weights that a rank has no use for
     own_axis: ClassVar[str] = "patch"
 
     @model_validator(mode="after")
@@ -61,6 +63,10 @@ class ParallelMethod(Method):
     def whole(self, index: int) -> bool:
         """Whether attention sees everything in a step, whatever `context` says."""
         return True
+
+    def stretch(self, ranks: int, fresh: bool) -> float:
+        """How many times its own computing a rank takes for a step, where others compute before and behind it."""
+        return 1.0
 
     def sharing(self, ranks: int) -> int:
         """How many of so many patch ranks, next to each other, share the heads of attention out among them."""

@@ -82,7 +82,7 @@ class Bus:
         self.topology, self.timeout, self.where = topology, timeout, where
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
-        self.sharded, self.broken = False, 0  # whether ranks need each other's weights; how often groups were closed
+        self.sharded, self.broken, self.spared = False, 0, 0  # needs others' weights; groups closed; bytes not here
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}

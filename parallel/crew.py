@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -71,10 +71,9 @@ class Crew:
             split_unet(self.method, anatomy, self.bus, self.clock, patches)
         return lambda _: None
 
-    def shelve(self, anatomy: Anatomy, patches: PatchSet) -> None:
-        """Keep a share of the weights, where the config says so: around what is compiled, and inside of a cache."""
-        if self.method.shard:
-            self.shelves.append(shelve(anatomy, self.bus, self.clock, patches))
+    def shelve(self, anatomy: Anatomy, cached: Sequence[nn.Module], patches: PatchSet) -> None:
+        """Keep a part of the weights, where the config says so: around what is compiled, and inside of a cache."""
+        self.shelves += shelve(self.method, anatomy, cached, self.bus, self.clock, patches)
 
     def decoder(self, vae: nn.Module | None, patches: PatchSet) -> None:
         """Decode by patches, where the config says so."""

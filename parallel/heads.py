@@ -16,7 +16,7 @@ from fastdiff.errors import UnsupportedModel
 
 from .attention import Layout, is_attention
 from .exchange import Exchange
-from .mesh import shares
+from .shares import shares
 from .split import Split
 
 # of the team's picture tokens and then the text's, (batch, heads, tokens, channels), and how many the latter are

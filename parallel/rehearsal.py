@@ -56,12 +56,13 @@ class Part:
 @dataclass(frozen=True)
 class Rehearsed:
     """Steps that wait for all values, steps that use old ones, the most bytes held in either beside the weights, and
-    whether another rank has a larger share of the picture."""
+    whether another rank has a larger share of the picture, and bytes of weights that are not on this one."""
 
     fresh: Part
     stale: Part
     held: int
     behind: bool = False
+    spared: int = 0
 
 
 class Echo(Bus):
@@ -126,7 +127,7 @@ def rehearse(
                 for number in (1, 0)[-len(indices) :]:  # old values are those of the step before
                     parts[number] = replace(parts[number], seconds=play.seconds(rows[number]))
             patches.restore()
-    return Rehearsed(parts[0], parts[-1], tally.peak, bus.behind)
+    return Rehearsed(parts[0], parts[-1], tally.peak, bus.behind, bus.spared)
 
 
 def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepClock, patches: PatchSet) -> None:

@@ -23,6 +23,7 @@ from fastdiff.errors import PeerLost
 from fastdiff.patch import PatchSet
 from fastdiff.weights import tensors
 
+from .base import ParallelMethod
 from .bus import Bus
 
 _ALIGN = 64  # bytes: what any number, and any kernel, may ask of an address
@@ -49,13 +50,25 @@ class Kept:
     """One block. share: the bytes that are kept, of `size` for each part of it; `here`: all bytes, while they are here
     or on their way (`coming`)."""
 
-    name: str
+    number: int
     device: torch.device
     size: int
     share: Tensor
     views: list[View] = field(default_factory=list)
     here: Tensor | None = None
     coming: Any = None
+
+    @property
+    def name(self) -> str:
+        return f"the weights of block {self.number}"
+
+    def packed(self, parts: int = 1) -> Tensor:
+        """All bytes, in `parts` shares, of the tensors as they are."""
+        home = self.views[0].tensor.device if self.views else self.device
+        whole = torch.zeros(self.size * parts, dtype=torch.uint8, device=home)
+        for view in self.views:
+            view.of(whole).copy_(view.tensor)
+        return whole
 
     def fill(self) -> None:
         for view in self.views:
@@ -79,6 +92,10 @@ class Keeper(ABC):
     def losses(self) -> int:
         """How often what was on its way was lost."""
         return 0
+
+    def stays(self, number: int) -> bool:
+        """Whether a block's weights stay where they are."""
+        return False
 
     @abstractmethod
     def keep(self, whole: Tensor, size: int) -> Tensor:
@@ -150,32 +167,31 @@ class Shelf:
 
     def install(self, patches: PatchSet) -> None:
         """Take the weights away; each block fetches its own. To restore is to fetch all, which all ranks have to do."""
-        patches.call(self._take, self._give_back)
+        patches.call(self.take, self.give_back)
         for number, block in enumerate(self.blocks):
             patches.wrap_forward(block, partial(self._around, number))
 
-    def _take(self) -> None:
+    def take(self) -> None:
         for number, own in enumerate(_ranges(self.blocks, self.root)):
             total = sum(_aligned(count) for _, count, _ in own)
             size, begin = _aligned(-(-total // self.keeper.parts)), 0
-            kept = Kept(f"the weights of block {number}", self.device, size, torch.empty(0))
+            kept = Kept(number, self.device, size, torch.empty(0))
             self.home = own[0][2][0].device if own else self.device
-            whole = torch.zeros(size * self.keeper.parts, dtype=torch.uint8, device=self.home)
             for address, count, found in own:
                 for tensor in found:
                     at = begin + tensor.data_ptr() - address
                     kept.views.append(View(tensor, at, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-                    kept.views[-1].of(whole).copy_(tensor)
                 begin += _aligned(count)
-            kept.share = self.keeper.keep(whole, size)
-            kept.empty()
+            if not self.keeper.stays(number):
+                kept.share = self.keeper.keep(kept.packed(self.keeper.parts), size)
+                kept.empty()
             self.kept.append(kept)
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
         try:
-            for kept in self.kept:
+            for number, kept in enumerate(self.kept):
                 self._land(kept)
-                for view in kept.views:
+                for view in kept.views if not self.keeper.stays(number) else ():
                     own = torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device=self.home)
                     assert kept.here is not None
                     view.tensor.data = own.copy_(view.of(kept.here))
@@ -219,15 +235,24 @@ class Shelf:
         return with_weights
 
 
-def shelve(anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> Shelf:
-    """Leave this rank its share of a denoiser's blocks. Raises UnsupportedModel."""
+def shelve(
+    method: ParallelMethod, anatomy: Anatomy, cached: Sequence[nn.Module], bus: Bus, clock: StepClock, patches: PatchSet
+) -> list[Shelf]:
+    """Leave this rank its part of a denoiser's blocks, if the method says so. cached: what a cache may leave out.
+
+    Raises UnsupportedModel.
+    """
+    if method.leave is not None and bus.topology.patch > 1:
+        return [method.leave(anatomy, cached, bus, patches)]
+    if not method.shard:
+        return []
     device = next(anatomy.denoiser.parameters()).device
     shelf = Shelf(units(anatomy), anatomy.denoiser, Peers(bus), device)
     shelf.install(patches)
     bus.sharded = True
     if bus.topology.patch == 1:  # nothing else ends a step
         clock.on_tick.append(lambda _: bus.turn())
-    return shelf
+    return [shelf]
 
 
 def units(anatomy: Anatomy) -> list[nn.Module]:

@@ -23,11 +23,11 @@ from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
 from .heads import check_heads
-from .mesh import shares
+from .shares import shares
 from .split import Split, around
 
 # parts of the names of block arguments that hold a value for each token
-_PLACES = ("rotary", "rope", "freqs")
+PLACES = ("rotary", "rope", "freqs")
 
 
 class Tokens:
@@ -77,7 +77,7 @@ class Tokens:
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of an argument that has a value for each token; others as they are."""
         total, (begin, end) = self.split.parts[-1][1], self.split.parts[self.split.place]
-        places = any(part in name for part in _PLACES) or (name == "temb" and tensor.ndim == 4)
+        places = any(part in name for part in PLACES) or (name == "temb" and tensor.ndim == 4)
         for dim, size in enumerate(tensor.shape if places else ()):
             if size == total:
                 return tensor.narrow(dim, begin, end - begin)
@@ -100,6 +100,8 @@ def split_tokens(
             f"where the tokens of a {family.name} lie in its attention is not described; cfg and parastep work on any "
             "model (Family.tokens = apart, text_first or text_last describes it)"
         )
+    if method.split is not None:
+        return method.split(method, anatomy, bus, clock, patches)
     split = Split(method, bus, clock)
     layout = Tokens(split, anatomy)
     check_heads(blocks, method.sharing(len(split.ranks)), method.method)

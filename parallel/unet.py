@@ -18,7 +18,7 @@ from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
 from .layers import split_layers
-from .mesh import shares
+from .shares import shares
 from .split import Split, around
 
 # inputs that have the rows of the latents, at some level of the UNet: ControlNet, T2I-Adapter
@@ -59,7 +59,7 @@ class Rows:
 def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
     """Raises UnsupportedModel, with the reason, before anything is patched."""
     unet: Any = anatomy.denoiser
-    if anatomy.family.name != "unet2d" or method.sharing(bus.topology.patch) > 1:
+    if anatomy.family.name != "unet2d" or method.split or method.sharing(bus.topology.patch) > 1:
         raise UnsupportedModel(
             f"{method.method} cannot split a {anatomy.family.name} denoiser by rows; cfg and parastep work on any model"
         )

@@ -147,7 +147,7 @@ class Accelerated:
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
         if crew is not None:
-            crew.shelve(anatomy, patches)
+            crew.shelve(anatomy, [u for r in (session.regions if session else ()) for u in r.units], patches)
         if session is not None:
             if isinstance(session.method, CacheQuant):
                 correct_fed_layers(session.method, anatomy, self.clock, patches)

@@ -14,8 +14,8 @@ FILES = [*product(), *files("scripts", "*.py")]
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 DEVICES = {
-    *(f"parallel/{name}.py" for name in ("heads", "host", "partial", "shards", "travel")),
-    *(f"parallel/methods/{name}.py" for name in ("ring", "token_ring")),
+    *(f"parallel/{name}.py" for name in ("heads", "host", "partial", "shards", "shares", "stages", "travel")),
+    *(f"parallel/methods/{name}.py" for name in ("pipefusion", "ring", "token_ring")),
     "pipelines/hosted.py",
 }
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.

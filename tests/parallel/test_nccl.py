@@ -42,6 +42,7 @@ EXACT = [
 ]  # fmt: skip
 NEAR = [
     ("sd15", "distrifusion", LATE), ("sd3", "pcpp", LATE | {"codec": "residual"}), ("sd3", "parastep", CYCLE),
+    ("sd3", "pipefusion", {"patches": 3}), slow("flux", "pipefusion", {"patches": 3}),
     slow("sd3", "distrifusion", LATE | {"codec": "int8"}), slow("sd15", "pcpp", LATE), slow("sd15", "parastep", CYCLE),
 ]  # fmt: skip
 
@@ -100,10 +101,10 @@ def test_exact_methods_draw_the_picture_of_one_device(name, method, monkeypatch)
 
 
 def test_shares_of_weights_are_gathered_in_the_order_of_the_device(monkeypatch) -> None:
-    for method in ("patch", "ring"):
-        found, report, world = ranks_draw("sd3", {"method": method, "shard": "blocks"}, monkeypatch)[0]
+    for asks in ({"method": "patch", "shard": "blocks"}, {"method": "pipefusion", "patches": 1}):
+        found, report, world = ranks_draw("sd3", asks, monkeypatch)[0]
         assert moved(found, alone("sd3")) < 1e-12 and report.notes == []
-        assert report.ranks[0]["sent"]["weights"] > 0
+        assert report.ranks[0]["sent"]["stage" if "patches" in asks else "weights"] > 0
         assert len({group for group, _ in world.launched[0]}) == 1
 
 

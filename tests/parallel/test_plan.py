@@ -19,6 +19,7 @@ from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, 
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
 from fastdiff.pipelines.families import FAMILIES, recognise
 from fastdiff.pipelines.plan import observe, plan_parallel
+from fastdiff.weights import nbytes
 from scripts.predict_parallel import PUBLISHED, flux, flux_calls, sdxl, sdxl_calls
 from tests import tiny
 from tests.state import differences, snapshot
@@ -100,6 +101,21 @@ def test_bytes_and_operations_of_rings_are_the_formula() -> None:
     assert ring.flops - token.flops == spared, "what the text sees of other ranks' keys, they have looked up"
 
 
+def test_stages_send_a_twentieth_of_a_ring_and_hold_their_own_blocks() -> None:
+    """Flux at 1024 pixels on 4 ranks: hidden states of picture and text once; the last one its output to three."""
+    asks, anatomy = method("pipefusion"), big(flux)
+    calls = asked(flux_calls, 1024)
+    first, last = (rehearse(anatomy, calls, asks, asks.topology(4, rank)) for rank in (0, 3))
+    ring = 57 * 3 * 2 * 2 * 3072 * 4096 // 4
+    for part in (first.fresh, first.stale):
+        assert +part.sent == {"stage": (4096 + 512) * 3072 * 2} and part.sent.total() * 20 < ring
+    assert +last.stale.sent == {"output": 3 * 4096 * 64 * 2}
+    blocks = sum(nbytes(block) for block in anatomy.blocks)
+    largest = max(nbytes(block) for block in anatomy.blocks)
+    for found in (first, last):
+        assert abs(found.spared - blocks * 3 / 4) < largest, "a stage's weights, to one block"
+
+
 @pytest.mark.slow
 def test_bytes_and_operations_of_teams_are_the_formula() -> None:
     """Two teams of two: inside, three times the tokens of a rank in half of the heads, results back, the text's to the
@@ -125,7 +141,7 @@ def told() -> list[dict[str, Any]]:
 def test_rehearsed_bytes_are_those_of_a_run(index: int) -> None:
     found = deepcopy(told()[index])
     assert isinstance(found, dict), found
-    assert len(found) == (3 if index < 2 else 5)
+    assert len(found) == (3 if index < 2 else 6)
     for label, (real, expected) in found.items():
         del real["decision"]  # once a run: whether the ranks were given the same
         assert real == expected, label
@@ -153,7 +169,7 @@ def test_a_plan_leaves_the_pipeline_as_it_was() -> None:
     found, exact = plan_parallel(pipe, 2, 1e9, size=64, steps=6), {"patch", "ulysses", "ring", "token_ring"}
     assert [text for text in differences(before, snapshot(pipe)) if "scheduler" not in text] == []
     assert "step" not in vars(pipe.scheduler)
-    assert {row.method for row in found.rows} == {"distrifusion", "pcpp", "parastep", *exact}
+    assert {row.method for row in found.rows} == {"distrifusion", "pcpp", "parastep", "pipefusion", *exact}
     assert {row.method for row in found.rows if row.exact} == exact
 
 
@@ -201,6 +217,12 @@ def test_what_travels_round_a_ring_hides_under_its_attention() -> None:
     fast, slow = cost("ring", 1e4, part=part), cost("ring", 100, part=part)
     assert fast.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 10 / 1e4), "there before it is needed"
     assert slow.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 1.1 - hides)
+
+
+def test_stages_fill_and_drain_in_each_step() -> None:
+    found = cost("pipefusion", 1e12, part=Part(seconds=0.5), patches=4)
+    assert found.predicted_seconds == pytest.approx(0.5 * 2 + 9 * 0.5 * 5 / 4), "one step of one patch, then of four"
+    assert not found.exact
 
 
 def test_parastep_takes_a_message_a_cycle() -> None:
