@@ -151,10 +151,9 @@ def _refusal(found: Prediction, site: Site) -> str | None:
 
 def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearsed, site: Site) -> Prediction:
     def computing(part: Part, fresh: bool = True) -> float:
-        share = (site.one_step or 0) * part.flops / max(1, one.stale.flops) + site.overhead * (
-            mesh.patch * mesh.cfg > 1
-        )
-        return (part.seconds if site.one_step is None else share) * method.stretch(mesh.patch, fresh)
+        share = part.flops / max(1, one.stale.flops)
+        own = (site.one_step or 0) * share + site.overhead * (mesh.patch * mesh.cfg > 1)
+        return (part.seconds if site.one_step is None else own) * method.stretch(mesh.patch, fresh)
 
     def synchronous(part: Part) -> float:
         hides = computing(part) * part.under / max(1, part.flops) * (1 - 1 / mesh.patch)  # nothing under the last part

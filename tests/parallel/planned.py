@@ -38,10 +38,9 @@ def sent(rank: int, ranks: int) -> dict[str, Any]:
             pipe("a photo", height=size, width=size, num_inference_steps=STEPS, output_type="latent")
             real = handle.report.ranks[rank]["sent"]
         waits = played.fresh(STEPS) or played.split is not None  # its old values were never sent
-        each = part.fresh.sent
-        found[f"{name} {label}"] = [
-            real, {kind: STEPS * size for kind, size in each.items() if size} if waits else expected(each, part.stale.sent)
-        ]  # fmt: skip
+        each, later = +part.fresh.sent, part.stale.sent
+        alike = {kind: STEPS * size for kind, size in each.items()}
+        found[f"{name} {label}"] = [real, alike if waits else expected(each, later)]
     return found
 
 
