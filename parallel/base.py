@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastdiff.errors import BadConfig
-from fastdiff.method import Method
 
 from .codec import Codec
 from .mesh import Topology
+from .shares import Shared
 
 
-class ParallelMethod(Method):
+class ParallelMethod(Shared):
     """A point in split (the mesh) x context (`context`) x freshness (`fresh`) x codec.
 
     The processes form one mesh of cfg x step x patch; what a method does not name is 1, and what is left of `devices`
@@ -29,9 +29,6 @@ class ParallelMethod(Method):
     codec: Codec = Field("raw", description="keys and values on the wire: raw, int8, or residual (4 bits)")
     max_age: int = Field(4, ge=1, description="steps after which a value that a cached layer did not renew is too old")
     vae: bool = Field(False, description="decode by patches too (exact)")
-    shard: Literal["blocks"] | None = Field(
-        None, description="blocks: each rank keeps its share of every block's weights, gathered before it runs (exact)"
-    )
     timeout: float = Field(60.0, gt=0, description="seconds that a rank waits for another")
     on_peer_loss: Literal["raise", "local"] = Field(
         "raise", description="when a rank is lost: raise, or let each that is left finish the image alone"
@@ -46,9 +43,6 @@ class ParallelMethod(Method):
     def _whole_mesh(self) -> ParallelMethod:
         if self.devices is not None:
             self.topology(self.devices, 0)
-        if self.shard and (self.on_peer_loss == "local" or self.own_axis == "step" or self.step > 1):
-            asks = "on_peer_loss = raise and step = 1, and is not for parastep"
-            raise BadConfig(f"parallel.shard = {self.shard}, for which all ranks are at a block together, needs {asks}")
         return self
 
     @property

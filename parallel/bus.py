@@ -28,6 +28,7 @@ from fastdiff.threads import survivable
 from .codec import raw
 from .mesh import Topology
 from .opaque import Opaque
+from .shares import Speeds
 from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
@@ -82,6 +83,7 @@ class Bus:
         self.topology, self.timeout, self.where = topology, timeout, where
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
+        self.speeds = Speeds()
         self.sharded, self.broken, self.spared = False, 0, 0  # needs others' weights; groups closed; bytes not here
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self.opaque: Opaque | None = None  # where layers that talk are compiled

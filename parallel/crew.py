@@ -25,6 +25,7 @@ from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
 from .opaque import Opaque
 from .shards import Shelf, shelve
+from .shares import speeds
 from .split import Forward
 from .tokens import split_tokens
 from .unet import split_decoder, split_unet
@@ -46,6 +47,7 @@ class Crew:
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
         _compare({"kind of device": device.type, **alike}, self.bus)
         _apart(device, self.bus)
+        self.bus.speeds = speeds(method.shares, self.bus.topology.group("patch"), device, self.bus.tell)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
         self._others_inputs, self.shelves = False, list[Shelf]()
@@ -207,6 +209,7 @@ class Crew:
         digest = float(latents.cpu().double().sum()) if isinstance(latents, Tensor) else 0.0
         everyone = self.bus.tell((own, digest))
         self.recorder.report.ranks = [one for one, _ in everyone]
+        self.bus.speeds.learn(self.recorder.report.ranks, self.bus.topology.group("patch"))
         if any(d != digest and d == d for _, d in everyone):
             self.recorder.note("the ranks ended with different latents: give each the same generator seed")
 

@@ -43,7 +43,8 @@ def by_heads(
             "alike; take method = ring without ulysses"
         )
     place, batch, width = team.index(split.bus.topology.rank), query.shape[0], query.shape[-1]
-    ranges = shares(query.shape[1], len(team))
+    speeds = split.bus.speeds.among([split.ranks.index(rank) for rank in team])
+    ranges = shares(query.shape[1], len(team), speeds)
     heads = [end - begin for begin, end in ranges]
 
     def deal(parts: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:

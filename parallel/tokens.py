@@ -23,7 +23,6 @@ from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
 from .heads import check_heads
-from .shares import shares
 from .split import Split, around
 
 # parts of the names of block arguments that hold a value for each token
@@ -162,7 +161,7 @@ def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any
     rows, rest = divmod(total, split.width)
     if rest or rows < ranks:
         split.width, rows = 1, total
-    split.parts = [(begin * split.width, end * split.width) for begin, end in shares(rows, ranks)]
+    split.parts = [(begin * split.width, end * split.width) for begin, end in split.bus.speeds.cut(rows, ranks)]
     joint = layout.kind != "apart" and len(stack.takes) > 1
     layout.text_tokens = given[stack.takes[1]].shape[1] if joint and given.get(stack.takes[1]) is not None else 0
 

@@ -132,12 +132,30 @@ def uneven_heads(rank: int, ranks: int) -> dict:
     return {name: exact(name, "ulysses") for name in ("sd3", "pixart")}
 
 
+def unequal(rank: int, ranks: int) -> dict:
+    """Rows, tokens and heads by speed: the picture stays that of one device."""
+    pairs = (("sd3", "patch"), ("flux", "ring"), ("sd3", "ulysses"), ("wan", "token_ring"), ("sd15", "patch"))
+    found = {f"{name} {method}": exact(name, {"method": method, "shares": [3, 1]}) for name, method in pairs}
+    pipe = pipeline("sd3")
+    alone = latents(pipe, "sd3")
+    with fastdiff.accelerate(pipe, parallel={"method": "patch", "shares": "measured"}) as handle:
+        speeds: list[list[float]] = []
+        for _ in range(2):
+            assert handle.crew is not None
+            speeds.append(handle.crew.bus.speeds.values)
+            assert moved(latents(pipe, "sd3"), alone) < EXACT
+    assert len(speeds[0]) == ranks and speeds[0] != speeds[1], "what the first run took counts in the second"
+    return found
+
+
 def refusals(rank: int, ranks: int) -> dict[str, str]:
     said = {}
     for label, name, method in (
         ("team", "sd3", {"method": "ring", "ulysses": 2}),
         ("heads", "flux", {"method": "ulysses"}),
         ("rows", "sd15", {"method": "ring", "ulysses": 3}),
+        ("speeds", "sd3", {"method": "patch", "shares": [2, 1]}),
+        ("nothing", "sd3", {"method": "patch", "shares": [2, 1, 0]}),
     ):
         pipe = pipeline(name)
         try:

@@ -17,7 +17,7 @@ from .ranks import start
 from .test_ranks import _digests
 
 NAMES = {
-    2: ("lengths", "teams", "pictures", "with_caches_and_graphs", "under_way"),
+    2: ("lengths", "teams", "pictures", "with_caches_and_graphs", "under_way", "unequal"),
     3: ("lengths", "teams", "coded", "pictures", "uneven_heads", "refusals"),
     4: ("lengths", "teams", "more_ranks_than_heads"),
     5: ("lengths", "teams"),
@@ -81,6 +81,15 @@ def test_what_cannot_be_is_refused() -> None:
         assert "parallel.ulysses = 2 does not divide the 3 patch ranks" in one["team"]
         assert "2 heads cannot be shared by 3 ranks; take method = ring with ulysses = 2 or less" in one["heads"]
         assert "ring cannot split a unet2d denoiser by rows" in one["rows"]
+        assert "parallel.shares names 2 speeds, and there are 3 patch ranks" in one["speeds"]
+        assert "parallel.shares = [2.0, 1.0, 0.0]: a speed is above 0" in one["nothing"]
+
+
+@ranks_meet
+def test_who_is_faster_has_more() -> None:
+    first, second = told(2, "unequal")
+    for name, found in first.items():
+        assert found["sent"]["output"] >= 2 * second[name]["sent"]["output"], name
 
 
 @ranks_meet
