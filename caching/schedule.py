@@ -28,14 +28,9 @@ class Costs:
     """
 
     def __init__(
-        self,
-        gram: Floats,
-        predict: Predict,
-        influence: Floats | None = None,
-        *,
-        ridge: float | None = None,
+        self, gram: Floats, predict: Predict, influence: Floats | None = None, *, ridge: float | None = None,
         longest: int = 8,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.gram, self.predict, self.ridge = gram, predict, ridge
         self.total = len(gram)
         self.influence = np.ones(self.total) if influence is None else influence

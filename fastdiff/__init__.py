@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .pipelines.accelerate import accelerate as accelerate
     from .pipelines.accelerate import restore as restore
     from .pipelines.families import register_family as register_family
+    from .pipelines.hosted import stream as stream
     from .pipelines.loading import load as load
     from .pipelines.quantize import quantize as quantize
     from .pipelines.quantized_files import save as save
@@ -38,6 +39,7 @@ _HOME = {
     "register_parallel": "parallel:REGISTRY.register",
     "register_quant": "quant:REGISTRY.register",
     "restore": "pipelines.accelerate:restore",
+    "stream": "pipelines.hosted:stream",
 }
 __all__ = sorted(_HOME)
 

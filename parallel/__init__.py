@@ -7,6 +7,9 @@ METHODS = {
     "patch": "fastdiff.parallel.methods.patch:Patch",
     "distrifusion": "fastdiff.parallel.methods.distrifusion:DistriFusion",
     "pcpp": "fastdiff.parallel.methods.pcpp:PCPP",
+    "ring": "fastdiff.parallel.methods.ring:Ring",
+    "token_ring": "fastdiff.parallel.methods.token_ring:TokenRing",
+    "pipefusion": "fastdiff.parallel.methods.pipefusion:PipeFusion",
     "parastep": "fastdiff.parallel.methods.parastep:ParaStep",
     "ulysses": "fastdiff.parallel.methods.ulysses:Ulysses",
 }

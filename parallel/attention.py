@@ -30,19 +30,15 @@ class Layout(Protocol):
 
     def counts(self, own: int) -> list[int]:
         """Tokens of each patch rank at a layer where this rank has `own`."""
-        ...
 
     def edge(self, place: int, count: int, portion: float) -> int:
         """How many of a rank's `count` tokens a neighbour is shown: whole rows."""
-        ...
 
     def text(self, keys: int) -> int:
         """How many of an attention call's keys are of the text, which every rank has."""
-        ...
 
     def crosses(self, given: dict[str, Any]) -> bool:
         """Whether an attention call looks at the text alone."""
-        ...
 
 
 def split_attention(split: Split, root: nn.Module, layout: Layout, patches: PatchSet, prefix: str = "") -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastdiff.errors import BadConfig
-from fastdiff.method import Method
 
 from .codec import Codec
 from .mesh import Topology
+from .shares import Shared
 
 
-class ParallelMethod(Method):
+class ParallelMethod(Shared):
     """A point in split (the mesh) x context (`context`) x freshness (`fresh`) x codec.
 
     The processes form one mesh of cfg x step x patch; what a method does not name is 1, and what is left of `devices`
@@ -34,8 +34,9 @@ class ParallelMethod(Method):
         "raise", description="when a rank is lost: raise, or let each that is left finish the image alone"
     )
 
-    heads: ClassVar[bool] = False  # whether attention is shared out by heads, not by what it may see
     attend: ClassVar[Callable[..., Tensor] | None] = None  # what computes split self-attention, if not full attention
+    split: ClassVar[Callable[..., Any] | None] = None  # what splits a transformer, if not `split_tokens`
+    leave: ClassVar[Callable[..., Any] | None] = None  # what takes away weights that a rank has no use for
     own_axis: ClassVar[str] = "patch"
 
     @model_validator(mode="after")
@@ -57,6 +58,14 @@ class ParallelMethod(Method):
         """Whether attention sees everything in a step, whatever `context` says."""
         return True
 
+    def stretch(self, ranks: int, fresh: bool) -> float:
+        """How many times its own computing a rank takes for a step, where others compute before and behind it."""
+        return 1.0
+
+    def sharing(self, ranks: int) -> int:
+        """How many of so many patch ranks, next to each other, share the heads of attention out among them."""
+        return 1
+
     def topology(self, world: int, rank: int) -> Topology:
         """Raises BadConfig where the axes do not fill the mesh."""
         sizes = {"cfg": self.cfg, "step": self.step, "patch": 1}
@@ -69,4 +78,6 @@ class ParallelMethod(Method):
             sizes["step"] = world // given
         else:
             sizes["patch"] = world // given
+        if sizes["patch"] % (team := self.sharing(sizes["patch"])):
+            raise BadConfig(f"parallel.ulysses = {team} does not divide the {sizes['patch']} patch ranks; set it to 1")
         return Topology(**sizes, rank=rank)

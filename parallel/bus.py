@@ -28,6 +28,7 @@ from fastdiff.threads import survivable
 from .codec import raw
 from .mesh import Topology
 from .opaque import Opaque
+from .shares import Speeds
 from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
@@ -82,6 +83,8 @@ class Bus:
         self.topology, self.timeout, self.where = topology, timeout, where
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
+        self.speeds = Speeds()
+        self.sharded, self.broken, self.spared = False, 0, 0  # needs others' weights; groups closed; bytes not here
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}
@@ -122,12 +125,14 @@ class Bus:
         return Watch(self.timeout, self._gone, lambda: _close("device", self._groups.get("device")))
 
     def post(
-        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
     ) -> list[Pending]:
-        """Send bytes to peers and expect so many of others, without waiting; `later`: they are for the next step."""
+        """Send bytes to peers and expect so many of others, or as many as a tensor has room for, without waiting;
+        `later`: what is needed now does not queue behind them."""
         sending = self._leaving[-1] if later else self._sending
         device = next(iter(sends.values())).device if sends else self.device
-        buffers = {peer: torch.empty(size, dtype=torch.uint8, device=device) for peer, size in sizes.items()}
+        empty = partial(torch.empty, dtype=torch.uint8, device=device)
+        buffers = {peer: size if isinstance(size, Tensor) else empty(size) for peer, size in sizes.items()}
         group = self._carrier(next(iter((*sends.values(), *buffers.values())), torch.empty(0)), later)
         ops, order = [], []
         for peer in sorted({*sends, *sizes}):
@@ -202,12 +207,12 @@ class Bus:
     def swap(self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int]) -> dict[int, Tensor]:
         """Send and receive now."""
         found = self.wait(self.post(kind, layer, sends, sizes), kind)
-        self._left(self._sending)
+        self.drain()
         return found
 
     def turn(self) -> None:
         """A step ends: what was sent in the step before has had time to leave."""
-        self._left(self._leaving.pop(0))
+        self.drain(self._leaving.pop(0))
         self._leaving.append([])
 
     def settle(self) -> None:
@@ -216,8 +221,9 @@ class Bus:
             self.turn()
         self.arrived()
 
-    def _left(self, sending: list[Sent]) -> None:
-        began = time.perf_counter()
+    def drain(self, sending: list[Sent] | None = None) -> None:
+        """Wait until what was sent has left: of what the others wait for, unless told."""
+        began, sending = time.perf_counter(), self._sending if sending is None else sending
         for work, message in sending:
             limit = (self._limit(),) if message.is_cpu else ()  # see Watch.wait
             self._guarded("sending", set(), partial(work.wait, *limit))
@@ -227,13 +233,13 @@ class Bus:
     def gather(self, kind: str, layer: str, tensor: Tensor, axis: str, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """The tensors of all ranks of a group along one axis of the mesh, whose shapes are known."""
         own = tensor.contiguous()
-        return self.deal(kind, layer, [own] * len(shapes), axis, shapes)
+        return self.deal(kind, layer, [own] * len(shapes), self.topology.group(axis), shapes)
 
     def deal(
-        self, kind: str, layer: str, parts: Sequence[Tensor], axis: str, shapes: Sequence[Sequence[int]]
+        self, kind: str, layer: str, parts: Sequence[Tensor], ranks: Sequence[int], shapes: Sequence[Sequence[int]]
     ) -> list[Tensor]:  # fmt: skip
-        """Part k goes to the k-th rank of a group along one axis, whose part for us has the k-th shape."""
-        ranks, own, like = self.topology.group(axis), self.topology.rank, parts[0]
+        """Part k goes to the k-th of some ranks, this one among them, whose part for us has the k-th shape."""
+        own, like = self.topology.rank, parts[0]
         messages = {rank: raw(part) for rank, part in zip(ranks, parts, strict=True) if rank != own}
         sizes = {r: torch.Size(s).numel() * like.itemsize for r, s in zip(ranks, shapes, strict=True) if r != own}
         got = self.swap(kind, layer, messages, sizes)
@@ -273,7 +279,7 @@ class Bus:
     def abort(self) -> None:
         """Break off: whoever waits for this rank learns of it now."""
         self._watch.stop()
-        self._watch = self._watched()
+        self._watch, self.broken = self._watched(), self.broken + 1
         self._sending, self._leaving, self._asked = [], [[], []], []
         groups, self._groups = self._groups, {}
         for name, group in groups.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -24,6 +24,8 @@ from .mesh import card, join
 from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
 from .opaque import Opaque
+from .shards import Shelf, shelve
+from .shares import speeds
 from .split import Forward
 from .tokens import split_tokens
 from .unet import split_decoder, split_unet
@@ -37,21 +39,18 @@ class Crew:
     """
 
     def __init__(
-        self,
-        method: ParallelMethod,
-        clock: StepClock,
-        recorder: Recorder,
-        device: torch.device,
+        self, method: ParallelMethod, clock: StepClock, recorder: Recorder, device: torch.device,
         alike: Mapping[str, str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         rank = join(method.devices, device, method.timeout)
         self.method, self.clock, self.recorder = method, clock, recorder
         self.bus = Bus(method.topology(dist.get_world_size(), rank), method.timeout, self._index)
         _compare({"kind of device": device.type, **alike}, self.bus)
         _apart(device, self.bus)
+        self.bus.speeds = speeds(method.shares, self.bus.topology.group("patch"), device, self.bus.tell)
         self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
-        self._others_inputs = False
+        self._others_inputs, self.shelves = False, list[Shelf]()
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
@@ -73,6 +72,10 @@ class Crew:
                 return split_tokens(self.method, anatomy, self.bus, self.clock, patches)
             split_unet(self.method, anatomy, self.bus, self.clock, patches)
         return lambda _: None
+
+    def shelve(self, anatomy: Anatomy, cached: Sequence[nn.Module], patches: PatchSet) -> None:
+        """Keep a part of the weights, where the config says so: around what is compiled, and inside of a cache."""
+        self.shelves += shelve(self.method, anatomy, cached, self.bus, self.clock, patches)
 
     def decoder(self, vae: nn.Module | None, patches: PatchSet) -> None:
         """Decode by patches, where the config says so."""
@@ -206,6 +209,7 @@ class Crew:
         digest = float(latents.cpu().double().sum()) if isinstance(latents, Tensor) else 0.0
         everyone = self.bus.tell((own, digest))
         self.recorder.report.ranks = [one for one, _ in everyone]
+        self.bus.speeds.learn(self.recorder.report.ranks, self.bus.topology.group("patch"))
         if any(d != digest and d == d for _, d in everyone):
             self.recorder.note("the ranks ended with different latents: give each the same generator seed")
 

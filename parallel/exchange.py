@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fastdiff.clock import Step
 
 from .bus import SMALL, Bus, Pending
 from .codec import Codec, Wire
+
+Messages: TypeAlias = Mapping[int, Tensor]  # by peer
+Shapes: TypeAlias = Mapping[int, tuple[int, ...]]
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Slot:
     sent: int = 0  # step in which what is under way was made
     out: dict[int, Wire] = field(default_factory=dict)
     into: dict[int, Wire] = field(default_factory=dict)
-    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
     alike: Any = None
 
 
@@ -89,9 +92,12 @@ class Exchange:
         """After a failure: nothing will arrive any more."""
         self._slots = {}
 
+    def slot(self, step: Step | None) -> Slot:
+        return self._slots.setdefault(step.branch if step else 0, Slot())
+
     def swap(
-        self, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        step: Step | None, fresh: bool, max_age: int, alike: Any,
+        self, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step | None, fresh: bool, max_age: int,
+        alike: Any,
     ) -> dict[int, Tensor]:  # fmt: skip
         """The peers' tensors: of this very step if `fresh` or nothing else is known, else of the step before.
 
@@ -99,7 +105,7 @@ class Exchange:
         step has renewed (its layer was cached) is too old. alike: where it changes, what is known is of no use; the
         same on all ranks, which one rank's shapes are not: half of a single row is that row.
         """
-        slot = self._slots.setdefault(step.branch if step else 0, Slot())
+        slot = self.slot(step)
         if step is None or fresh or slot.alike != alike:
             return self._now(slot, sends, shapes, dtype, step, alike)
         self._land(slot, dtype)
@@ -113,8 +119,7 @@ class Exchange:
         return values
 
     def _now(
-        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        step: Step | None, alike: Any,
+        self, slot: Slot, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step | None, alike: Any
     ) -> dict[int, Tensor]:  # fmt: skip
         self._land(slot, dtype)
         if slot.alike != alike:
@@ -125,10 +130,7 @@ class Exchange:
         slot.made = step.index if step else 0
         return slot.values
 
-    def _later(
-        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        step: Step,
-    ) -> None:  # fmt: skip
+    def _later(self, slot: Slot, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step) -> None:
         messages, sizes = self._packed(slot, sends, shapes, dtype, later=True)
         slot.sent = step.index
         if self.bundle is not None:
@@ -138,8 +140,7 @@ class Exchange:
             slot.flight.pending = self.bus.post(self.kind, self.layer, messages, sizes, later=True)
 
     def _packed(
-        self, slot: Slot, sends: Mapping[int, Tensor], shapes: Mapping[int, tuple[int, ...]], dtype: torch.dtype,
-        later: bool = False,
+        self, slot: Slot, sends: Messages, shapes: Shapes, dtype: torch.dtype, later: bool = False
     ) -> tuple[dict[int, Tensor], dict[int, int]]:  # fmt: skip
         messages: dict[int, Tensor] = {}
         packed: dict[int, Tensor] = {}  # what several peers get alike is coded once

@@ -79,10 +79,3 @@ def join(devices: int | None, device: torch.device, timeout: float) -> int:
             alone if world == 1 else f"parallel.devices = {devices}, but {world} processes run; make the numbers equal"
         )
     return dist.get_rank()
-
-
-def shares(total: int, parts: int) -> list[tuple[int, int]]:
-    """Begin and end of each part of a range, as even as can be, the longer ones first."""
-    base, extra = divmod(total, parts)
-    ends = [(k + 1) * base + min(k + 1, extra) for k in range(parts)]
-    return list(zip([0, *ends[:-1]], ends, strict=True))

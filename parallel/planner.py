@@ -1,7 +1,7 @@
 """What each method would bring on so many devices and such a link: a cost model over what a rank does in a step.
 
-A synchronous step takes its computation and every transfer; a displaced one the longer of the two, then the output.
-ParaStep's ranks compute whole steps, one message a cycle. What is measured, counted and predicted is named so.
+A synchronous step takes its computation and every transfer, but for what travels under attention in parts; a displaced
+one the longer of the two, then the output; ParaStep's ranks whole steps, one message a cycle. What is what is named.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _predict(trial: Trial, one: Rehearsed, site: Site) -> Prediction:
     if trial.reason is not None:
         return Prediction(method.method, settings, refused=trial.reason)
     best = max((_cost(method, trial.mesh, part, one, site) for part in trial.played), key=lambda p: p.predicted_seconds)
-    memory = site.weights + max(part.held for part in trial.played)
+    memory = site.weights + max(part.held - part.spared for part in trial.played)
     best = replace(best, settings=settings, predicted_memory=memory)
     return replace(best, refused=_refusal(best, site))
 
@@ -150,19 +150,19 @@ def _refusal(found: Prediction, site: Site) -> str | None:
 
 
 def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearsed, site: Site) -> Prediction:
-    split = mesh.patch * mesh.cfg > 1
-
-    def computing(part: Part) -> float:
-        if site.one_step is None:
-            return part.seconds
-        return site.one_step * part.flops / one.stale.flops + (site.overhead if split else 0)
+    def computing(part: Part, fresh: bool = True) -> float:
+        share = part.flops / max(1, one.stale.flops)
+        own = (site.one_step or 0) * share + site.overhead * (mesh.patch * mesh.cfg > 1)
+        return (part.seconds if site.one_step is None else own) * method.stretch(mesh.patch, fresh)
 
     def synchronous(part: Part) -> float:
-        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link
+        hides = computing(part) * part.under / max(1, part.flops) * (1 - 1 / mesh.patch)  # nothing under the last part
+        hidden = min(hides, part.sent["kv"] / site.link)
+        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link - hidden
 
     def displaced(part: Part) -> float:
         output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link
-        return max(computing(part), part.bytes_of(False) / site.link) + output
+        return max(computing(part, fresh=False), part.bytes_of(False) / site.link) + output
 
     fresh = sum(method.fresh(index) for index in range(site.steps))
     total = fresh * synchronous(rank.fresh) + (site.steps - fresh) * displaced(rank.stale)

@@ -29,6 +29,7 @@ from .base import ParallelMethod
 from .bus import Bus, Pending, Traffic
 from .mesh import Topology
 from .methods.cfg import split_guidance
+from .partial import attend_part
 from .tokens import split_tokens
 from .unet import split_unet
 
@@ -39,12 +40,13 @@ Call = tuple[tuple, dict[str, Any]]  # the arguments of one call of the denoiser
 @dataclass(frozen=True)
 class Part:
     """What one step is to one rank: bytes sent by kind, exchanges (each waits for a message's latency), seconds (0 on
-    the meta device), floating-point operations."""
+    the meta device), floating-point operations, and those of attention in parts, under which keys and values travel."""
 
     sent: Counter[str] = field(default_factory=Counter)
     exchanges: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     flops: int = 0
+    under: int = 0
 
     def bytes_of(self, output: bool) -> int:
         """Bytes of the output, which is always waited for, or of everything else."""
@@ -54,12 +56,13 @@ class Part:
 @dataclass(frozen=True)
 class Rehearsed:
     """Steps that wait for all values, steps that use old ones, the most bytes held in either beside the weights, and
-    whether another rank has a larger share of the picture."""
+    whether another rank has a larger share of the picture, and bytes of weights that are not on this one."""
 
     fresh: Part
     stale: Part
     held: int
     behind: bool = False
+    spared: int = 0
 
 
 class Echo(Bus):
@@ -75,7 +78,7 @@ class Echo(Bus):
         self.traffic, self.exchanges = Traffic(), Counter()
 
     def post(
-        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, int], later: bool = False
+        self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
     ) -> list[Pending]:
         self.traffic.sent[kind] += sum(message.numel() for message in sends.values())
         self.traffic.messages[kind] += len(sends)
@@ -124,7 +127,7 @@ def rehearse(
                 for number in (1, 0)[-len(indices) :]:  # old values are those of the step before
                     parts[number] = replace(parts[number], seconds=play.seconds(rows[number]))
             patches.restore()
-    return Rehearsed(parts[0], parts[-1], tally.peak, bus.behind)
+    return Rehearsed(parts[0], parts[-1], tally.peak, bus.behind, bus.spared)
 
 
 def _install(anatomy: Anatomy, method: ParallelMethod, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
@@ -154,9 +157,9 @@ class _Player:
     def counted(self, index: int, tally: Tally) -> Part:
         """A step's bytes and operations."""
         self.bus.begin()
-        before = tally.flops
+        before, under = tally.flops, tally.under
         self.step(index)
-        return Part(self.bus.traffic.sent, self.bus.exchanges, flops=tally.flops - before)
+        return Part(self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tally.under - under)
 
     def seconds(self, indices: Sequence[int]) -> float:
         """The least of some steps: what else the machine does only adds."""
@@ -177,7 +180,7 @@ class Tally(TorchFunctionMode):
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         super().__init__()
-        self.flops = self.now = self.peak = 0
+        self.flops = self.under = self.now = self.peak = 0
         self.meta = next(denoiser.parameters()).is_meta
         known = [*denoiser.parameters(), *denoiser.buffers(), *pytree.tree_leaves(list(calls))]
         self._known = {leaf.untyped_storage()._cdata for leaf in known if isinstance(leaf, Tensor)}
@@ -186,6 +189,7 @@ class Tally(TorchFunctionMode):
         sketch = _SKETCHES.get(func)
         flops, shape = sketch(*args, **(kwargs or {})) if sketch is not None else (0, None)
         self.flops += flops
+        self.under += flops * (func is attend_part)
         if self.meta and shape is not None:
             output = args[0].new_empty(shape) if args else torch.empty(shape, device="meta")
         else:
@@ -218,9 +222,7 @@ def _conv(input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, *
     return 2 * math.prod(out) * weight[0].numel(), out
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[int, tuple[int, ...]]:  # fmt: skip
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[int, tuple[int, ...]]:
     pairs = query.shape[:-1].numel() * key.shape[-2]
     return 2 * pairs * (query.shape[-1] + value.shape[-1]), (*query.shape[:-1], value.shape[-1])
 
@@ -230,7 +232,8 @@ def _same(input: Tensor, *_: Any, **__: Any) -> tuple[int, tuple[int, ...]]:
 
 
 # operations and shape of what a function gives
-_SKETCHES: Mapping[Any, Callable[..., tuple[int, tuple[int, ...]]]] = {
+_SKETCHES: Mapping[Any, Callable[..., tuple[int, tuple[int, ...] | None]]] = {
     F.linear: _linear, F.conv2d: _conv, F.scaled_dot_product_attention: _attention, F.layer_norm: _same,
-    F.group_norm: _same, F.silu: _same, F.gelu: _same,
+    F.group_norm: _same, F.silu: _same, F.gelu: _same, 
+    attend_part: lambda *given, **_: (_attention(*given)[0], None),
 }  # fmt: skip

@@ -19,14 +19,14 @@ from fastdiff.clock import StepClock
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 
-from .attention import is_attention, split_attention
+from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
-from .mesh import shares
+from .heads import check_heads
 from .split import Split, around
 
 # parts of the names of block arguments that hold a value for each token
-_PLACES = ("rotary", "rope", "freqs")
+PLACES = ("rotary", "rope", "freqs")
 
 
 class Tokens:
@@ -76,7 +76,7 @@ class Tokens:
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of an argument that has a value for each token; others as they are."""
         total, (begin, end) = self.split.parts[-1][1], self.split.parts[self.split.place]
-        places = any(part in name for part in _PLACES) or (name == "temb" and tensor.ndim == 4)
+        places = any(part in name for part in PLACES) or (name == "temb" and tensor.ndim == 4)
         for dim, size in enumerate(tensor.shape if places else ()):
             if size == total:
                 return tensor.narrow(dim, begin, end - begin)
@@ -99,10 +99,11 @@ def split_tokens(
             f"where the tokens of a {family.name} lie in its attention is not described; cfg and parastep work on any "
             "model (Family.tokens = apart, text_first or text_last describes it)"
         )
+    if method.split is not None:
+        return method.split(method, anatomy, bus, clock, patches)
     split = Split(method, bus, clock)
     layout = Tokens(split, anatomy)
-    if method.heads:
-        _check_heads(blocks, len(split.ranks))
+    check_heads(blocks, method.sharing(len(split.ranks)), method.method)
     root_by_name = named(anatomy.denoiser)
 
     def seen(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -124,15 +125,6 @@ def split_tokens(
 def _rules(split: Split, blocks: list[nn.Module], layout: Tokens, patches: PatchSet) -> None:
     for number, block in enumerate(blocks):
         split_attention(split, block, layout, patches, prefix=f"block {number} ")
-
-
-def _check_heads(blocks: list[nn.Module], parts: int) -> None:
-    for module in (m for block in blocks for m in block.modules() if is_attention(m)):
-        heads = getattr(module, "heads", 0)
-        if heads % parts:
-            raise UnsupportedModel(
-                f"ulysses gives each rank a share of the heads: {heads} heads cannot be shared by {parts} ranks"
-            )
 
 
 def _block(
@@ -169,7 +161,7 @@ def _share_out(split: Split, layout: Tokens, image: Tensor, given: dict[str, Any
     rows, rest = divmod(total, split.width)
     if rest or rows < ranks:
         split.width, rows = 1, total
-    split.parts = [(begin * split.width, end * split.width) for begin, end in shares(rows, ranks)]
+    split.parts = [(begin * split.width, end * split.width) for begin, end in split.bus.speeds.cut(rows, ranks)]
     joint = layout.kind != "apart" and len(stack.takes) > 1
     layout.text_tokens = given[stack.takes[1]].shape[1] if joint and given.get(stack.takes[1]) is not None else 0
 

@@ -18,7 +18,7 @@ from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
 from .layers import split_layers
-from .mesh import shares
+from .shares import Speeds
 from .split import Split, around
 
 # inputs that have the rows of the latents, at some level of the UNet: ControlNet, T2I-Adapter
@@ -59,7 +59,7 @@ class Rows:
 def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepClock, patches: PatchSet) -> None:
     """Raises UnsupportedModel, with the reason, before anything is patched."""
     unet: Any = anatomy.denoiser
-    if anatomy.family.name != "unet2d" or method.heads:
+    if anatomy.family.name != "unet2d" or method.split or method.sharing(bus.topology.patch) > 1:
         raise UnsupportedModel(
             f"{method.method} cannot split a {anatomy.family.name} denoiser by rows; cfg and parastep work on any model"
         )
@@ -75,7 +75,7 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
         given = by_name(args, kwargs)
         split.shape = tuple(given["sample"].shape)
         height, split.width = split.shape[-2:]
-        split.parts = rows_of(height, unit, len(split.ranks))
+        split.parts = rows_of(height, unit, len(split.ranks), bus.speeds)
         given["sample"] = _cut(given["sample"], split, height)
         for key in _LEVELS:
             if given.get(key) is not None:
@@ -114,7 +114,7 @@ def _rules(split: Split, root: nn.Module, patches: PatchSet) -> None:
     split_attention(split, root, Rows(split), patches)
 
 
-def rows_of(height: int, unit: int, parts: int) -> list[tuple[int, int]]:
+def rows_of(height: int, unit: int, parts: int, speeds: Speeds | None = None) -> list[tuple[int, int]]:
     """Rows of each rank: whole units (what all levels of down-sampling divide), the last rank's may be cut short.
 
     Raises UnsupportedModel where there are more ranks than units.
@@ -125,7 +125,7 @@ def rows_of(height: int, unit: int, parts: int) -> list[tuple[int, int]]:
             f"{height} rows of latents make {units} units of {unit} rows, the least that can be split off, too few for "
             f"{parts} patch ranks; draw a taller picture or take fewer devices"
         )
-    return [(begin * unit, min(end * unit, height)) for begin, end in shares(units, parts)]
+    return [(begin * unit, min(end * unit, height)) for begin, end in (speeds or Speeds()).cut(units, parts)]
 
 
 def _cut(tensor: Tensor, split: Split, height: int) -> Tensor:

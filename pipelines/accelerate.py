@@ -147,6 +147,8 @@ class Accelerated:
             check_cache(session, config.compile)
         if config.compile.enabled and not whole:
             compile_blocks(anatomy, config.compile, patches)
+        if crew is not None:
+            crew.shelve(anatomy, [u for r in (session.regions if session else ()) for u in r.units], patches)
         if session is not None:
             if isinstance(session.method, CacheQuant):
                 correct_fed_layers(session.method, anatomy, self.clock, patches)

@@ -93,6 +93,9 @@ def wanted(model: str, ranks: int) -> Iterator[Row]:
             yield row(f"{name}, warm-up {steps}", **settings, warmup_steps=steps)
 
     yield row("patch", method="patch")
+    yield from warmed("pipefusion", method="pipefusion")
+    for name in ("ring", "token_ring"):
+        yield row(name, method=name)
     yield from warmed("distrifusion", method="distrifusion")
     yield from warmed("pcpp p=0.3", method="pcpp", portion=0.3)
     for order in (1, 2):

@@ -113,6 +113,8 @@ class _Calls:
     def _alone(self, index: int, latents: Any) -> Any:
         """The solver is about to be given one call's result: that of the first rank."""
         first, self._empty = self._empty, None
+        if first is not None and self.bus.sharded and self.place:
+            raise UnsupportedModel(f"step {index} has one half of guidance, and parallel.shard needs both: set cfg = 1")
         if first is not None and self.bus.alone:
             self._fill(first)
         elif first is not None:

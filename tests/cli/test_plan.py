@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fastdiff.cli.plan import _tell
+from fastdiff.parallel import REGISTRY
 from fastdiff.parallel.planner import Plan, Prediction
 
 CACHES = ("--cache", "deepcache", "--cache", "pab")
@@ -21,7 +22,7 @@ def test_json_and_recommendation(cli, model: str) -> None:
     held = found["cache_bytes"]
     assert list(held) == ["deepcache", "pab"] and 0 < held["deepcache"] < held["pab"]
     rows = {row["method"]: row for row in found["methods"]}
-    assert set(rows) == {"cfg", "patch", "distrifusion", "pcpp", "parastep", "ulysses"}
+    assert set(rows) == set(REGISTRY)
     assert rows["patch"]["counted_kinds"].keys() == {"kv", "halo", "norm", "output"}
     assert "cannot split" in rows["ulysses"]["refused"] and "predicted_seconds" not in rows["ulysses"]
     free = [row for row in found["methods"] if "refused" not in row]

@@ -50,6 +50,17 @@ class OnCard(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    @property
+    def data(self) -> OnCard:
+        return OnCard(self.inner, self.card)
+
+    @data.setter
+    def data(self, other: OnCard) -> None:
+        """As of other tensors: the same object looks at other numbers from now on."""
+        if other.card is not self.card or other.shape != self.shape:
+            raise WrongDevice("a tensor was given the numbers of another GPU, or of another shape")
+        self.inner = other.inner
+
     def __repr__(self, **_: Any) -> str:
         return f"OnCard({self.card.rank}, {self.inner!r})"
 

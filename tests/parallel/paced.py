@@ -11,8 +11,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import fastdiff
+from fastdiff.parallel.partial import attend_part
 
 from .checks import latents, pipeline
 
@@ -25,6 +28,7 @@ METHODS: dict[str, Any] = {
 }
 EVEN = {"sd15": {"height": 128}}  # both ranks have as much to do
 UNIT = 1e-3  # virtual seconds that a leaf computes
+PAIR = 1e-6  # and for a query and a key
 
 
 class Link:
@@ -58,7 +62,9 @@ class Link:
         found = self._wait(pending, kind)
         for item in pending:
             due = self.due.pop(id(item))
-            (self.output if kind == "output" else self.waited)[self.bus.where()] += max(0.0, due - self.now)
+            (self.output if kind in ("output", "decision") else self.waited)[self.bus.where()] += max(
+                0.0, due - self.now
+            )
             self.now = max(self.now, due)
         return found
 
@@ -82,6 +88,45 @@ def drawn(name: str, method: dict[str, Any], rate: float) -> dict[str, float]:
     counts = {"computed": computed, "bytes": link.carried, "waited": link.waited, "output": link.output}
     mean = {what: sum(some[k] for k in LATE) / len(LATE) for what, some in counts.items()}
     return mean | {"transfer": mean["bytes"] / rate}
+
+
+class Attends(TorchFunctionMode):
+    """Attention takes a virtual time for each pair of a query and a key, in parts or as a whole."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.link, self.costs = link, list[float]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (attend_part, F.scaled_dot_product_attention):
+            self.costs.append(PAIR * args[0].shape[:-1].numel() * args[1].shape[-2])
+            self.link.now += self.costs[-1]
+        return found
+
+
+def circled(name: str, method: str, rate: float) -> dict[str, Any]:
+    """Virtual seconds of a run: waiting for keys, values and the like; each attention; and the bytes that came."""
+    pipe = pipeline(name, torch.float32)
+    with fastdiff.accelerate(pipe, parallel=method) as fast:
+        assert fast.crew is not None
+        link = Link(fast.crew.bus, rate)
+        with Attends(link) as attends:
+            latents(pipe, name, 2)
+        sent = fast.report.ranks[fast.rank]["sent"]
+    return {"waited": sum(link.waited.values()), "costs": attends.costs, "bytes": sent.get("kv", 0)}
+
+
+def circles(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
+    """PixArt, whose text is apart: 16 tokens, 8 on each rank, 4 blocks. Keys and values of a layer travel in a half, in
+    all and in twice the time that a rank's queries take for as many keys."""
+    found = {}
+    block = circled("pixart", "ring", 1e30)
+    own = min(block["costs"])  # the text is longer
+    for share in (0.5, 1.0, 2.0):
+        rate = block["bytes"] / (2 * 4) / (share * own)
+        found |= {f"{name} {share}": circled("pixart", name, rate) for name in ("patch", "ring", "token_ring")}
+    return found
 
 
 def sd15(rank: int, ranks: int) -> dict[str, dict[str, float]]:

@@ -37,11 +37,12 @@ def slow(*case: Any) -> Any:
 
 EXACT = [
     ("sd15", "patch"), ("sd3", "patch"), ("sd3", "ulysses"), ("flux", "cfg"), slow("sd15", "cfg"),
-    slow("flux", "patch"),
+    slow("flux", "patch"), ("sd3", "ring"), ("sd3", "token_ring"), slow("flux", "ring"), slow("sd15", "ring"),
     slow("wan", "patch"), slow("pixart", "ulysses"),
 ]  # fmt: skip
 NEAR = [
     ("sd15", "distrifusion", LATE), ("sd3", "pcpp", LATE | {"codec": "residual"}), ("sd3", "parastep", CYCLE),
+    ("sd3", "pipefusion", {"patches": 3}), slow("flux", "pipefusion", {"patches": 3}),
     slow("sd3", "distrifusion", LATE | {"codec": "int8"}), slow("sd15", "pcpp", LATE), slow("sd15", "parastep", CYCLE),
 ]  # fmt: skip
 
@@ -99,6 +100,14 @@ def test_exact_methods_draw_the_picture_of_one_device(name, method, monkeypatch)
     assert report.notes == []
 
 
+def test_shares_of_weights_are_gathered_in_the_order_of_the_device(monkeypatch) -> None:
+    for asks in ({"method": "patch", "shard": "blocks"}, {"method": "pipefusion", "patches": 1}):
+        found, report, world = ranks_draw("sd3", asks, monkeypatch)[0]
+        assert moved(found, alone("sd3")) < 1e-12 and report.notes == []
+        assert report.ranks[0]["sent"]["stage" if "patches" in asks else "weights"] > 0
+        assert len({group for group, _ in world.launched[0]}) == 1
+
+
 @pytest.mark.parametrize(("name", "method", "more"), NEAR)
 def test_other_methods_draw_the_picture_that_they_draw_over_gloo(name, method, more, monkeypatch) -> None:
     parallel = {"method": method, **more}
@@ -110,16 +119,31 @@ def test_other_methods_draw_the_picture_that_they_draw_over_gloo(name, method, m
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(3, {"method": "pcpp", **LATE}), slow(4, {"method": "patch", "cfg": 2})]
+    ("ranks", "parallel"),
+    [
+        (3, {"method": "pcpp", **LATE}),
+        (3, {"method": "token_ring"}),
+        slow(4, {"method": "patch", "cfg": 2}),
+        slow(4, {"method": "ring", "ulysses": 2}),
+    ],
 )
 def test_more_ranks(ranks, parallel, monkeypatch) -> None:
     found = ranks_draw("sd3", parallel, monkeypatch, ranks)
     assert all(torch.equal(one, found[0][0]) for one, *_ in found)
-    if parallel["method"] == "patch":
+    if parallel["method"] != "pcpp":
         assert moved(found[0][0], alone("sd3")) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "method"), [("flux", "patch"), slow("sd3", "distrifusion"), slow("sd3", "parastep")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("flux", "patch"),
+        ("sd3", "token_ring"),
+        slow("sd3", "ring"),
+        slow("sd3", "distrifusion"),
+        slow("sd3", "parastep"),
+    ],
+)
 def test_no_host_waits_for_its_gpu_in_a_step(name, method, monkeypatch) -> None:
     """The first step looks: at rank 0's inputs, and at Flux' list of places. The end of the run does once more."""
     world, reads = World(2), [list[int](), list[int]()]
@@ -179,6 +203,7 @@ HOW = {"hangs": "rank 1 did not answer", "has died": "rank 1 broke off or died",
         ("sd3", "hangs", "cfg"),
         ("sd3", "hangs", "distrifusion"),
         ("sd3", "has died", "ulysses"),
+        ("sd3", "hangs", "ring"),
         ("sd3", "raises", "cfg"),
     ],
 )

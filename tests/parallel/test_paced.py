@@ -21,6 +21,21 @@ def found(model: str) -> list[dict[str, Any]]:
     return said[model]
 
 
+def test_a_ring_waits_only_for_what_its_attention_does_not_cover() -> None:
+    layers = 2 * 4  # in each of two steps
+    for one in found("circles"):
+        for share in (0.5, 1.0, 2.0):
+            patch, ring, token = (one[f"{name} {share}"] for name in ("patch", "ring", "token_ring"))
+            block = min(ring["costs"])  # the text is longer
+            travels = share * block * layers
+            assert patch["waited"] == pytest.approx(travels), "what is gathered first hides nothing"
+            left = max(0.0, travels - block * layers)
+            assert ring["waited"] == pytest.approx(left, abs=1e-12)
+            # a half of the own keys over the queries' way there, the other over the results' way back
+            more = token["bytes"] / ring["bytes"] - 1  # the results' weights
+            assert left - 1e-12 <= token["waited"] <= left + more * travels + 1e-12
+
+
 def exposed(step: dict[str, float]) -> float:
     return step["waited"] + step["output"]
 

@@ -19,6 +19,7 @@ from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, 
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
 from fastdiff.pipelines.families import FAMILIES, recognise
 from fastdiff.pipelines.plan import observe, plan_parallel
+from fastdiff.weights import nbytes
 from scripts.predict_parallel import PUBLISHED, flux, flux_calls, sdxl, sdxl_calls
 from tests import tiny
 from tests.state import differences, snapshot
@@ -82,6 +83,53 @@ def test_bytes_and_operations_of_flux_are_the_formula() -> None:
     assert part.fresh.flops - part.stale.flops == seen * (tokens // 4 * 3 - 2 * 512), "keys that it does not see"
 
 
+def on_four(name: str, **fields: Any) -> Part:
+    asks = method(name, **fields)
+    return rehearse(big(flux), asked(flux_calls, 1024), asks, asks.topology(4, 1)).fresh
+
+
+def test_bytes_and_operations_of_rings_are_the_formula() -> None:
+    """Flux at 1024 pixels on 4 ranks: keys and values once round; or queries, what they found and a float for each
+    query and head, and what the text's found to all."""
+    tokens, text, width, heads = 4096, 512, 3072, 24
+    ring, token = (on_four(name) for name in ("ring", "token_ring"))
+    per, words = 57 * 3, (2 * width + 4 * heads) * text
+    assert ring.sent["kv"] == per * 2 * 2 * width * tokens // 4
+    assert token.sent["kv"] == per * (2 * 2 * width * tokens // 4 + 4 * heads * tokens // 4 + words)
+    assert 0 < ring.under < ring.flops
+    spared = 4 * 57 * width * text * (tokens - tokens // 4)
+    assert ring.flops - token.flops == spared, "what the text sees of other ranks' keys, they have looked up"
+
+
+def test_stages_send_a_twentieth_of_a_ring_and_hold_their_own_blocks() -> None:
+    """Flux at 1024 pixels on 4 ranks: hidden states of picture and text once; the last one its output to three."""
+    asks, anatomy = method("pipefusion"), big(flux)
+    calls = asked(flux_calls, 1024)
+    first, last = (rehearse(anatomy, calls, asks, asks.topology(4, rank)) for rank in (0, 3))
+    ring = 57 * 3 * 2 * 2 * 3072 * 4096 // 4
+    for part in (first.fresh, first.stale):
+        assert +part.sent == {"stage": (4096 + 512) * 3072 * 2} and part.sent.total() * 20 < ring
+    assert +last.stale.sent == {"output": 3 * 4096 * 64 * 2}
+    blocks = sum(nbytes(block) for block in anatomy.blocks)
+    largest = max(nbytes(block) for block in anatomy.blocks)
+    for found in (first, last):
+        assert abs(found.spared - blocks * 3 / 4) < largest, "a stage's weights, to one block"
+
+
+@pytest.mark.slow
+def test_bytes_and_operations_of_teams_are_the_formula() -> None:
+    """Two teams of two: inside, three times the tokens of a rank in half of the heads, results back, the text's to the
+    other; then half of the heads of two ranks' keys and values to the other team."""
+    tokens, text, width = 4096, 512, 3072
+    patch, ring, teams, ulysses = (
+        on_four(name, **more) for name, more in (("patch", {}), ("ring", {}), ("ring", {"ulysses": 2}), ("ulysses", {}))
+    )
+    inside = 2 * (3 * width // 2 + width // 2) * tokens // 4 + 2 * width // 2 * text
+    assert teams.sent["kv"] == 57 * (inside + 2 * 2 * width // 2 * tokens // 2)
+    assert ring.flops == patch.flops and (ring.sent["kv"], patch.under, ulysses.under) == (patch.sent["kv"], 0, 0)
+    assert teams.flops < ring.flops, "of the text's queries, half of the heads"
+
+
 @cache
 def told() -> list[dict[str, Any]]:
     found = start("tests.parallel.planned", [(("sent",), 2), (("sent",), 3)])
@@ -93,7 +141,7 @@ def told() -> list[dict[str, Any]]:
 def test_rehearsed_bytes_are_those_of_a_run(index: int) -> None:
     found = deepcopy(told()[index])
     assert isinstance(found, dict), found
-    assert len(found) == (3 if index < 2 else 1)
+    assert len(found) == (3 if index < 2 else 6)
     for label, (real, expected) in found.items():
         del real["decision"]  # once a run: whether the ranks were given the same
         assert real == expected, label
@@ -118,11 +166,11 @@ def test_a_plan_leaves_the_pipeline_as_it_was() -> None:
     pipe = tiny.make("flux")
     observe(pipe, 64)  # a pipeline remembers the arguments of its last call
     before = snapshot(pipe)
-    found = plan_parallel(pipe, 2, 1e9, size=64, steps=6)
+    found, exact = plan_parallel(pipe, 2, 1e9, size=64, steps=6), {"patch", "ulysses", "ring", "token_ring"}
     assert [text for text in differences(before, snapshot(pipe)) if "scheduler" not in text] == []
     assert "step" not in vars(pipe.scheduler)
-    assert {row.method for row in found.rows} == {"patch", "distrifusion", "pcpp", "parastep", "ulysses"}
-    assert {row.method for row in found.rows if row.exact} == {"patch", "ulysses"}
+    assert {row.method for row in found.rows} == {"distrifusion", "pcpp", "parastep", "pipefusion", *exact}
+    assert {row.method for row in found.rows if row.exact} == exact
 
 
 def test_two_calls_are_two_halves() -> None:
@@ -161,6 +209,20 @@ def test_a_synchronous_step_adds_up_and_a_displaced_one_hides() -> None:
     slow = cost("distrifusion", 100, warmup_steps=1)
     assert slow.predicted_seconds == pytest.approx(2 * 1.65 + 8 * (1.0 + 0.01 + 0.1)), "the link is the limit"
     assert late.predicted_speedup == pytest.approx(10 / late.predicted_seconds)
+
+
+def test_what_travels_round_a_ring_hides_under_its_attention() -> None:
+    part = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5, flops=10, under=4)
+    hides = 0.5 * 4 / 10 / 2
+    fast, slow = cost("ring", 1e4, part=part), cost("ring", 100, part=part)
+    assert fast.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 10 / 1e4), "there before it is needed"
+    assert slow.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 1.1 - hides)
+
+
+def test_stages_fill_and_drain_in_each_step() -> None:
+    found = cost("pipefusion", 1e12, part=Part(seconds=0.5), patches=4)
+    assert found.predicted_seconds == pytest.approx(0.5 * 2 + 9 * 0.5 * 5 / 4), "one step of one patch, then of four"
+    assert not found.exact
 
 
 def test_parastep_takes_a_message_a_cycle() -> None:
