@@ -50,7 +50,7 @@ def fitting(pipe: Any, inputs: Collection[str], controlnet: str | None = None) -
     model = None if controlnet is None else _controlnet(controlnet, pipe)
     if model is None and wanted <= roles(pipe).keys():
         return pipe
-    auto = AutoPipelineForInpainting if "mask" in wanted else AutoPipelineForImage2Image
+    auto: Any = AutoPipelineForInpainting if "mask" in wanted else AutoPipelineForImage2Image
     auto = auto if wanted & {"image", "mask"} else AutoPipelineForText2Image
     kind, added = type(pipe).__name__, {} if model is None else {"controlnet": model}
     found = None

@@ -116,7 +116,7 @@ def _denoiser_only(kind: Any, file: Path, base: str, dtype: torch.dtype) -> Any:
     index = DiffusionPipeline.load_config(base)
     name = next((name for name in MAIN if index.get(name, [None])[0] is not None), "transformer")
     class_name = index.get(name, [None, ""])[1]
-    model = getattr(diffusers, class_name, None)
+    model: Any = getattr(diffusers, class_name, None)
     if not hasattr(model, "from_single_file"):
         raise BadModel(f"diffusers reads no {class_name or name} from one file; give its directory")
     options: dict[str, Any] = {DTYPE: dtype, "config": base, "subfolder": name}

@@ -200,5 +200,5 @@ def test_a_controlnet_is_added_and_steers(folder, tmp_path):
 
 def test_a_controlnet_that_is_none_is_refused(folder, tmp_path):
     for model in (str(tmp_path), "./none"):
-        with pytest.raises(FastdiffError, match="control model .* cannot be loaded"):
+        with pytest.raises(FastdiffError, match=r"control model .* cannot be loaded"):
             fastdiff.load(folder, controlnet=model, inputs=["control"])
