@@ -31,7 +31,7 @@ def offenders(sources, find):
 # What brings a user's own model, pictures and formats: files that hold nothing else, and were not there before.
 BRING = {
     "fastdiff/cli/advise.py", "fastdiff/cli/bring.py", "fastdiff/cli/gathered.py", "fastdiff/media.py",
-    "fastdiff/studio/comparing.py", "fastdiff/studio/pictures.py", "pipelines/advice.py", "pipelines/inputs.py",
+    "fastdiff/studio/advising.py", "fastdiff/studio/comparing.py", "fastdiff/studio/pictures.py", "pipelines/inputs.py",
     "pipelines/outfit.py", "pipelines/single_files.py", "pipelines/sources.py", "pipelines/texts.py",
 }  # fmt: skip
 
