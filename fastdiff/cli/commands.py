@@ -48,6 +48,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files inst
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the file.")]
 
 
+Compare = Annotated[
+    bool, typer.Option("--compare", help="Draw without acceleration too, and put both side by side with their seconds.")
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from fastdiff import __version__
@@ -95,6 +100,7 @@ def generate(
     timeline: Timeline = None,
     engine: Engine = None,
     workers: Workers = None,
+    compare: Compare = False,
     as_json: Json = False,
 ) -> int | None:
     """Make pictures, videos or sounds from prompts and pictures; prints their paths.
@@ -117,16 +123,18 @@ def generate(
     from fastdiff.studio import settings  # from here on torch is needed
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
-    from fastdiff.studio import drawing
+    from fastdiff.studio import comparing, drawing
     from fastdiff.studio.timeline import check_timeline
 
+    if compare:
+        comparing.refuse(devices, lasting, preview_every, timeline)
     if timeline is not None:
         check_timeline(timeline, layers, overwrite=overwrite)
 
     order = drawing.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
         metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline, outfit=outfit,
-        suffix=suffix,
+        suffix=suffix, compare=compare,
     )  # fmt: skip
     return _carry_out(order, asked if lasting else None, (workers or 0) if engine == "ray" else None, devices)
 

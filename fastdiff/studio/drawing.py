@@ -25,7 +25,7 @@ from fastdiff.pipelines.families import FAMILIES, anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 from fastdiff.pipelines.quantized_parts import is_quantized
 
-from . import pictures
+from . import comparing, pictures
 from .console import quiet, say, waiting, warn
 from .previews import Previews
 from .settings import early
@@ -74,6 +74,7 @@ class Order:
     timeline: Path | None = None
     outfit: Mapping[str, Any] = field(default_factory=dict)  # arguments of `load`
     suffix: str | None = None  # of the files, where -o says one
+    compare: bool = False
 
 
 def draw(order: Order) -> None:
@@ -88,6 +89,9 @@ def draw(order: Order) -> None:
         make_folder(targets[0].parent)
     for job, target in zip(jobs, targets, strict=True):
         target = target if order.suffix else target.with_suffix(studio.suffix)
+        if order.compare:
+            comparing.paint(studio, order, job, target)
+            continue
         studio.paint(
             job, target, overwrite=order.overwrite, metadata=order.metadata, preview_every=order.preview_every,
             as_json=order.as_json,

@@ -30,9 +30,9 @@ def offenders(sources, find):
 
 # What brings a user's own model, pictures and formats: files that hold nothing else, and were not there before.
 BRING = {
-    "fastdiff/cli/advise.py", "fastdiff/cli/bring.py", "fastdiff/cli/gathered.py", "fastdiff/media.py",
-    "fastdiff/studio/advising.py", "fastdiff/studio/comparing.py", "fastdiff/studio/pictures.py", "pipelines/inputs.py",
-    "pipelines/outfit.py", "pipelines/single_files.py", "pipelines/sources.py", "pipelines/texts.py",
+    "fastdiff/cli/advise.py", "fastdiff/cli/bring.py", "fastdiff/media.py", "fastdiff/studio/advising.py",
+    "fastdiff/studio/pictures.py", "pipelines/inputs.py", "pipelines/outfit.py", "pipelines/single_files.py",
+    "pipelines/sources.py", "pipelines/texts.py",
 }  # fmt: skip
 
 
