@@ -17,7 +17,9 @@ from fastdiff.media import read
 from tests import layouts
 from tests.core.test_outfit import adapted, controlnet
 from tests.tiny import make
+from tests.zoo_clips import ZOO
 
+FIRST_BLOCK = ("--set", "cache.method=first_block", "--set", "cache.threshold=0.1")
 DEEPCACHE = ("--set", "cache.method=deepcache", "--set", "cache.interval=2")
 
 
@@ -225,6 +227,23 @@ def test_lines_of_a_job_name_their_own_pictures(cli, model: str, photo: str) -> 
     Path("p.jsonl").write_text(json.dumps(lines[0]) + '\n{"prompt": "c"}')
     mixed = cli("generate", "--prompt-file", "p.jsonl", "-m", model, "-o", "new/")
     assert (mixed.code, "ask for them apart" in mixed.err) == (2, True)
+
+
+def test_a_sound(cli, tmp_path: Path) -> None:
+    import wave
+
+    ZOO["stable audio"].make().save_pretrained(tmp_path / "audio")
+    done = cli("generate", "a bell", "-m", tmp_path / "audio", "--steps", 2, "--seed", 1, *FIRST_BLOCK)
+    assert (done.code, done.files) == (0, ["out.wav"]), done.err
+    made = read(Path("out.wav"))
+    assert (made.prompt, made.steps, made.width) == ("a bell", 2, None)
+    with wave.open("out.wav") as sound:
+        assert (sound.getnchannels(), sound.getframerate()) == (2, 4) and sound.getnframes() > 4
+    again = cli("generate", "--from-file", "out.wav", "-m", tmp_path / "audio", "-o", "again.wav")
+    assert again.code == 0, again.err
+    assert Path("out.wav").read_bytes()[44:99] == Path("again.wav").read_bytes()[44:99]
+    wide = cli("generate", "a bell", "-m", tmp_path / "audio", "--width", 64)
+    assert (wide.code, "StableAudioPipeline takes no width and height" in wide.err) == (2, True), wide.err
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

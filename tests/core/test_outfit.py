@@ -202,3 +202,44 @@ def test_a_controlnet_that_is_none_is_refused(folder, tmp_path):
     for model in (str(tmp_path), "./none"):
         with pytest.raises(FastdiffError, match=r"control model .* cannot be loaded"):
             fastdiff.load(folder, controlnet=model, inputs=["control"])
+
+
+def test_a_lora_in_kohyas_names(folder, loras, tmp_path):
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+    from safetensors.torch import load_file
+
+    tensors = load_file(loras / "one.safetensors")
+    told = {k.removeprefix("unet."): v for k, v in tensors.items()}
+    kohya = {f"lora_unet_{k}": v for k, v in convert_state_dict_to_kohya(told).items()}
+    save_file({k: v.contiguous() for k, v in kohya.items()}, tmp_path / "kohya.safetensors")
+    assert any(".lora_down." in name for name in kohya)
+    found = latents(fastdiff.load(folder, lora=[str(tmp_path / "kohya.safetensors")]))
+    assert not torch.allclose(found, latents(tiny.make("sd15")), rtol=1e-1, atol=1e-1)
+
+
+@pytest.mark.parametrize("library", ["torchao", "quanto", "sdnq"])
+def test_what_other_libraries_quantized_runs_as_it_is(library, tmp_path):
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(library, library))
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif library == "quanto":
+        config = diffusers.QuantoConfig(weights_dtype="int8")
+    else:
+        from sdnq import SDNQConfig
+
+        config = SDNQConfig(weights_dtype="int8")
+    tiny.make("flux").save_pretrained(tmp_path / "flux")
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
+        tmp_path / "flux" / "transformer", quantization_config=config
+    )
+    diffusers.FluxPipeline.from_pretrained(tmp_path / "flux", transformer=transformer).save_pretrained(
+        tmp_path / library
+    )
+    pipe = fastdiff.load(tmp_path / library)
+    plain = tiny.run(pipe, "flux", steps=4)
+    with fastdiff.accelerate(pipe, cache={"method": "first_block", "threshold": 1.0}) as fast:
+        tiny.run(pipe, "flux", steps=4)
+        assert fast.report.cached > 0
+    assert torch.equal(tiny.run(pipe, "flux", steps=4), plain)
