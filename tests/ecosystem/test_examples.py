@@ -91,7 +91,7 @@ def test_the_notebook_runs_from_top_to_bottom():
     for cell in cells:
         if cell["cell_type"] == "code":
             *before, last = ast.parse("".join(cell["source"])).body
-            if isinstance(last, ast.Expr):
+            if isinstance(last, ast.Expr) and cell["id"] != "cell-1" and "draw()" not in ast.unparse(last):
                 exec(compile(ast.Module(before, []), cell["id"], "exec"), names)
                 shown.append(eval(compile(ast.Expression(last.value), cell["id"], "eval"), names))
             else:
