@@ -74,9 +74,7 @@ class GuidanceGate:
         self._outputs[step.branch] = 0 if perturbed else batch, leaves
         return output
 
-    def _served(
-        self, step: Step, batch: int, both: bool, perturbed: bool, args: tuple, kwargs: dict
-    ) -> Any | None:  # fmt: skip
+    def _served(self, step: Step, batch: int, both: bool, perturbed: bool, args: tuple, kwargs: dict) -> Any | None:
         """What a call after the gate gives without the unconditional half; None where it has to be made as it is."""
         why = None
         if perturbed or 0 < 2 * self._solved < batch:
@@ -144,8 +142,7 @@ class GuidanceGate:
         factors = self.session.weigh(index, self._steps)
         columns = zip(leaves, zip(*self._deltas, strict=True), strict=True)
         made = [leaf + combine(factors, known) if isinstance(leaf, Tensor) else leaf for leaf, known in columns]
-        share = self.news.get(index, 0.0)
-        if not share:
+        if not (share := self.news.get(index, 0.0)):
             return made
         pairs = zip(made, leaves, self._cond, strict=True)
         return [u + share * (c - last) if isinstance(u, Tensor) else u for u, c, last in pairs]

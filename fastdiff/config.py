@@ -73,6 +73,16 @@ class Compile(Settings):
     dynamic: bool | None = Field(None, description="passed to torch.compile")
 
 
+class Text(Settings):
+    """What depends on the prompt alone; nothing here changes a bit."""
+
+    cache: bool = Field(False, description="remember what text encoders gave, across calls")
+    cache_mb: int = Field(256, ge=1, description="of memory for that; what was used least recently is let go")
+    keys: bool = Field(
+        False, description="keys and values of a text once a run, where it sees neither time nor picture"
+    )
+
+
 class Config(Settings):
     """What to do to a pipeline. Round-trips through JSON; every PNG carries it."""
 
@@ -82,6 +92,7 @@ class Config(Settings):
     solver: Annotated[SerializeAsAny[Method] | None, _method("solver")] = None
     attention: Attention = Attention()
     compile: Compile = Compile()
+    text: Text = Text()
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -263,5 +274,5 @@ def _fields(section: str, values: Mapping[str, Any]) -> list[str]:
         table = values.get(section)
         name = table.get("method") if isinstance(table, Mapping) else table
         return list(registry(section)[str(name)].model_fields)  # type: ignore[attr-defined]
-    sections: dict[str, type[Settings]] = {"attention": Attention, "compile": Compile}
+    sections: dict[str, type[Settings]] = {"attention": Attention, "compile": Compile, "text": Text}
     return list(sections.get(section, Config).model_fields)

@@ -8,9 +8,9 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 from PIL import Image, PngImagePlugin
 from pydantic import Field, ValidationError, field_validator
@@ -26,6 +26,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Steps = Annotated[int, Field(ge=1, le=10_000)]
 Guidance = Annotated[float, Field(ge=0, le=1000)]
 Size = Annotated[int, Field(ge=1, le=16_384)]
+FilePath = Annotated[str, Field(min_length=1, max_length=4_000)]
 
 
 class Sampling(Settings):
@@ -38,6 +39,23 @@ class Sampling(Settings):
     guidance_scale: Guidance | None = None
     width: Size | None = None
     height: Size | None = None
+    image: tuple[FilePath, ...] | None = None
+    mask: FilePath | None = None
+    control: FilePath | None = None
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    frames: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    fps: Annotated[float, Field(ge=1, le=240)] | None = None
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, image: Any) -> Any:
+        return [image] if isinstance(image, str) else image
+
+    @property
+    def pictures(self) -> list[tuple[str, str]]:
+        """The option and the file of each picture that is drawn from."""
+        named = [*(("image", path) for path in self.image or ()), ("mask", self.mask), ("control", self.control)]
+        return [(option, path) for option, path in named if path is not None]
 
     @field_validator("prompt")
     @classmethod
@@ -48,12 +66,15 @@ class Sampling(Settings):
 
 
 class Replay(Sampling):
-    """Everything an image was made with. A model from a local directory is named `./<directory>`, without its path."""
+    """Everything an image was made with. What lies on somebody's disk is named without its path: a model as
+    `./<directory>`, pictures and LoRA by their file names."""
 
     seed: Seed
     steps: Steps
-    width: Size
-    height: Size
+    width: Size | None  # a sound has none
+    height: Size | None
+    drawn_from: dict[str, str] = Field({}, description="fingerprints of the pictures that it was drawn from, by name")
+    outfit: dict[str, Any] = Field({}, description="scheduler, LoRA and what else was put on the model")
     model: str = Field(max_length=300)
     scheduler: str = Field(max_length=100)
     dtype: str = Field(max_length=20)
@@ -89,22 +110,26 @@ def parameters(made: Replay) -> str:
         "Sampler": made.scheduler.removesuffix("Scheduler"),
         "CFG scale": made.guidance_scale,
         "Seed": made.seed,
-        "Size": f"{made.width}x{made.height}",
+        "Size": f"{made.width}x{made.height}" if made.width else None,
         "Model": made.model.removeprefix("./"),
     }
     return "\n".join([made.prompt, *negative, ", ".join(f"{k}: {v}" for k, v in fields.items() if v is not None)])
 
 
 def save(image: Image.Image, path: Path, made: Replay | None = None, *, overwrite: bool = False) -> Path:
-    """Write a PNG, whole or not at all, and return its path.
+    """Write a PNG, whole or not at all, and return its path; `put` says how."""
+    return put(lambda file: file.write(encode(image, made)), path, overwrite=overwrite)
+
+
+def put(fill: Callable[[IO[bytes]], object], path: Path, *, overwrite: bool = False) -> Path:
+    """Write what `fill` writes, whole or not at all, and return its path.
 
     A name that is taken gets a number, unless `overwrite`. Raises FastdiffError if it cannot be written.
     """
     temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:
-            # a copy: Pillow keeps the chunks on the image while it saves, where another thread would pick them up
-            image.copy().save(file, "PNG", pnginfo=_chunks(made) if made else None)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         return temporary.replace(path) if overwrite else _place(temporary, path)
@@ -118,13 +143,18 @@ def save(image: Image.Image, path: Path, made: Replay | None = None, *, overwrit
 def encode(image: Image.Image, made: Replay | None = None) -> bytes:
     """The PNG that `save` would write."""
     buffer = io.BytesIO()
+    # a copy: Pillow keeps the chunks on the image while it saves, where another thread would pick them up
     image.copy().save(buffer, "PNG", pnginfo=_chunks(made) if made else None)
     return buffer.getvalue()
 
 
 def read(path: Path) -> Replay:
     """What a PNG of ours was made with; no pixel is decoded. Raises FastdiffError for any other file."""
-    text = _chunk(path)
+    return parse(chunk(path), path)
+
+
+def parse(text: str, path: Path) -> Replay:
+    """The settings that were found in a file."""
     try:
         return Replay.model_validate(json.loads(text))
     except ValidationError as error:
@@ -133,7 +163,8 @@ def read(path: Path) -> Replay:
         raise FastdiffError(f"the fastdiff settings in {str(path)!r} are not JSON; the file was damaged") from None
 
 
-def _chunk(path: Path) -> str:
+def chunk(path: Path) -> str:
+    """The settings in a PNG, as text."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(CHUNK)

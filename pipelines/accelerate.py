@@ -30,6 +30,7 @@ from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
+from .texts import Embeddings, Keys
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Accelerated:
         self._patches = PatchSet()
         self.crew: Crew | None = None
         self.quantized: Quantized | None = None
+        self.embeddings = Embeddings(self.config.text.cache_mb << 20)
+        self.keys = Keys()
         self._listen()
 
     def _listen(self) -> None:
@@ -87,6 +90,7 @@ class Accelerated:
         with self._patches as patches:
             self._quantize(found, patches)
             plan = install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
+            self._texts(found, patches)
             self._cached = self._methods(found, None if plan is None else plan.leaves_out)
             self.crew = self._meet(found)
             if self.crew is not None:
@@ -109,6 +113,17 @@ class Accelerated:
             return
         done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
         self.quantized = done
+
+    def _texts(self, found: list[Anatomy], patches: PatchSet) -> None:
+        """Layers that others split, compile or replace are left to them."""
+        config = self.config
+        for name, part in self.pipe.components.items() if config.text.cache else ():
+            if name.startswith("text_encoder") and part is not None:
+                patches.wrap_forward(part, self.embeddings.remember(name, part))
+        if config.text.keys and config.parallel is None and config.quant is None and not config.compile.enabled:
+            for anatomy in found:
+                self.keys.install(anatomy.denoiser, patches)
+            self.clock.on_start.append(lambda _: self.keys.forget())
 
     def _methods(self, found: list[Anatomy], planned: CacheMethod | None) -> dict[str, CacheMethod]:
         """The cache method, or what the solver's plan leaves out, for each denoiser that it can work on; that it cannot
@@ -246,6 +261,8 @@ def put(handle: Accelerated, found: list[Anatomy]) -> None:
     previous = vars(pipe).get(HANDLE)
     if previous is not None:
         previous.restore()
+        if handle.config.text == previous.config.text:
+            handle.embeddings = previous.embeddings  # other settings of the denoiser leave texts what they were
     _refuse_shared(pipe, found)
     try:
         handle.install(found)

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fastdiff.config import Source
-from fastdiff.errors import BadConfig, BadModel, UnknownName
+from fastdiff.errors import BadConfig, BadModel
 from fastdiff.parallel.mesh import own_device
 from fastdiff.quant.install import QuantReport
 
+from . import single_files
+from .outfit import Outfit
 from .quantized_parts import align, is_quantized, load_components
 from .quantizing import method_of
+from .sources import DTYPE, embedded, first_line, source, variant
+from .sources import EMBEDDED as EMBEDDED
 from .streamed import rest, streamed, structures
 
-EMBEDDED = Path(__file__).parent / "shapes" / "models"
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "shapes-unet": {"num_inference_steps": 50, "guidance_scale": 3.0},
     "shapes-dit": {"num_inference_steps": 28, "guidance_scale": 3.0},
 }
-_DTYPE = "torch_dtype" if diffusers.__version__.startswith("0.41.") else "dtype"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def embedded() -> dict[str, Path]:
-    """Directories of the models that come with fastdiff, by name."""
-    return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
 
 
 def embedded_name(pipe: Any) -> str | None:
@@ -53,50 +46,67 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None, quant: Source = None
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None, quant: Source = None,
+    base: str | Path | None = None, lora: Sequence[str] = (), scheduler: str | None = None,
+    inputs: Collection[str] = (), controlnet: str | None = None, offload: str = "none", vae_tiling: bool = False,
 ) -> DiffusionPipeline:  # fmt: skip
     """A stock diffusers pipeline.
 
-    model: `shapes-unet` or `shapes-dit` (come with fastdiff, work offline), a local directory, or a hub id.
+    model: `shapes-unet` or `shapes-dit` (come with fastdiff, work offline), a local directory, a hub id, or a file: a
+    checkpoint of A1111, ComfyUI or Black Forest Labs (.safetensors), or a GGUF transformer. base: the directory or hub
+    id that has the configuration of a file, and the parts that it lacks; default: where the file lies, else the hub.
     dtype: default float32 on a CPU, bfloat16 on a GPU. device: default CUDA where there is one; under torchrun each
     process of a machine takes a card of its own. quant: a method's name, or anything that `accelerate` takes, with a
     `quant`: the denoiser is read layer by layer and quantized for good, so that its floats are never held at once.
+    lora: files, each with `:scale` after it or not. scheduler: a short name, or a class of diffusers.
+    inputs: "image", "mask", "control": what is drawn from beside a prompt; the pipeline is one that takes it.
+    controlnet: directory or hub id. offload: "model", "group" or "layers" wait on the CPU until they run.
 
-    Raises BadModel for a path that does not exist, is no pipeline, is truncated, or holds pickles only, BadConfig or
-    UnsupportedModel for what cannot be quantized.
+    Raises BadModel for what does not exist, is no model, is truncated, or holds pickles only, BadConfig or
+    UnsupportedModel for what this model cannot do.
     """
+    outfit = Outfit(tuple(lora), scheduler, frozenset(inputs), controlnet, offload, vae_tiling)
     if quant is not None:
-        return load_quantized(model, quant, dtype=dtype, device=device)[0]
-    source, device, dtype = _source(str(model)), *_where(device, dtype)
-    if is_quantized(Path(source)):
-        pipe = _read(model, source, dtype, load_components(Path(source), dtype))
-        align(pipe)
+        return load_quantized(model, quant, dtype=dtype, device=device, outfit=outfit)[0]
+    device, dtype = _where(device, dtype)
+    outfit.check(device)
+    if single_files.is_file(str(model)):
+        pipe = single_files.read(Path(model).expanduser(), None if base is None else str(base), dtype)
+    elif base is not None:
+        raise BadConfig(f"{str(model)!r} has its own configuration; base is for a single file")
     else:
-        pipe = _read(model, source, dtype, {})
-    return pipe.to(device)
+        found = source(str(model))
+        ready = is_quantized(Path(found))
+        pipe = _read(model, found, dtype, load_components(Path(found), dtype) if ready else {})
+        if ready:
+            align(pipe)
+    return outfit.put_on(pipe, device)
 
 
 def load_quantized(
-    model: str | Path, quant: Source, *, dtype: torch.dtype | None = None, device: str | None = None
+    model: str | Path, quant: Source, *, dtype: torch.dtype | None = None, device: str | None = None,
+    outfit: Outfit | None = None,
 ) -> tuple[DiffusionPipeline, QuantReport]:  # fmt: skip
     """`load` with `quant`, and what was done to each layer."""
-    source, device, dtype = _source(str(model)), *_where(device, dtype)
-    if is_quantized(Path(source)):
+    if single_files.is_file(str(model)):
+        raise BadConfig(f"{str(model)!r} is one file, which is not read layer by layer; load it, then quantize")
+    folder, device, dtype = source(str(model)), *_where(device, dtype)
+    if is_quantized(Path(folder)):
         raise BadConfig(f"{str(model)!r} is quantized already; leave out quant, or load the float model")
-    if not Path(source).is_dir():
+    if not Path(folder).is_dir():
         try:
-            source = str(DiffusionPipeline.download(source, use_safetensors=True))
+            folder = str(DiffusionPipeline.download(folder, use_safetensors=True))
         except Exception as error:
-            raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    found = structures(Path(source))
+            raise BadModel(f"model {str(model)!r} cannot be loaded: {first_line(error)}") from error
+    found = structures(Path(folder))
     family = found[0].family if found else None
     method = method_of(quant, family, str(model) if model in embedded() else None)
     report = QuantReport(method.method)
-    parts = streamed(found, Path(source), method, dtype, device, report)
-    pipe = _read(model, source, dtype, parts)
+    parts = streamed(found, Path(folder), method, dtype, device, report)
+    pipe = _read(model, folder, dtype, parts)
     align(pipe)
     rest(pipe.to(device), method, parts, report)
-    return pipe, report
+    return (outfit or Outfit()).put_on(pipe, device), report
 
 
 def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
@@ -109,70 +119,14 @@ def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dt
 def _read(model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]) -> Any:
     """The pipeline, with these parts in the place of those of its directory."""
     kind = _kind(Path(source)) if parts else DiffusionPipeline
+    saved: Any = {"use_safetensors": True, "variant": variant(Path(source)), DTYPE: dtype}
     try:
-        return kind.from_pretrained(source, use_safetensors=True, **{_DTYPE: dtype}, **parts)
+        return kind.from_pretrained(source, **saved, **parts)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
-        raise BadModel(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise BadModel(f"model {str(model)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _kind(folder: Path) -> Any:
     """The pipeline's own class: the base class does not take components that are optional in it, but reads them."""
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     return getattr(diffusers, name, DiffusionPipeline)
-
-
-def _source(model: str) -> str:
-    known = embedded()
-    if model in known:
-        return str(known[model])
-    path = Path(model).expanduser()
-    if path.exists():
-        check_directory(path)
-        return str(path)
-    if _HUB_ID.fullmatch(model) and model.count("/") == 1 and not model.endswith((".toml", ".json", ".safetensors")):
-        return model
-    if "/" in model or model.startswith((".", "~")):
-        raise BadModel(f"model directory {model!r} does not exist")
-    raise UnknownName("model", model, [*known, "<a directory>", "<a hub id like org/name>"])
-
-
-def check_directory(path: Path) -> None:
-    """Refuse a directory that is no pipeline, or whose weights are truncated, corrupt, or pickles."""
-    if not path.is_dir():
-        raise BadModel(f"{str(path)!r} is a file; give the pipeline's directory, the one that holds model_index.json")
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise BadModel(f"{str(path)!r} is no diffusers pipeline: it has no model_index.json")
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-        if not isinstance(components, dict) or "_class_name" not in components:
-            raise ValueError("it names no pipeline class")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadModel(f"{str(index)!r} is not a pipeline index: {error}") from None
-    named = [name for name, parts in components.items() if isinstance(parts, list) and parts and parts[0] is not None]
-    missing = [name for name in named if not (path / name).is_dir()]
-    if missing:
-        raise BadModel(f"{str(path)!r} is incomplete: model_index.json names {', '.join(missing)}, which is not there")
-    for folder in (path / name for name in components if (path / name).is_dir()):
-        files = [f for f in sorted(folder.iterdir()) if f.is_file()]
-        weights = [f for f in files if f.suffix == ".safetensors"]
-        pickles = [f.name for f in files if f.suffix in _PICKLES]
-        if pickles and not weights:
-            raise BadModel(
-                f"{folder.name} in {str(path)!r} has its weights as pickles only ({', '.join(pickles)}), which can run "
-                "code when read; convert them to safetensors"
-            )
-        for file in weights:
-            _check_weights(file)
-
-
-def _check_weights(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadModel(f"{str(file)!r} is truncated or corrupt: {error}; fetch it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,6 +11,7 @@ import typer
 from fastdiff import threads
 from fastdiff.studio.guard import guarded
 
+from .advise import advise
 from .bench import bench
 from .calibrate import calibrate
 from .commands import env, generate, inspect, methods, root
@@ -22,7 +23,7 @@ from .tune import tune
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(root)
-for command in (generate, bench, calibrate, quantize, tune, plan, methods, inspect, env, demo, serve):
+for command in (generate, bench, calibrate, quantize, tune, plan, advise, methods, inspect, env, demo, serve):
     app.command()(command)
 
 

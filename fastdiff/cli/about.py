@@ -14,7 +14,7 @@ from fastdiff.studio.console import print_table
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "pillow")
 OPTIONAL = (
     "xformers", "torchao", "triton", "gradio", "fastapi", "uvicorn", "matplotlib", "torchmetrics", "ray", "peft",
-    "DeepCache", "cache-dit", "tgate", "tomesd",
+    "gguf", "imageio-ffmpeg", "DeepCache", "cache-dit", "tgate", "tomesd",
 )  # fmt: skip
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .gathered import gathered
 from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets, StepCount
 
 if TYPE_CHECKING:
@@ -98,23 +97,7 @@ class Calibration:
         return prompts_for(pipe, count, self.seed, self.prompt_file, held_out=False).texts if count else []
 
 
-def calibrating(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose first argument is a Calibration, as one that has an option for each field of it instead."""
-    shared = get_type_hints(Calibration, include_extras=True)
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-
-    @wraps(command)
-    def spread(**given: Any) -> None:
-        command(Calibration(**{name: given.pop(name) for name in shared}), **given)
-
-    parameters = [
-        *(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=shared[f.name])
-          for f in fields(Calibration)),
-        *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
-    ]  # fmt: skip
-    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return spread
+calibrating = gathered(Calibration)
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bring import Brought
+from .gathered import gathered
 from .options import ConfigFile, Dtype, Json, Model, Preset, Sets
 
 if TYPE_CHECKING:
@@ -22,11 +25,15 @@ Steps = Annotated[int | None, typer.Option("--steps", "--num-inference-steps", h
 Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Strength of the prompt.")]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")]
 Count = Annotated[int, typer.Option("-n", help="Images of each prompt, with consecutive seeds.")]
-Output = Annotated[str, typer.Option("-o", "--output", help="A .png file, or a directory.")]
+Output = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="A .png, .webp, .jpg, .mp4, .gif or .wav file, or a directory. [default: out]"),
+]
 Devices = Annotated[int | None, typer.Option(help="Devices that share one image.")]
 PreviewEvery = Annotated[int | None, typer.Option(metavar="K", help="Save a small preview every K steps.")]
 FromImage = Annotated[
-    Path | None, typer.Option(help="Make the image of this PNG again; other options change what they name.")
+    Path | None,
+    typer.Option("--from-image", "--from-file", help="Make this file again; other options change what they name."),
 ]
 Timeline = Annotated[
     Path | None, typer.Option(help="Write compute and transfers of each rank here (.json for Chrome's tracing, .png).")
@@ -35,6 +42,15 @@ Engine = Annotated[
     str | None, typer.Option(help="ray spreads a job over a Ray cluster (extra: ray). Default: this process.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="With --engine ray; default: one for each GPU, or CPU.")]
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering.")]
+NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the file.")]
+
+
+Compare = Annotated[
+    bool, typer.Option("--compare", help="Draw without acceleration too, and put both side by side with their seconds.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -51,62 +67,74 @@ def root(
     """Faster image generation with diffusers: feature caching, patch parallelism, quantization."""
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Each field is an option, and one of what a picture is asked to be."""
+
+    steps: Steps = None
+    guidance_scale: Guidance = None
+    width: Annotated[int | None, typer.Option()] = None
+    height: Annotated[int | None, typer.Option()] = None
+    negative_prompt: Negative = None
+
+
+@gathered(Sampled, Brought)
 def generate(
+    sampled: Sampled,
+    brought: Brought,
     prompts: Prompts = None,
     model: Model = None,
     preset: Preset = None,
     config: ConfigFile = None,
     sets: Sets = None,
     seeds: Seeds = None,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    width: Annotated[int | None, typer.Option()] = None,
-    height: Annotated[int | None, typer.Option()] = None,
-    negative_prompt: Negative = None,
     prompt_file: PromptFile = None,
     count: Count = 1,
-    output: Output = "out.png",
+    output: Output = None,
     devices: Devices = None,
     preview_every: PreviewEvery = None,
     from_image: FromImage = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering.")] = False,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the PNG.")] = False,
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
     dtype: Dtype = None,
     timeline: Timeline = None,
     engine: Engine = None,
     workers: Workers = None,
+    compare: Compare = False,
     as_json: Json = False,
 ) -> int | None:
-    """Draw images from prompts and write them as PNG; prints their paths.
+    """Make pictures, videos or sounds from prompts and pictures; prints their paths.
 
     With --prompt-file and a directory this is a job: broken off and started again, it draws what is missing.
     """
     from fastdiff.studio import wanted
 
-    made = wanted.replayed(from_image, model) if from_image else None
-    flags = wanted.given(
-        steps=steps, guidance_scale=guidance_scale, width=width, height=height, negative_prompt=negative_prompt
-    )
-    lasting = prompt_file is not None and wanted.is_folder(output)
+    made = wanted.replayed(from_image, model, brought.given) if from_image else None
+    flags = wanted.given(**asdict(sampled), **brought.flags)
+    lasting = prompt_file is not None and output is not None and wanted.is_folder(output)
     wanted.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every, timeline))
     asked = wanted.listed(prompts or [], prompt_file, wanted.base(made, flags), seeds or [], count, lasting=lasting)
     drawable = wanted.drawable(asked, strict=not lasting)
-    targets = wanted.targets(output, drawable)
+    targets = wanted.targets(output or "out.png", drawable)
+    suffix = None if output is None or wanted.is_folder(output) else targets[0].suffix
+    outfit = brought.outfit(made, wanted.inputs(drawable))
     name = model or (made.model if made else "shapes-unet")
 
     from fastdiff.studio import settings  # from here on torch is needed
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
+    from fastdiff.studio import comparing, drawing
+    from fastdiff.studio.timeline import check_timeline
+
+    if compare:
+        comparing.refuse(devices, lasting, preview_every, timeline)
     if timeline is not None:
-        from fastdiff.studio.timeline import check_timeline
-
         check_timeline(timeline, layers, overwrite=overwrite)
-
-    from fastdiff.studio import drawing
 
     order = drawing.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
-        metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline,
+        metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline, outfit=outfit,
+        suffix=suffix, compare=compare,
     )  # fmt: skip
     return _carry_out(order, asked if lasting else None, (workers or 0) if engine == "ray" else None, devices)
 

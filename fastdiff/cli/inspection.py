@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fastdiff.anatomy import Anatomy
 from fastdiff.config import Layer, Resolved, layers_of, parse_set, presets, resolve
 from fastdiff.errors import BadConfig, FastdiffError
-from fastdiff.images import read
+from fastdiff.media import ALL, read
 from fastdiff.patch import PatchSet
 from fastdiff.registry import registry
 from fastdiff.studio.console import print_table, say
@@ -21,7 +21,7 @@ _WIDEST = 40  # characters of a value in the table; a plan has thousands, which 
 
 
 def inspect(subject: str, model: str | None, sets: Sequence[str], as_json: bool) -> None:
-    is_image = subject.lower().endswith(".png")
+    is_image = subject.lower().endswith(ALL)
     is_config = subject in presets() or subject.endswith((".toml", ".json"))
     if is_image:
         made = read(Path(subject))

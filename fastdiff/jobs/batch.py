@@ -44,7 +44,7 @@ def _draw_here(batch: Batch) -> int:
 
 
 def _open(order: Order) -> Studio:
-    studio = Studio(order.model, order.layers, order.dtype, once=True)
+    studio = Studio(order.model, order.layers, order.dtype, once=True, outfit=order.outfit)
     studio.check([], order.preview_every)
     if order.made is not None:
         studio.compare(order.made)

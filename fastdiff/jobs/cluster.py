@@ -38,7 +38,7 @@ class Painter:
         """The reason why this model or config cannot be had, if so."""
         try:
             self._studio = self._studio or Studio(
-                self._order.model, self._order.layers, self._order.dtype, once=True
+                self._order.model, self._order.layers, self._order.dtype, once=True, outfit=self._order.outfit
             )  # fmt: skip
             self._studio.check([], self._order.preview_every)
         except FastdiffError as error:

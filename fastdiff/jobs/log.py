@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdiff.images import save
+from fastdiff import media
 from fastdiff.studio.console import say, warn
 from fastdiff.studio.drawing import Drawn, Order, announce, described
 from fastdiff.studio.settings import early
@@ -33,7 +33,8 @@ class Log:
         order = self.order = batch.order
         early(order.layers, described(order.model), order.model)
         model = str(Path(order.model).resolve()) if Path(order.model).is_dir() else order.model
-        items, mistakes = items_of(batch.asked, [model, order.dtype, order.layers])
+        outfit = [sorted((name, str(value)) for name, value in order.outfit.items())] if order.outfit else []
+        items, mistakes = items_of(batch.asked, [model, order.dtype, order.layers, *outfit])
         self.manifest = Manifest(batch.folder, items, mistakes, order.overwrite)
         self._began, self._total, self._drawn = time.monotonic(), len(items), 0
         self._mistakes = len(mistakes)
@@ -51,7 +52,7 @@ class Log:
             return
         path, overwrite = self.manifest.place(item)
         made = outcome.made.model_copy(update={"job": item.id}) if self.order.metadata else None
-        path = save(outcome.image, path, made, overwrite=overwrite)
+        path = media.save(outcome.image, path.with_suffix(media.suffix(outcome.image)), made, overwrite=overwrite)
         self.manifest.settle(item, status="done", file=path.name, seconds=round(outcome.seconds, 3))
         self._drawn += 1
         announce(outcome, path, self.order.as_json, self._out)

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastdiff import output
 from fastdiff.errors import FastdiffError
-from fastdiff.images import Sampling, numbered, read
+from fastdiff.images import Sampling, numbered
+from fastdiff.media import SUFFIXES, read, usual
 from fastdiff.studio.wanted import Asked, file_name, make_folder
 
 CLAIMS = ".claims"
@@ -158,12 +159,13 @@ class Manifest:
     def _orphan(self, item: Item) -> Path | None:
         """The picture, if a runner was killed after it had saved it and before it could say so."""
         taken = {row.file for row in self._rows().values()}
-        for path in numbered(self.folder / file_name(item.sampling)):
-            if not path.exists():
-                return None
-            with contextlib.suppress(FastdiffError):
-                if path.name not in taken and read(path).job == item.id:
-                    return path
+        for suffix in map(usual, SUFFIXES):
+            for path in numbered((self.folder / file_name(item.sampling)).with_suffix(suffix)):
+                if not path.exists():
+                    break
+                with contextlib.suppress(FastdiffError):
+                    if path.name not in taken and read(path).job == item.id:
+                        return path
         return None
 
     def _release(self, item: Item) -> None:

@@ -62,6 +62,7 @@ class Options:
 def build(options: Options) -> FastAPI:
     """Load the model and make the application; its queue is `app.state.desk`."""
     studio = Studio(options.model, next(iter(options.shelf.values())), options.dtype)
+    studio.only_pictures()
     studio.check([], None)
     studio.pipe.set_progress_bar_config(disable=True)
     meters = Meters()

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from PIL import Image
 
 import fastdiff
+from fastdiff import media
 from fastdiff.anatomy import Family
 from fastdiff.config import Layer, Source, resolve
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost, UnknownName
-from fastdiff.images import Replay, Sampling, save
+from fastdiff.images import Replay, Sampling
 from fastdiff.pipelines.accelerate import accelerate
-from fastdiff.pipelines.families import FAMILIES, anatomies, denoisers
+from fastdiff.pipelines.families import FAMILIES, anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 from fastdiff.pipelines.quantized_parts import is_quantized
 
+from . import comparing, pictures
 from .console import quiet, say, waiting, warn
 from .previews import Previews
 from .settings import early
@@ -50,11 +50,11 @@ def described(model: str) -> Family | None:
     return next((FAMILIES[name] for name in classes if name in FAMILIES), None)
 
 
-def opened(model: str, dtype: torch.dtype | None = None, quant: Source = None) -> Any:
+def opened(model: str, dtype: torch.dtype | None = None, quant: Source = None, **outfit: Any) -> Any:
     """A plain pipeline, or one that is quantized while it is read, without the chatter of loading."""
     quiet()
     with waiting(f"loading {model}"):
-        return load(model, dtype=dtype, quant=quant)
+        return load(model, dtype=dtype, quant=quant, **outfit)
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,26 @@ class Order:
     preview_every: int | None = None
     as_json: bool = False
     timeline: Path | None = None
+    outfit: Mapping[str, Any] = field(default_factory=dict)  # arguments of `load`
+    suffix: str | None = None  # of the files, where -o says one
+    compare: bool = False
 
 
 def draw(order: Order) -> None:
     """Load, check everything, and draw one picture after the other."""
-    studio = Studio(order.model, order.layers, order.dtype, once=True)
+    studio = Studio(order.model, order.layers, order.dtype, once=True, outfit=order.outfit)
     jobs, targets = studio.told((order.jobs, order.targets))  # each rank may have chosen other seeds
-    studio.check(jobs, order.preview_every)
+    studio.check(jobs, order.preview_every, order.suffix)
     if order.made:
         studio.compare(order.made)
+        studio.compare_pictures(order.made, jobs)
     if studio.leads:
         make_folder(targets[0].parent)
     for job, target in zip(jobs, targets, strict=True):
+        target = target if order.suffix else target.with_suffix(studio.suffix)
+        if order.compare:
+            comparing.paint(studio, order, job, target)
+            continue
         studio.paint(
             job, target, overwrite=order.overwrite, metadata=order.metadata, preview_every=order.preview_every,
             as_json=order.as_json,
@@ -94,9 +102,9 @@ def draw(order: Order) -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, what it was made with, and the seconds that took."""
+    """A picture, video or sound, what it was made with, and the seconds that took."""
 
-    image: Image.Image
+    image: Any  # media.Made
     made: Replay
     seconds: float
     summary: str  # the report in one line
@@ -113,18 +121,24 @@ class Studio:
     """Loads the model and installs the config, then paints. With `once` the config never changes, so that layers which
     are to be as small as can be are quantized while they are read."""
 
-    def __init__(self, model: str, layers: Sequence[Layer], dtype: str | None, once: bool = False) -> None:
+    def __init__(
+        self, model: str, layers: Sequence[Layer], dtype: str | None, once: bool = False,
+        outfit: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if dtype is not None and dtype not in DTYPES:
             raise UnknownName("dtype", dtype, DTYPES)
         resolved = early(layers, described(model), model)
         quant: Any = resolved.config.quant if once and resolved is not None else None
         small = quant is not None and quant.speed == "smallest" and not is_quantized(Path(model))
         asked = resolved.config if resolved is not None and small else None
-        self.pipe = opened(model, getattr(torch, dtype) if dtype else None, asked)
+        self.outfit = dict(outfit or {})
+        self.pipe = opened(model, getattr(torch, dtype) if dtype else None, asked, **self.outfit)
         layers = [*layers, ("quantized while it was read", {"quant": None})] if small else layers
-        self.model = f"./{Path(model).resolve().name}" if Path(model).is_dir() and model not in embedded() else model
+        self.model = f"./{Path(model).resolve().name}" if Path(model).exists() and model not in embedded() else model
         self.use(layers)
         self.known = inspect.signature(self.pipe.__call__).parameters
+        self.kind = pictures.kind(self.known)
+        self.suffix = media.usual(self.kind)
         self.leads = self.fast.rank == 0  # one rank speaks for all, and writes the files
         self.pipe.set_progress_bar_config(disable=not (sys.stderr.isatty() and self.leads), leave=False)
 
@@ -133,21 +147,28 @@ class Studio:
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)
 
+    def only_pictures(self) -> None:
+        """Raises FastdiffError for a model that makes something else; for front doors that show pictures alone."""
+        if self.kind != "picture":
+            raise FastdiffError(f"{type(self.pipe).__name__} makes a {self.kind}; generate writes it, this cannot")
+
     def told(self, what: Any) -> Any:
         """What rank 0 says."""
         return what if self.fast.crew is None else self.fast.crew.bus.tell(what)[0]
 
-    def check(self, jobs: Sequence[Sampling], preview_every: int | None) -> None:
+    def check(self, jobs: Sequence[Sampling], preview_every: int | None, suffix: str | None = None) -> None:
         """Refuse what this model cannot draw, before the first picture is begun."""
         kind = type(self.pipe).__name__
-        if "num_frames" in self.known or "prompt" not in self.known:
-            raise FastdiffError(f"{kind} does not draw images from prompts; generate writes images only")
+        if not {"prompt", "image"} & {*self.known}:
+            raise FastdiffError(f"{kind} draws neither from prompts nor from pictures; generate does one of the two")
         if preview_every is not None and preview_every < 1:
             raise BadConfig(f"--preview-every {preview_every}: give 1 or more steps")
         if preview_every is not None and "callback_on_step_end" not in self.known:
             raise BadConfig(f"{kind} cannot show its steps; leave --preview-every out")
-        multiple = self._multiple()
+        multiple = pictures.multiple(self.pipe)
         for job in jobs:
+            if suffix is not None:
+                media.check(suffix, self.kind, kind, still=job.frames == 1)
             for side, pixels in (("width", job.width), ("height", job.height)):
                 if pixels is not None and pixels % multiple:
                     near = max(multiple, round(pixels / multiple) * multiple)
@@ -155,15 +176,7 @@ class Studio:
             for name, value in (("negative_prompt", job.negative_prompt), ("guidance_scale", job.guidance_scale)):
                 if value is not None and name not in self.known:
                     raise BadConfig(f"{kind} takes no {name}; leave it out")
-
-    def _multiple(self) -> int:
-        """Pixels that one patch of the denoiser covers."""
-        denoiser = next(iter(denoisers(self.pipe).values()))
-        patch = getattr(denoiser.config, "patch_size", None) or 1
-        if hasattr(self.pipe, "_pack_latents"):
-            patch = 2  # Flux packs 2 x 2 latents into one token outside its transformer
-        pixels = getattr(self.pipe, "vae_scale_factor", 8) * (patch if isinstance(patch, int) else patch[-1])
-        return math.lcm(pixels, 8) if hasattr(self.pipe, "unet") else pixels  # such pipelines insist on 8
+            pictures.check(self.pipe, job, self.kind)
 
     def compare(self, made: Replay) -> None:
         """Say why a replay may not be identical."""
@@ -171,6 +184,13 @@ class Studio:
         for name, before in ({"scheduler": made.scheduler} | made.versions).items():
             if now.get(name, before) != before:
                 warn(f"made with {name} {before}, this is {now[name]}: the picture may differ")
+
+    def compare_pictures(self, made: Replay, jobs: Sequence[Sampling]) -> None:
+        """Say which pictures are not those that a replay was drawn from."""
+        now = {name for job in jobs for name in pictures.fingerprints(job).values()}
+        for name, before in made.drawn_from.items():
+            if before not in now:
+                warn(f"no picture here is the {name} that it was drawn from: the result may differ")
 
     def paint(
         self, job: Sampling, target: Path, *, overwrite: bool, metadata: bool, preview_every: int | None, as_json: bool
@@ -181,34 +201,32 @@ class Studio:
         previews = preview_every is not None and self.leads
         drawn = self.draw(job, Previews(self.pipe.vae, preview_every or 1, target) if previews else None)
         if self.leads:
-            path = save(drawn.image, target, drawn.made if metadata else None, overwrite=overwrite)
+            path = media.save(drawn.image, target, drawn.made if metadata else None, overwrite=overwrite)
             announce(drawn, path, as_json)
 
     def draw(self, job: Sampling, on_step_end: Callable[..., Any] | None = None) -> Drawn:
         """One picture; `on_step_end` is called as diffusers does."""
-        settings = call_defaults(self.pipe) | _named(job, self.known)
+        settings = call_defaults(self.pipe) | _named(job, self.known) | pictures.arguments(self.pipe, job)
         if on_step_end is not None:
             settings["callback_on_step_end"] = on_step_end
         began = time.perf_counter()
-        image = self._call(settings)
+        output = self._call(settings)
         seconds = time.perf_counter() - began
+        image = media.taken(output, self.pipe, pictures.fps(self.pipe, job))
         report, cache = self.fast.report, self.fast.config.cache
         idle = cache.method if cache is not None and not report.cached else None
         return Drawn(image, self._record(job, image, settings), seconds, str(report), idle)
 
-    def _call(self, settings: Mapping[str, Any]) -> Image.Image:
+    def _call(self, settings: Mapping[str, Any]) -> Any:
         kind = type(self.pipe).__name__
         try:
-            images = self.pipe(**settings).images
+            return self.pipe(**settings)
         except ValueError as error:  # how diffusers refuses arguments
             raise BadConfig(f"{kind} refuses: {str(error).strip().splitlines()[0]}") from error
         except (MemoryError, RuntimeError) as error:
             if "memory" not in f"{type(error).__name__} {error}".lower():
                 raise
             raise FastdiffError("out of memory; draw a smaller picture, or use --dtype bfloat16") from error
-        if not images:
-            raise FastdiffError(f"{kind} returned no image")
-        return images[0]
 
     def too_long(self, prompt: str) -> bool:
         """Is the prompt cut by every text encoder? diffusers says so only in the logs."""
@@ -216,15 +234,18 @@ class Studio:
         found = [t for name in names if (t := getattr(self.pipe, name, None)) is not None]
         return bool(found) and all(len(t(prompt).input_ids) > t.model_max_length for t in found)
 
-    def _record(self, job: Sampling, image: Image.Image, settings: Mapping[str, Any]) -> Replay:
+    def _record(self, job: Sampling, image: media.Made, settings: Mapping[str, Any]) -> Replay:
+        guidance = settings.get("guidance_scale")
         return Replay(
+            **pictures.named(job),
+            outfit=pictures.named_outfit(self.outfit),
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
             seed=job.seed or 0,
-            steps=settings["num_inference_steps"],
-            guidance_scale=settings.get("guidance_scale"),
-            width=image.width,
-            height=image.height,
+            steps=settings.get("num_inference_steps") or max(self.fast.report.steps, 1),
+            guidance_scale=guidance if isinstance(guidance, int | float) else None,
+            width=image.size[0],
+            height=image.size[1],
             model=self.model,
             scheduler=type(self.pipe.scheduler).__name__,
             dtype=str(self.pipe.dtype).removeprefix("torch."),
@@ -265,6 +286,7 @@ def _named(job: Sampling, known: Mapping[str, Any]) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale,
         "width": job.width,
         "height": job.height,
+        "num_frames": job.frames,
         "generator": torch.Generator("cpu").manual_seed(job.seed or 0),
     }
     return {name: value for name, value in values.items() if value is not None and name in known}

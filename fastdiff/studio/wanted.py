@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastdiff.errors import BackendUnavailable, BadConfig, FastdiffError, UnknownName
-from fastdiff.images import Replay, Sampling, numbered, read, sentence
+from fastdiff.images import Replay, Sampling, numbered, sentence
+from fastdiff.media import ALL, read
 
 MAX_COUNT = 10_000
 
@@ -37,13 +38,16 @@ def given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def replayed(image: Path, model: str | None) -> Replay:
-    """The settings in a PNG; a model from somebody's local directory must be named again."""
+def replayed(image: Path, model: str | None, again: Collection[str] = ()) -> Replay:
+    """The settings in a file; what lay on somebody's disk must be named `again`: a model, pictures, LoRA."""
     made = read(image)
     if made.local and model is None:
         raise BadConfig(
             f"{image.name} was made with a model in a local directory, {made.model[2:]!r}; say where it is with -m"
         )
+    for option, name in [*made.pictures, *(("lora", name) for name in made.outfit.get("lora", ()))]:
+        if option not in again:
+            raise BadConfig(f"{image.name} was made with {name!r}; say where it is with --{option}")
     return made
 
 
@@ -59,6 +63,16 @@ def drawable(asked: Sequence[Asked], *, strict: bool) -> list[Sampling]:
     if mistakes and (strict or not found):
         raise mistakes[0]
     return found
+
+
+def inputs(jobs: Sequence[Sampling]) -> set[str]:
+    """What is drawn from beside a prompt. Raises BadConfig where not all are alike: each takes another pipeline."""
+    found = {frozenset(option for option, _ in job.pictures) for job in jobs}
+    if len(found) > 1:
+        raise BadConfig(
+            "some of these are drawn from other kinds of pictures (image, mask, control); ask for them apart"
+        )
+    return set(found.pop()) if found else set()
 
 
 def check_engine(engine: str | None, workers: int | None, devices: int | None, *, lasting: bool, single: Any) -> None:
@@ -169,10 +183,11 @@ def targets(output: str, jobs: Sequence[Sampling]) -> list[Path]:
     path = Path(output).expanduser()
     if is_folder(output):
         names = [path / file_name(job) for job in jobs]
-    elif path.suffix.lower() != ".png":
-        raise BadConfig(f"-o {output}: end the name in .png, or in / for a directory")
+    elif path.suffix.lower() not in ALL:
+        raise BadConfig(f"-o {output}: end the name in {', '.join(ALL)}, or in / for a directory")
     else:
-        names = [path if len(jobs) == 1 else path.with_name(f"{path.stem}_seed_{job.seed}.png") for job in jobs]
+        end = path.suffix
+        names = [path if len(jobs) == 1 else path.with_name(f"{path.stem}_seed_{job.seed}{end}") for job in jobs]
     check_writable(path if path.is_dir() else path.parent)
     return list(_distinct(names))
 

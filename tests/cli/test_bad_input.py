@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fastdiff.studio import drawing
-from tests.tiny import make
 
 USAGE = {
     "no command's name": (["genrate"], "No such command 'genrate'"),
@@ -46,7 +45,7 @@ USAGE = {
     ),
     "unknown model": (["generate", "x", "-m", "shapes-unit"], "unknown model 'shapes-unit'"),
     "unknown dtype": (["generate", "x", "--dtype", "float61"], "did you mean 'float16'?"),
-    "no png": (["generate", "x", "-o", "x.jpg"], "-o x.jpg: end the name in .png"),
+    "no format": (["generate", "x", "-o", "x.bmp"], "-o x.bmp: end the name in .png, .webp, .jpg"),
     "endless prompt file": (
         ["generate", "--prompt-file", "/dev/zero"],
         "--prompt-file /dev/zero is a device; give a file",
@@ -138,11 +137,6 @@ def test_directory_that_is_not_writable(cli, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_this_model_cannot_do(cli, model: str, arguments: list[str], code: int, message: str) -> None:
     _expect(cli("generate", "x", "-m", model, *arguments), code, message)
-
-
-def test_video_is_refused(cli, tmp_path: Path) -> None:
-    make("wan").save_pretrained(tmp_path / "wan")
-    _expect(cli("generate", "x", "-m", tmp_path / "wan"), 1, "WanPipeline does not draw images from prompts")
 
 
 @pytest.mark.parametrize("damage", ["no index", "no pipeline", "truncated", "corrupt", "pickles"])

@@ -63,8 +63,10 @@ def test_a_missing_directory(tmp_path):
 
 
 def test_a_file_is_not_a_directory(tmp_path):
+    (tmp_path / "model.txt").write_bytes(b"")
+    assert "is a file, but neither .safetensors nor .gguf" in refused(tmp_path / "model.txt")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a file" in refused(tmp_path / "model.safetensors")
+    assert "truncated or corrupt" in refused(tmp_path / "model.safetensors")
 
 
 def test_a_directory_that_is_no_pipeline(tmp_path):
@@ -98,6 +100,25 @@ def test_a_corrupt_header_is_named(model, header):
     content = file.read_bytes()
     file.write_bytes(header + content[len(header) :])
     assert "truncated or corrupt" in refused(model)
+
+
+@pytest.mark.parametrize("shard", ["10KB", None])
+def test_half_precision_variants_alone_are_read_sharded_or_not(saved, tmp_path, shard):
+    original = fastdiff.load(saved, dtype=torch.float16)
+    original.save_pretrained(tmp_path / "half", variant="fp16", **({"max_shard_size": shard} if shard else {}))
+    names = [file.name for file in (tmp_path / "half" / "unet").glob("*.safetensors")]
+    assert names and all(".fp16" in name for name in names) and (len(names) > 1) == bool(shard)
+    pipe = fastdiff.load(tmp_path / "half")
+    assert pipe.unet.dtype == torch.float32
+    weights = pipe.unet.state_dict()
+    assert all(torch.equal(weights[k], w.float()) for k, w in original.unet.state_dict().items())
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    tiny.make("sd15").save_pretrained(tmp_path / "parts", max_shard_size="10KB")
+    lost = sorted((tmp_path / "parts" / "unet").glob("*.safetensors"))[1]
+    lost.unlink()
+    assert f"{lost.name} is not there" in refused(tmp_path / "parts")
 
 
 def test_weights_of_another_model_are_refused(model):

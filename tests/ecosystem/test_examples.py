@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import runpy
 import subprocess
 import sys
@@ -79,3 +80,22 @@ def test_a_quantized_copy_is_smaller_and_draws(tmp_path):
     main = runpy.run_path(str(EXAMPLES / "quantize_and_save.py"))["main"]
     main(tmp_path / "small")
     assert (tmp_path / "small" / "ring.png").is_file()
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    """Its cells one after the other; the values that it shows are pictures and a strip."""
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code"), "stored without results"
+    names: dict = {}
+    shown = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            *before, last = ast.parse("".join(cell["source"])).body
+            if isinstance(last, ast.Expr) and cell["id"] != "cell-1" and "draw()" not in ast.unparse(last):
+                exec(compile(ast.Module(before, []), cell["id"], "exec"), names)
+                shown.append(eval(compile(ast.Expression(last.value), cell["id"], "eval"), names))
+            else:
+                exec(compile(ast.Module([*before, last], []), cell["id"], "exec"), names)
+    kinds = [type(value).__name__ for value in shown]
+    assert kinds == ["Image", "Accelerated", "Image"] and "cached" in str(names["fast"].report)
+    assert 20 < names["decibels"] < 80

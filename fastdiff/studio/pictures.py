@@ -1,0 +1,149 @@
+"""Pictures that are drawn from: read, brought to a size that the model draws, handed to its pipeline by their roles."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from fastdiff.errors import BadConfig, FastdiffError
+from fastdiff.images import Sampling
+from fastdiff.pipelines.families import denoisers
+from fastdiff.pipelines.inputs import needed, roles
+
+_FPS = {"Wan": 16, "CogVideoX": 8, "AnimateDiff": 8, "Hunyuan": 15, "Mochi": 30, "TextToVideo": 8, "SkyReels": 24}
+_LENGTHS = {"num_frames", "video_length", "frames"}
+_RATES = ("frame_rate", "fps")
+
+
+def kind(known: Collection[str]) -> str:
+    """What a pipeline makes, told by the arguments of its call."""
+    if _LENGTHS & {*known}:
+        return "video"
+    return "sound" if any(name.startswith("audio_") for name in known) else "picture"
+
+
+def multiple(pipe: Any) -> int:
+    """Pixels that one patch of the denoiser covers."""
+    denoiser = next(iter(denoisers(pipe).values()))
+    patch = getattr(denoiser.config, "patch_size", None) or 1
+    if hasattr(pipe, "_pack_latents"):
+        patch = 2  # Flux packs 2 x 2 latents into one token outside its transformer
+    scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None) or 8
+    pixels = scale * (patch if isinstance(patch, int) else patch[-1])
+    return math.lcm(pixels, 8) if hasattr(pipe, "unet") else pixels  # such pipelines insist on 8
+
+
+def fps(pipe: Any, job: Sampling) -> float:
+    """Frames a second: asked for, the pipeline's own, or what its family was trained on."""
+    known = inspect.signature(pipe.__call__).parameters
+    own = next((known[name].default for name in _RATES if name in known), None)
+    usual = next((rate for name, rate in _FPS.items() if type(pipe).__name__.startswith(name)), 24)
+    return float(job.fps or (own if isinstance(own, int | float) else usual))
+
+
+def check(pipe: Any, job: Sampling, makes: str) -> None:
+    """Raises BadConfig for pictures that this pipeline does not take, or that are missing, FastdiffError for files."""
+    name, known, taken = type(pipe).__name__, inspect.signature(pipe.__call__).parameters, roles(pipe)
+    for option in dict.fromkeys(option for option, _ in job.pictures):
+        if option not in taken:
+            raise BadConfig(f"{name} takes no --{option}; leave it out")
+    for option in needed(pipe):
+        if option not in dict(job.pictures) and option != "strength":
+            raise BadConfig(f"{name} draws from a picture; give it with --{option}")
+    if job.mask and not job.image:
+        raise BadConfig(f"--mask {job.mask} says where a picture is drawn anew; give the picture with --image")
+    if job.strength is not None and "strength" not in taken:
+        raise BadConfig(f"{name} takes no strength; it goes with --image, in pipelines that draw over a picture")
+    if len(job.image or ()) > 1 and "strength" in taken:
+        raise BadConfig(f"{name} draws over one picture; give one --image, this has {len(job.image or ())}")
+    if makes != "video" and (job.frames or job.fps):
+        raise BadConfig(f"{name} makes no video; leave --frames and --fps out")
+    if job.frames is not None and "num_frames" not in known:
+        raise BadConfig(f"{name} does not take the number of frames; leave --frames out")
+    sized = {"width", "height"} & {*known} or "image" in taken
+    if (job.width or job.height) and not sized:
+        raise BadConfig(f"{name} takes no width and height; leave them out")
+    for _, path in job.pictures:
+        opened(path)
+
+
+def arguments(pipe: Any, job: Sampling) -> dict[str, Any]:
+    """A job's pictures, strength and length as arguments of the pipeline's call."""
+    known, taken = inspect.signature(pipe.__call__).parameters, roles(pipe)
+    found: dict[str, Any] = {}
+    if kind(known) == "video":
+        found |= {name: fps(pipe, job) for name in _RATES if name in known and job.fps}
+        found |= {"output_type": "pil"} if "output_type" in known else {}
+    if job.strength is not None:
+        found["strength"] = job.strength
+    held = [(option, opened(path, "L" if option == "mask" else "RGB")) for option, path in job.pictures]
+    if held and ("strength" in taken or "control" in taken or kind(known) == "video"):
+        size = _size(pipe, job, held[0][1])
+        held = [(option, picture.resize(size, Image.Resampling.LANCZOS)) for option, picture in held]
+        found |= dict(zip(("width", "height"), size, strict=True)) if "height" in known else {}
+    for option in dict.fromkeys(option for option, _ in held):
+        given = [picture for other, picture in held if other == option]
+        found[taken[option]] = given if len(given) > 1 else given[0]
+    return found
+
+
+def _size(pipe: Any, job: Sampling, picture: Image.Image) -> tuple[int, int]:
+    """What was asked for; else the picture's own proportions, with no more pixels than the model draws of itself."""
+    step = multiple(pipe)
+    most = _usual_area(pipe)
+    scale = min(1.0, math.sqrt(most / (picture.width * picture.height))) if most else 1.0
+    own = [max(step, round(side * scale / step) * step) for side in picture.size]
+    return job.width or own[0], job.height or own[1]
+
+
+def _usual_area(pipe: Any) -> int | None:
+    known = inspect.signature(pipe.__call__).parameters
+    sides = [known[name].default for name in ("height", "width") if name in known]
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return sides[0] * sides[1]
+    denoiser = next(iter(denoisers(pipe).values()))
+    latent = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
+    return (latent * getattr(pipe, "vae_scale_factor", 8)) ** 2 if isinstance(latent, int) else None
+
+
+def opened(path: str, mode: str = "RGB") -> Image.Image:
+    """A picture upright, in the mode that diffusers wants. Raises FastdiffError for what is none."""
+    try:
+        with Image.open(Path(path).expanduser()) as picture:
+            return ImageOps.exif_transpose(picture).convert(mode)
+    except FileNotFoundError:
+        raise FastdiffError(f"picture {path!r} does not exist") from None
+    except Image.UnidentifiedImageError:
+        raise FastdiffError(f"{path!r} is no picture that can be read") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FastdiffError(f"picture {path!r} cannot be read: {error}") from None
+
+
+def fingerprints(job: Sampling) -> dict[str, str]:
+    """What each picture is, by its name without the path."""
+    read = {Path(path).name: Path(path).expanduser().read_bytes() for _, path in job.pictures}
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in read.items()}
+
+
+def named(job: Sampling) -> dict[str, Any]:
+    """A job's inputs as they go into a file: pictures without their paths, which say who and where somebody is."""
+    kept = job.model_dump(include={"strength", "frames", "fps"})
+    image = [Path(path).name for path in job.image] if job.image else None
+    others = {name: path and Path(path).name for name, path in (("mask", job.mask), ("control", job.control))}
+    return kept | others | {"image": image, "drawn_from": fingerprints(job)}
+
+
+def named_outfit(outfit: Mapping[str, Any]) -> dict[str, Any]:
+    """What was put on a model, as it goes into a file."""
+    kept = {name: outfit[name] for name in ("scheduler", "vae_tiling") if outfit.get(name)}
+    if outfit.get("lora"):
+        kept["lora"] = [Path(text).name for text in outfit["lora"]]
+    if outfit.get("controlnet"):
+        kept["controlnet"] = Path(outfit["controlnet"]).name
+    return kept

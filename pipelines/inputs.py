@@ -1,0 +1,80 @@
+"""What a pipeline draws from beside a prompt, and the pipeline of the same model that takes what there is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+from diffusers import (
+    AutoModel,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ModelMixin,
+)
+from diffusers.pipelines import auto_pipeline
+
+from fastdiff.errors import BadModel, UnsupportedModel
+
+from .sources import DTYPE, first_line
+
+KINDS = ("image", "mask", "control")
+_STEERS = ("controlnet", "adapter")  # components that read the picture which `image` is then
+
+
+def roles(pipe: Any) -> dict[str, str]:
+    """The argument of a pipeline's `__call__` for an image, a mask, a control picture and a strength, if it has one."""
+    known = inspect.signature(pipe.__call__).parameters
+    named = {"image": "image", "control": "control_image", "mask": "mask_image", "strength": "strength"}
+    found = {role: name for role, name in named.items() if name in known}
+    steered = any(name in _STEERS for name in inspect.signature(type(pipe).__init__).parameters)
+    if steered and "image" in found and not {"control", "strength"} & found.keys():
+        found["control"] = found.pop("image")
+    return found
+
+
+def needed(pipe: Any) -> list[str]:
+    """The pictures without which a pipeline cannot be called."""
+    known = inspect.signature(pipe.__call__).parameters
+    wanted = [role for role, name in roles(pipe).items() if known[name].default is inspect.Parameter.empty]
+    return wanted + (["control"] if getattr(pipe, "controlnet", None) is not None and "control" not in wanted else [])
+
+
+def fitting(pipe: Any, inputs: Collection[str], controlnet: str | None = None) -> Any:
+    """The pipeline itself, or another one with its components, that takes these inputs, `KINDS`.
+
+    controlnet: the directory or hub id of one to add. Raises UnsupportedModel where diffusers has no such pipeline.
+    """
+    wanted = {*inputs} & {*KINDS}
+    model = None if controlnet is None else _controlnet(controlnet, pipe)
+    if model is None and wanted <= roles(pipe).keys():
+        return pipe
+    auto: Any = AutoPipelineForInpainting if "mask" in wanted else AutoPipelineForImage2Image
+    auto = auto if wanted & {"image", "mask"} else AutoPipelineForText2Image
+    kind, added = type(pipe).__name__, {} if model is None else {"controlnet": model}
+    found = None
+    try:
+        found = auto.from_pipe(pipe, **added)
+    except ValueError:  # how Auto classes say that there is none
+        if wanted == {"image"} and model is None:
+            found = _moving(pipe)
+    if found is None or not wanted <= roles(found).keys():
+        names = " and ".join(f"--{name}" for name in KINDS if name in wanted)
+        raise UnsupportedModel(f"{kind} takes no {names}, and diffusers has no pipeline that does with its components")
+    return found
+
+
+def _moving(pipe: Any) -> Any:
+    """The pipeline that makes a video of a picture with the components of one that makes it of a text."""
+    texts = getattr(auto_pipeline, "AUTO_TEXT2VIDEO_PIPELINES_MAPPING", {})
+    pictures = getattr(auto_pipeline, "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING", {})
+    kind = next((pictures.get(name) for name, known in texts.items() if known is type(pipe)), None)
+    return None if kind is None else kind.from_pipe(pipe, **{DTYPE: pipe.dtype})
+
+
+def _controlnet(model: str, pipe: Any) -> ModelMixin:
+    try:
+        return AutoModel.from_pretrained(model, use_safetensors=True, **{DTYPE: pipe.dtype})
+    except Exception as error:
+        raise BadModel(f"control model {model!r} cannot be loaded: {first_line(error)}") from error

@@ -1,0 +1,149 @@
+"""What depends on the text alone, made once: embeddings across calls, keys and values of it within a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastdiff.patch import PatchSet
+
+Forward = Callable[..., Any]
+_PROJECTIONS = ("caption_projection", "caption_norm", "text_embedder")  # between a text and its keys
+_SPEC = (bool, int, float, str, type(None))
+_BRANCHES = (
+    4  # inputs that one layer is given in a step, at most; after twice as many without one again it is left alone
+)
+
+
+def _state(module: nn.Module, sample: bool) -> Any:
+    """What a module's answer depends on beside its input. Weights by identity and version, LoRA by what is active;
+    `sample` also looks at some values, which changes that nobody counts do not escape."""
+    weights = [*module.parameters(), *module.buffers()]
+    worn = [(str(part.scaling), str(part.active_adapters), str(part.merged_adapters))
+            for part in module.modules() if hasattr(part, "merged_adapters")]  # fmt: skip
+    known = [(id(weight), weight._version, weight.dtype) for weight in weights]
+    seen = [w.detach().flatten()[:: max(1, w.numel() // 8)].sum(dtype=torch.float64) for w in weights if not w.is_meta]
+    there = sample and len({value.device for value in seen}) == 1
+    return known, worn, torch.stack(seen).tolist() if there else None
+
+
+class Embeddings:
+    """Answers of text encoders, of one pipeline: those used least recently are let go beyond `most` bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held, self.hits, self.misses = most, 0, 0, 0
+        self._answers: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def remember(self, name: str, encoder: nn.Module) -> Callable[[Forward], Forward]:
+        def wrapper(forward: Forward) -> Forward:
+            def encoded(*args: Any, **kwargs: Any) -> Any:
+                key = None if torch.is_grad_enabled() or encoder.training else self._key(name, encoder, (args, kwargs))
+                if key is not None and key in self._answers:
+                    self.hits += 1
+                    self._answers.move_to_end(key)
+                    return _copied(self._answers[key][0])
+                self.misses += 1
+                answer = forward(*args, **kwargs)
+                if key is not None:
+                    self._keep(key, answer)
+                return answer
+
+            return encoded
+
+        return wrapper
+
+    def _key(self, name: str, encoder: nn.Module, given: Any) -> str | None:
+        leaves, spec = pytree.tree_flatten(given)
+        if torch.is_inference_mode_enabled() or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
+            return None
+        told = [
+            (leaf.shape, leaf.dtype, leaf.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]  # fmt: skip
+        return hashlib.sha256(repr((name, spec, told, _state(encoder, True))).encode()).hexdigest()
+
+    def _keep(self, key: str, answer: Any) -> None:
+        leaves = pytree.tree_leaves(answer)
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        if size > self.most or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
+            return
+        self._answers[key] = _copied(answer), size
+        self.held += size
+        while self.held > self.most:
+            self.held -= self._answers.popitem(last=False)[1][1]
+
+
+def _copied(answer: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answer)
+
+
+def layers_of_text(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """Layers that are given the text at each step, and nothing else: they give the same again."""
+    for path, module in denoiser.named_modules():
+        name = path.rpartition(".")[2]
+        if name in _PROJECTIONS and not isinstance(module, nn.ModuleList):
+            yield module
+        elif isinstance(getattr(module, "to_k", None), nn.Module) and (
+            name == "attn2" or getattr(module, "is_cross_attention", False)
+        ):
+            yield from (module.to_k, module.to_v)
+
+
+class Keys:
+    """Remembers what layers gave for the very same tensor, until the next run begins."""
+
+    def __init__(self) -> None:
+        self.computed = self.remembered = 0
+        self._stores: list[list[Any]] = []
+
+    def install(self, denoiser: nn.Module, patches: PatchSet) -> None:
+        for layer in layers_of_text(denoiser):
+            patches.wrap_forward(layer, self._once(layer))
+
+    def forget(self) -> None:
+        self.computed = self.remembered = 0
+        for store in self._stores:
+            store[:] = []
+
+    def _once(self, layer: nn.Module) -> Callable[[Forward], Forward]:
+        store: list[Any] = []
+        self._stores.append(store)
+
+        def wrapper(forward: Forward) -> Forward:
+            def given(text: Any, *more: Any, **named: Any) -> Any:
+                plain = isinstance(text, Tensor) and not (more or named or torch.is_grad_enabled())
+                if not plain or torch.is_inference_mode_enabled() or len(store) > 2 * _BRANCHES:
+                    return forward(text, *more, **named)
+                key = _place(text), _state(layer, False)
+                for known, _, answer, version in store:
+                    if known == key and answer._version == version:
+                        self.remembered += 1
+                        return answer
+                answer = forward(text)
+                self.computed += 1
+                store.append((key, text, answer, answer._version))  # the text is held, so that its place stays its own
+                if len(store) > 2 * _BRANCHES:
+                    store[:] = [None] * (2 * _BRANCHES + 1)
+                return answer
+
+            return given
+
+        return wrapper
+
+
+def _place(text: Tensor) -> Any:
+    """Which tensor this is: views of one are the same."""
+    return (
+        text.untyped_storage().data_ptr(),
+        text.storage_offset(),
+        text.shape,
+        text.stride(),
+        text._version,
+        text.dtype,
+    )
