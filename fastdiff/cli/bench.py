@@ -20,7 +20,8 @@ _OTHER_SOLVERS = ("dpm++", "unipc")  # what a user would try before any cache
 Solvers = Annotated[
     list[str] | None,
     typer.Option(
-        "--solver", help="Fewer steps of this scheduler too; repeatable: unipc, deis, dpm++@karras, unipc@shift2 ..."
+        "--solver",
+        help="Fewer steps of this scheduler too; repeatable: unipc, deis, dpm++@karras, unipc@ays, unipc@shift2 ...",
     ),
 ]
 _SHEET_ROWS = 8  # prompts shown in the contact sheet
