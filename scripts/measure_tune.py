@@ -1,7 +1,7 @@
-"""Whether `fastdiff tune` keeps its word: each try looks for settings of a target, which are then drawn for captions and
-noises that the search never saw.
+"""Whether `fastdiff tune` keeps its word: each try looks for settings of a target, which are then drawn for captions
+and noises that the search never saw.
 
-python scripts/measure_tune.py -o benchmarks/tune.json    about 40 minutes; tries that are in the file are not made again
+python scripts/measure_tune.py -o benchmarks/tune.json    about 40 minutes; goes on after the tries that the file holds
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH = 8
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")],
-    states: Annotated[Path, typer.Option(help="folder for what the searches fitted")] = Path("tune-states"),
+    states: Annotated[Path, typer.Option(help="folder for what the searches fitted")] = Path("build/tune"),
     budget_minutes: Annotated[float, typer.Option(help="for the fits of one search")] = 5,
     prompts: Annotated[int, typer.Option(help="captions that a search measures on")] = 12,
     fit: Annotated[int, typer.Option(help="captions that a search fits on")] = 16,
