@@ -82,7 +82,7 @@ def bench(
     metrics.require_extra()
     peers = peers or bool(peer)
     others = [*(_OTHER_SOLVERS if peers else ()), *(solver or ())]
-    for name in [*others, *([scheduler] if scheduler else [])]:
+    for name in [*others, *filter(None, [scheduler])]:
         solvers.check_name(name)
     import torch
 
@@ -106,8 +106,7 @@ def bench(
         rows = run(pipe, planned, texts, settings, observer=observer, command=shlex.join(["fastdiff", *sys.argv[1:]]))
     _write(rows, observer.tiles(), json_file, plot, sheet, to_stdout)
     _judge(rows, verdict, shown=peers and not to_stdout)
-    tried = [row for row in rows if row.kind == "fastdiff"]
-    if tried and all(row.error is not None for row in tried):
+    if (own := [row for row in rows if row.kind == "fastdiff"]) and all(row.error is not None for row in own):
         raise typer.Exit(1)
 
 
