@@ -49,7 +49,7 @@ def marked(value: float, best: float) -> str:
 
 def transfer() -> str:
     """How a plan does in runs that it was not fitted on, beside the best stock solver there."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for file in sorted(BENCHMARKS.glob("solver-transfer-*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         rows += [
