@@ -1,6 +1,6 @@
 """Fit the solvers that come with the embedded models.
 
-python scripts/fit_solvers.py shapes-unet    about 10 minutes on two cores; plans that are there are not made again
+python scripts/fit_solvers.py shapes-unet    about an hour on a core; plans that are there are not made again
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def main(
     order: Annotated[int, typer.Option(help="model outputs that a step is made of")] = 4,
     teacher_steps: Annotated[int, typer.Option()] = 120,
     guidance_scale: Annotated[float | None, typer.Option(help="default: the model's own")] = None,
+    moves: Annotated[int, typer.Option(help="passes of moving the levels")] = 2,
+    only: Annotated[list[int] | None, typer.Option(help="these numbers of evaluations alone")] = None,
     folder: Annotated[Path, typer.Option(help="where the plans go")] = SHIPPED,
 ) -> None:
-    wanted = [n for n in EVALUATIONS if not (folder / f"{model}-{n}.json").exists()]
+    wanted = [n for n in only or EVALUATIONS if not (folder / f"{model}-{n}.json").exists()]
     pipe = fastdiff.load(model)
     usual = call_defaults(pipe)
     call = {**usual, "guidance_scale": guidance_scale or usual["guidance_scale"]}
@@ -37,7 +39,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     with fitting(pipe, Config(), texts, seed=SEED, batch=16, teacher_steps=teacher_steps, **call) as found:
         for evaluations in wanted:
-            plan = found.plan(evaluations, order)
+            plan = found.plan(evaluations, order, moves)
             print(plan.summary(), flush=True)
             (folder / f"{model}-{evaluations}.json").write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
@@ -30,12 +30,14 @@ from .grid import best
 from .levels import Levels, blend
 from .lockstep import twin
 from .plan import SolverPlan
+from .replay import Outputs
 from .schedulers import host, ode, solver
 from .students import Teacher, Trial, taught
 
 Watch: TypeAlias = Callable[[int, int], None]
 _RIDGES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _BIASES = (-0.2, -0.1, 0.0)  # powers of 1 + (noise / signal)^2 that a step's cost is counted with
+_GAIN = 0.02  # dB that a move of a level is worth at least
 _HELD = 4  # every so many a picture is left out of the fit, to choose by
 
 
@@ -46,9 +48,11 @@ class Candidate:
 
     use: Any
     error: Tensor
+    points: tuple[int, ...] = ()
     places: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
     order: int = 1
+    outputs: Outputs = field(default_factory=dict, repr=False, compare=False)  # what the model gave while it was drawn
 
     def psnr(self, pictures: Tensor) -> float:
         """Mean over some pictures, dB, peak 1."""
@@ -68,8 +72,10 @@ def calibrate_solver(
     method: Any = config.solver
     if not isinstance(method, Fitted):
         raise BadConfig("a solver is calibrated with --set solver.method=fitted and solver.evaluations=N")
-    with fitting(pipe, config, prompts, watch=watch, evaluations=method.evaluations, **how) as found:
-        plan = found.plan(method.evaluations, method.order)
+    with fitting(
+        pipe, config, prompts, watch=watch, evaluations=method.evaluations, moves=method.moves, **how
+    ) as found:
+        plan = found.plan(method.evaluations, method.order, method.moves)
     if watch is not None:
         watch(1, 1)
     return config.model_copy(update={"solver": method.model_copy(update={"plan": plan})})
@@ -78,12 +84,12 @@ def calibrate_solver(
 @contextmanager
 def fitting(
     pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, teacher_steps: int = 100,
-    watch: Watch | None = None, evaluations: int = 1, **call: Any,
+    watch: Watch | None = None, evaluations: int = 1, moves: int = 2, **call: Any,
 ) -> Iterator[Fitting]:  # fmt: skip
     """The teacher's trajectories, from which plans of any number of evaluations can be made.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's quantization on;
-    the teacher takes `teacher_steps`, and plans of `evaluations` are to be made from it.
+    the teacher takes `teacher_steps`, and plans of `evaluations` are to be made from it, with `moves` passes of moves.
     """
     if evaluations >= teacher_steps:
         raise BadConfig(f"{evaluations} evaluations need a teacher of more steps than {teacher_steps}")
@@ -94,16 +100,17 @@ def fitting(
             f"{len(prompts)} prompts: a solver is fitted on {2 * _HELD} or more, of which one in {_HELD} is held out"
         )
     restore(pipe)
-    own, [main, *_] = pipe.scheduler, anatomies(pipe)
-    work = (teacher_steps + len(_BIASES) * evaluations) * -(-len(prompts) // batch)
+    own, found = pipe.scheduler, anatomies(pipe)
+    draws = len(_BIASES) + (moves * 2 * (evaluations - 1) if evaluations > 1 else 0)
+    work = (teacher_steps + draws * evaluations) * -(-len(prompts) // batch)
     calls = partial(_calls, prompts, seed, batch, call)
     stock = host(own)
     if not stock.config.get("use_dynamic_shifting"):
         stock.set_timesteps(teacher_steps)  # which says where it ends
-    trial = Trial(twin(pipe, own), stock, calls, _ticks(watch, work))
+    trial = Trial(twin(pipe, own), stock, calls, [one.denoiser for one in found], _ticks(watch, work))
     quantized = nullcontext() if config.quant is None else accelerate(pipe, Config(quant=config.quant))
     with quantized, taught(trial, blend(Levels.of(stock), teacher_steps), len(prompts)) as teacher:
-        yield Fitting(trial, teacher, main, own, call.get("guidance_scale"))
+        yield Fitting(trial, teacher, found[0], own, call.get("guidance_scale"))
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,12 @@ class Fitting:
     own: Any
     guidance_scale: float | None
 
-    def plan(self, evaluations: int, order: int) -> SolverPlan:
-        """The best plan of so many evaluations on the pictures held out."""
-        pictures = torch.ones(self.teacher.states.shape[1], dtype=torch.bool)
-        held, rivals = held_out(len(pictures)), [*self._stock(evaluations)]
-        fitted = max(self._fitted(evaluations, order), key=lambda one: one.psnr(pictures))
+    def plan(self, evaluations: int, order: int, moves: int = 2) -> SolverPlan:
+        """The best plan of so many evaluations on the pictures held out, its levels moved in so many passes."""
+        held, rivals = held_out(self.teacher.states.shape[1]), [*self._stock(evaluations)]
+        fitted = max(self._fitted(evaluations, order), key=lambda one: one.psnr(~held))
+        for stride in [3, *[1] * (moves - 1)] if moves > 1 else [1] * moves:
+            fitted = moved(self.trial, self.teacher, fitted, stride)
         chosen = max([fitted, *rivals], key=lambda one: one.psnr(held))
         rival = max(rivals, key=lambda one: one.psnr(held), default=None)
         return SolverPlan(
@@ -175,8 +183,11 @@ def _calls(prompts: Sequence[str], seed: int, batch: int, call: Mapping[str, Any
     return found
 
 
-def student(trial: Trial, teacher: Teacher, points: Sequence[int], order: int) -> Candidate:
-    """Draw all pictures on some of the teacher's points, each step's weights fitted to its states."""
+def student(
+    trial: Trial, teacher: Teacher, points: Sequence[int], order: int, before: Candidate | None = None, until: int = 0
+) -> Candidate:
+    """Draw all pictures on some of the teacher's points, each step's weights fitted to its states. The model's outputs
+    of the steps before `until` are those of `before`, which has the same points up to there."""
     places = [teacher.places[point] for point in points]
     held = held_out(teacher.states.shape[1])
     kept: list[tuple[float, ...]] = []
@@ -191,8 +202,27 @@ def student(trial: Trial, teacher: Teacher, points: Sequence[int], order: int) -
         kept.append(tuple(weights.tolist()) if weights.any() else ())
         return [onward(steps, kept[-1], order) for steps in seen]
 
-    last = trial.students(places, order, settle)
-    return Candidate("fitted", _distance(last, teacher), tuple(places), tuple(kept), order)
+    last, outputs = trial.students(places, order, settle, before.outputs if before else None, until)
+    return Candidate("fitted", _distance(last, teacher), tuple(points), tuple(places), tuple(kept), order, outputs)
+
+
+def moved(trial: Trial, teacher: Teacher, best: Candidate, stride: int) -> Candidate:
+    """Shift one level after the other by so many of the teacher's points, as long as that takes the pictures that are
+    fitted on nearer to the teacher's end; what the dynamic program cannot see is what an early error does to later
+    outputs. (BudCache moves a cache's steps so.)"""
+    fit = ~held_out(teacher.states.shape[1])
+    for place in range(1, len(best.points) - 1):
+        for way in (stride, -stride):
+            while True:
+                points = [*best.points]
+                points[place] += way
+                if not points[place - 1] < points[place] < points[place + 1]:
+                    break
+                found = student(trial, teacher, points, best.order, best, place)
+                if found.psnr(fit) <= best.psnr(fit) + _GAIN:
+                    break
+                best = found
+    return best
 
 
 def prior(levels: Levels, places: Sequence[float], index: int, order: int) -> Tensor:

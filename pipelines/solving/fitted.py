@@ -22,13 +22,14 @@ class Fitted(Method):
     with the scheduler's own steps, and says so.
 
     Formula: x_{n+1} = step(x_n, f_n) + sum_k a_nk f_{n-k} + sum_k b_nk x_{n-k}; a and b minimise the mean log
-    distance to the teacher's x_{n+1} on the student's own trajectories, the levels the sum of what two outputs and
-    two latents leave of it on the teacher's.
+    distance to the teacher's x_{n+1} on the student's own trajectories, the levels first the sum of what two outputs
+    and two latents leave of it on the teacher's, then, moved one by one, the distance at the end.
     """
 
     method: Literal["fitted"] = "fitted"
     evaluations: int = Field(10, ge=1, le=1_000, description="calls of the model a picture; what calibrate plans for")
     order: int = Field(4, ge=1, le=8, description="model outputs that calibrate makes a step of")
+    moves: int = Field(2, ge=0, le=8, description="passes in which calibrate moves the levels, nearer each time")
     plan: Annotated[SolverPlan | None, FROM_FILE] = Field(
         None, description="what calibrate found, or the path of its file; None: the one that comes with the model"
     )

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .combine import At
 from .grid import costs
 from .levels import Levels, put
 from .lockstep import loops, twin
+from .replay import Outputs, Replay
 
 Calls = Sequence[Mapping[str, Any]]
 Tick = Callable[[], None]
@@ -28,31 +29,37 @@ Tick = Callable[[], None]
 @dataclass(frozen=True)
 class Trial:
     """How pictures are drawn: the pipeline as it was before anything was installed, a scheduler of one evaluation a
-    step, and the calls, each of a few pictures. `tick` is told of every step of a call."""
+    step, the calls, each of a few pictures, and the denoisers. `tick` is told of every step of a call."""
 
     pipe: Any
     scheduler: Any
     calls: Callable[[], Calls]  # anew each time, since a call uses its generators up
+    denoisers: Sequence[nn.Module] = ()
     tick: Tick = lambda: None
 
     def students(
-        self, places: Sequence[float], keep: int, settle: Callable[[int, list[list[At]]], list[Tensor]]
-    ) -> Tensor:
-        """The last latents of all pictures, (S, ...), drawn on a grid.
+        self, places: Sequence[float], keep: int, settle: Callable[[int, list[list[At]]], list[Tensor]],
+        known: Outputs | None = None, until: int = 0,
+    ) -> tuple[Tensor, Outputs]:  # fmt: skip
+        """The last latents of all pictures, (S, ...), drawn on a grid, and all that the denoisers gave; their outputs
+        of the steps before `until` are taken from `known`, a draw with the same levels up to there.
 
         settle(step, seen): the latents that each call goes on with, of the newest `keep` steps of each, newest last.
         """
         states: list[Tensor] = []
-        with loops(self.pipe, lambda: on_grid(self.scheduler, places), self.calls()) as running:
+        replay = Replay(known or {}, until)
+        made = loops(self.pipe, lambda: on_grid(self.scheduler, places), self.calls())
+        with replay.on(self.denoisers), made as running:
             seen: list[list[At]] = [[] for _ in running]
             for index in range(len(places) - 1):
                 for number, loop in enumerate(running):
+                    replay.at(number, index)
                     at = loop.advance(states[number] if index else None)
                     assert at is not None, "the pipeline's loop has fewer steps than its scheduler"
                     seen[number] = [*seen[number], at][-keep:]
                     self.tick()
                 states = settle(index, seen)
-            return torch.cat(states)
+            return torch.cat(states), replay.made
 
     def stock(self, scheduler: Any, steps: int) -> Tensor:
         """The last latents of all pictures, drawn by a stock scheduler in its own way."""

@@ -18,7 +18,7 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.solving import schedulers
-from fastdiff.pipelines.solving.calibrate import Candidate, calibrate_solver, fitting, student
+from fastdiff.pipelines.solving.calibrate import Candidate, calibrate_solver, fitting, held_out, moved, student
 from fastdiff.pipelines.solving.install import install
 from fastdiff.pipelines.solving.plan import SolverPlan
 from fastdiff.pipelines.solving.students import Trial
@@ -107,6 +107,35 @@ def test_a_calibrated_plan_is_near_the_teacher_and_says_how_near():
     assert [done for done, _ in seen[:-1]] == list(range(1, len(seen))) and seen[-1] == (1, 1)
     assert made.shape == before.shape[1:]
     assert "evaluations at 0.000" in made.summary()
+
+
+def test_what_a_draw_takes_from_another_changes_nothing():
+    """Levels that a draw shares with an earlier one are not computed again, and the rest is as if they were."""
+    pipe = make("sd15")
+    calls = []
+    with fitting(pipe, Config(), PROMPTS, teacher_steps=12, **call("sd15")) as found:
+        first = student(found.trial, found.teacher, [0, 3, 5, 9, 12], 3)
+        hook = pipe.unet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
+        again = student(found.trial, found.teacher, [0, 3, 5, 10, 12], 3, first, 3)
+        counts = [len(calls)]
+        fresh = student(found.trial, found.teacher, [0, 3, 5, 10, 12], 3)
+        counts.append(len(calls) - counts[0])
+        hook.remove()
+    assert torch.equal(again.error, fresh.error) and again.weights == fresh.weights
+    assert not torch.equal(first.error, fresh.error)
+    assert counts == [2, 8]  # two calls of four pictures each: one step of each, and all four
+
+
+def test_levels_move_to_where_the_pictures_end_nearer():
+    pipe = make("sd15")
+    with fitting(pipe, Config(), PROMPTS, teacher_steps=12, **call("sd15")) as found:
+        fit = ~held_out(len(PROMPTS))
+        first = student(found.trial, found.teacher, [0, 1, 2, 3, 12], 3)
+        best = moved(found.trial, found.teacher, first, 1)
+        assert best.psnr(fit) > first.psnr(fit) + 1
+        assert best.points[0] == 0 and best.points[-1] == 12 and list(best.points) == sorted(set(best.points))
+        again = student(found.trial, found.teacher, best.points, 3)
+        assert torch.equal(again.error, best.error)
 
 
 def test_where_nothing_is_to_be_won_the_stock_solver_stays(monkeypatch):
