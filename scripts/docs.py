@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import readme  # beside this file; mkdocs puts the folder of a hook on the path
+import solver_tables
 import step_figures
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -91,7 +92,8 @@ def part(name: str, here: str) -> str:
     """What a page asks for. Raises PluginError for a name that does not exist."""
     parts: dict[str, Callable[[], str]] = {
         "config-sections": config_sections, "common-settings": shared_settings, "presets": presets_table,
-        "rivals": rivals, "methods": lambda: methods_index(""), "solvers": readme.solvers, "transfer": transfer,
+        "rivals": rivals, "methods": lambda: methods_index(""), "solvers": readme.solvers,
+        **solver_tables.parts(),
     }  # fmt: skip
     if name not in parts:
         raise PluginError(f"{here} asks for the part {name!r}; there are {', '.join(parts)}")
@@ -305,19 +307,6 @@ def told(row: Mapping[str, Any]) -> str:
     unit = f"{row['margin']:.2f} times as fast" if row["rule"] == "faster" else f"{row['margin']:+.1f} dB"
     same = "at its PSNR or better" if row["rule"] == "faster" else "at its speedup or better"
     return f"{unit} {same}" if row["beaten_by"] else f"nearest is {row['nearest']}: {unit} {same}"
-
-
-def transfer() -> str:
-    """How a plan does in runs that it was not fitted on, beside the best stock solver there."""
-    rows = []
-    for file in sorted(BENCHMARKS.glob("solver-transfer-*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        rows += [
-            (found["model"], row["what"], f"{row['fitted']:.1f}", f"{row['stock']:.1f}", row["stock_name"])
-            for row in found["rows"]
-        ]
-    head = ("model", "run", "fitted: PSNR dB to converged", "stock solver, as many evaluations", "which")
-    return readme.table(head, rows) if rows else "Not measured yet."
 
 
 # config

@@ -18,26 +18,32 @@ from .twin import Clock, Twin
 
 _DITS = ("StableDiffusion3Pipeline",)
 _CONTEXT = "cache context set by the adapter around each denoiser call, state reset before each picture"
+_CALIBRATORS = ("TaylorSeer", "DMD", "FoCa")
+_NO_TEXT = "calibrator of the text stream off (enable_encoder_calibrator): SD3's last block returns no text"
 _TEXT = "last block hands its text stream through (it returns None there, which the cache cannot subtract)"
 
 
 @dataclass(frozen=True)
 class CacheDit(Peer):
-    """DBCache: skip the middle blocks while the first ones' residual changes little, or by a mask of steps."""
+    """DBCache: skip the middle blocks while the first ones' residual changes little, or by a mask of steps.
 
-    taylorseer: bool = False
+    A calibrator forecasts what is skipped. That of the text stream is off, by the package's own setting: SD3's last
+    block returns none, and the forecast of it ends in an error.
+    """
+
+    calibrator: str | None = None  # TaylorSeer, DMD or FoCa, each with the settings that it comes with
     mask: str | None = None  # one of its presets of computed steps
 
     def record(self) -> dict[str, Any]:
-        return super().record() | {"taylorseer": self.taylorseer, "mask_policy": self.mask}
+        return super().record() | {"calibrator": self.calibrator, "mask_policy": self.mask}
 
     def fit(self, twin: Twin) -> Fitted:
         import cache_dit
 
         _hush("cache_dit")
-        if self.taylorseer:
-            _text_through(twin)
-        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if self.taylorseer else None
+        calibrator = None
+        if self.calibrator is not None:
+            calibrator = getattr(cache_dit, f"{self.calibrator}CalibratorConfig")(enable_encoder_calibrator=False)
         config = cache_dit.DBCacheConfig(**self.settings)
         if self.mask is not None:
             config.steps_computation_mask = cache_dit.steps_mask(
@@ -163,30 +169,42 @@ def dit_peers(steps: int, guidance_scale: float | None) -> list[Peer]:
 
 
 def _dbcache(steps: int) -> list[Peer]:
-    points = [(1, 0.08, False), (1, 0.16, False), (1, 0.3, False), (4, 0.08, False), (4, 0.16, False)]
-    points += [(1, 0.16, True), (1, 0.3, True)]
+    """By threshold: few warm-up steps for short runs, and what its documentation has in its tables, last."""
+    points: list[tuple[int, float, str | None]] = [
+        (1, 0.08, None), (1, 0.16, None), (1, 0.3, None), (4, 0.08, None), (4, 0.16, None)
+    ]  # fmt: skip
+    points += [(1, threshold, name) for name in _CALIBRATORS for threshold in (0.16, 0.3)]
+    few: dict[str, Any] = {"max_warmup_steps": 4}
+    documented: dict[str, Any] = {"max_warmup_steps": 8, "max_continuous_cached_steps": 6}
     return [
-        CacheDit(
-            f"DBCache F{first}B0 {threshold}" + (" + TaylorSeer" if taylorseer else ""), "cache-dit",
-            {"Fn_compute_blocks": first, "Bn_compute_blocks": 0, "residual_diff_threshold": threshold,
-             "max_warmup_steps": 4, "num_inference_steps": steps},
-            _DITS, taylorseer, notes=(_TEXT,) if taylorseer else (),
-        )
-        for first, threshold, taylorseer in points
+        *(_cache_dit(f"F{first}B0 {threshold}", steps, first, name, residual_diff_threshold=threshold, **few)
+          for first, threshold, name in points),
+        *(_cache_dit("F1B0 0.5 W8 MC6", steps, 1, name, residual_diff_threshold=0.5, **documented)
+          for name in (None, *_CALIBRATORS)),
     ]  # fmt: skip
 
 
 def _masks(steps: int) -> list[Peer]:
+    """By a mask of steps, static and, as its documentation advises, computing more where a threshold asks for it."""
+    static: dict[str, Any] = {"steps_computation_policy": "static"}
+    found = [(f"SCM {preset}", preset, static) for preset in ("slow", "medium", "fast", "ultra")]
+    for preset, threshold in (("fast", 0.3), ("ultra", 0.35)):
+        dynamic = {"steps_computation_policy": "dynamic", "residual_diff_threshold": threshold}
+        found.append((f"SCM {preset} dynamic", preset, dynamic))
     return [
-        CacheDit(
-            f"DBCache SCM {preset}" + (" + TaylorSeer" if taylorseer else ""), "cache-dit",
-            {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "num_inference_steps": steps,
-             "steps_computation_policy": "static"},
-            _DITS, taylorseer, preset, notes=(_TEXT,) if taylorseer else (),
-        )
-        for preset in ("slow", "medium", "fast", "ultra")
-        for taylorseer in (False, True)
-    ]  # fmt: skip
+        _cache_dit(name, steps, 1, calibrator, preset, **by)
+        for name, preset, by in found
+        for calibrator in (None, *_CALIBRATORS)
+    ]
+
+
+def _cache_dit(
+    name: str, steps: int, first: int, calibrator: str | None, mask: str | None = None, **others: Any
+) -> Peer:
+    settings = {"Fn_compute_blocks": first, "Bn_compute_blocks": 0, "num_inference_steps": steps, **others}
+    notes = (_NO_TEXT,) if calibrator else ()
+    title = f"DBCache {name}" + (f" + {calibrator}" if calibrator else "")
+    return CacheDit(title, "cache-dit", settings, _DITS, calibrator, mask, notes=notes)
 
 
 def _diffusers(steps: int, guidance_scale: float | None) -> list[Peer]:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from fastdiff.config import Config, Layer, layers_of, parse_set, presets, resolve
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.method import Settings as _Frozen
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.accelerate import accelerate
@@ -123,10 +123,18 @@ def contenders(pipe: Any, layers: Mapping[str, Sequence[Layer]], steps: int) -> 
     return [Contender(name, "fastdiff", steps, resolve(stack, family, model).config) for name, stack in layers.items()]
 
 
-def rivals(pipe: Any, settings: Settings) -> list[Contender]:
-    """A contender for each rival of this kind of denoiser, installed or not."""
+def rivals(pipe: Any, settings: Settings, named: Sequence[str] = ()) -> list[Contender]:
+    """A contender for each rival of this kind of denoiser, installed or not; of those whose name holds a word of
+    `named`, if there are such words. Raises UnknownName for a word that no name holds."""
     found = peers_for(pipe, settings.steps, settings.guidance_scale)
-    return [Contender(peer.name, "peer", settings.steps, peer=peer) for peer in found]
+    for word in named:
+        if not any(word in peer.name for peer in found):
+            raise UnknownName("--peer", word, [peer.name for peer in found])
+    return [
+        Contender(peer.name, "peer", settings.steps, peer=peer)
+        for peer in found
+        if not named or any(word in peer.name for word in named)
+    ]
 
 
 def other_solvers(scheduler: Any, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -20,7 +20,8 @@ _OTHER_SOLVERS = ("dpm++", "unipc")  # what a user would try before any cache
 Solvers = Annotated[
     list[str] | None,
     typer.Option(
-        "--solver", help="Fewer steps of this scheduler too; repeatable: unipc, deis, dpm++@karras, unipc@shift2 ..."
+        "--solver",
+        help="Fewer steps of this scheduler too; repeatable: unipc, deis, dpm++@karras, unipc@ays, unipc@shift2 ...",
     ),
 ]
 _SHEET_ROWS = 8  # prompts shown in the contact sheet
@@ -33,6 +34,9 @@ Guidance = Annotated[
 ]
 Peers = Annotated[
     bool, typer.Option("--peers", help="Measure rival packages and faster schedulers too (extra: peers).")
+]
+PeerNames = Annotated[
+    list[str] | None, typer.Option("--peer", help="Only rivals whose name holds this, as --peers; repeatable.")
 ]
 Scheduler = Annotated[
     str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch for all rows. Default: the model's own.")
@@ -57,6 +61,7 @@ def bench(
     guidance_scale: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a call while measuring quality.")] = 8,
     peers: Peers = False,
+    peer: PeerNames = None,
     solver: Solvers = None,
     scheduler: Scheduler = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here; - prints them instead of the table.")] = None,
@@ -75,8 +80,9 @@ def bench(
     from fastdiff.pipelines.solving import schedulers as solvers
 
     metrics.require_extra()
+    peers = peers or bool(peer)
     others = [*(_OTHER_SOLVERS if peers else ()), *(solver or ())]
-    for name in [*others, *([scheduler] if scheduler else [])]:
+    for name in [*others, *filter(None, [scheduler])]:
         solvers.check_name(name)
     import torch
 
@@ -94,14 +100,13 @@ def bench(
         pipe, steps, guidance_scale, rounds=rounds, seed=seed, batch=batch, solvers=tuple(dict.fromkeys(others)),
         **({"converged_steps": None} if no_converged else {}),
     )  # fmt: skip
-    planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings) if peers else [])
+    planned = contenders(pipe, layers, settings.steps) + (rivals(pipe, settings, peer or ()) if peers else [])
     texts = prompts_for(pipe, prompts, seed, prompt_file)
     with _observer(texts.texts) as observer:
         rows = run(pipe, planned, texts, settings, observer=observer, command=shlex.join(["fastdiff", *sys.argv[1:]]))
     _write(rows, observer.tiles(), json_file, plot, sheet, to_stdout)
     _judge(rows, verdict, shown=peers and not to_stdout)
-    tried = [row for row in rows if row.kind == "fastdiff"]
-    if tried and all(row.error is not None for row in tried):
+    if (own := [row for row in rows if row.kind == "fastdiff"]) and all(row.error is not None for row in own):
         raise typer.Exit(1)
 
 

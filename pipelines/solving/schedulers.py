@@ -6,10 +6,13 @@ import inspect
 import re
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.errors import BadConfig, UnknownName
 from fastdiff.listening import unheard
+
+from .levels import put
 
 _TITLES = {
     "ddim": "DDIM", "dpm++": "DPM++ 2M", "unipc": "UniPC", "deis": "DEIS", "euler": "Euler",
@@ -23,24 +26,25 @@ _CLASSES = {
     "euler": "EulerDiscreteScheduler",
     "flowmatch": "FlowMatchEulerDiscreteScheduler",
 }
+_TABLES = {"ays": "StableDiffusionTimesteps", "aysxl": "StableDiffusionXLTimesteps"}  # of diffusers' AysSchedules
 
 
 def check_name(name: str) -> None:
     """Raises UnknownName; needs no model."""
     kind, _, grid = name.partition("@")
-    if kind not in _CLASSES or not re.fullmatch(r"|karras|shift[0-9.]+", grid):
-        raise UnknownName("scheduler", name, [*_CLASSES, "unipc@karras", "unipc@shift2"])
+    if kind not in _CLASSES or not re.fullmatch(r"|karras|ays(xl)?|shift[0-9.]+", grid):
+        raise UnknownName("scheduler", name, [*_CLASSES, "unipc@karras", "unipc@ays", "unipc@shift2"])
 
 
 def title(name: str) -> str:
     """What people call it."""
     kind, _, grid = name.partition("@")
-    return " ".join([_TITLES[kind], *([grid.replace("shift", "shift ")] if grid else [])])
+    return f"{_TITLES[kind]} {grid.replace('shift', 'shift ').replace('ays', 'AYS ')}".strip()
 
 
 def solver(name: str, scheduler: Any) -> Any:
-    """A new scheduler of the named kind with the noise schedule and the prediction type of `scheduler`; `@karras` or,
-    of a flow, `@shift2` after the name is another grid.
+    """A new scheduler of the named kind with the noise schedule and the prediction type of `scheduler`; `@karras`,
+    `@ays`, `@aysxl` or, of a flow, `@shift2` after the name is another grid.
 
     Raises BadConfig where that kind cannot solve the same ODE.
     """
@@ -49,8 +53,10 @@ def solver(name: str, scheduler: Any) -> Any:
     check_name(name)
     name, _, grid = name.partition("@")
     flow = _is_flow(scheduler)
-    if grid and flow is (grid == "karras"):
+    if grid and flow is not grid.startswith("shift"):
         raise BadConfig(f"{grid} is no grid of {'flow matching' if flow else 'a noise schedule in timesteps'}")
+    if grid in _TABLES and name == "ddim":
+        raise BadConfig(f"ddim takes evenly spaced timesteps only; take dpm++@{grid}, unipc@{grid} or deis@{grid}")
     if flow and name == "euler":
         name = "flowmatch"
     if flow and name == "ddim":
@@ -58,10 +64,30 @@ def solver(name: str, scheduler: Any) -> Any:
     if not flow and name == "flowmatch":
         raise BadConfig("flowmatch solves flow-matching models only; take ddim, dpm++, unipc or euler")
     options = _options(name, scheduler, flow)
-    if grid:
-        shift = "shift" if name == "flowmatch" else "flow_shift"
-        options |= {"use_karras_sigmas": True} if grid == "karras" else {shift: float(grid.removeprefix("shift"))}
-    return getattr(diffusers, _CLASSES[name]).from_config(scheduler.config, **options)
+    if grid == "karras":
+        options |= {"use_karras_sigmas": True}
+    elif grid.startswith("shift"):
+        options |= {"shift" if name == "flowmatch" else "flow_shift": float(grid.removeprefix("shift"))}
+    kind = getattr(diffusers, _CLASSES[name])
+    return (_aligned(kind, _TABLES[grid]) if grid in _TABLES else kind).from_config(scheduler.config, **options)
+
+
+def _aligned(kind: Any, table: str) -> Any:
+    """A class of schedulers on the published grid of Align Your Steps, https://arxiv.org/abs/2404.14507: ten steps,
+    and between them, for other numbers, even in log sigma, as its authors do."""
+    from diffusers.schedulers import AysSchedules
+
+    times = [*AysSchedules[table], 0]  # type: ignore[misc]
+
+    def set_timesteps(self: Any, num_inference_steps: int, device: Any = None, **_: Any) -> None:
+        kind.set_timesteps(self, num_inference_steps, device=device)
+        known = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
+        ten = np.linspace(0, num_inference_steps, len(times))
+        sigmas = np.interp(np.arange(num_inference_steps), ten, known[times])
+        places = 1 - np.interp(sigmas, known, np.linspace(0, 1, len(known)))
+        put(self, [*places.tolist(), 1.0], device=device)
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "__module__": kind.__module__})
 
 
 def _options(name: str, scheduler: Any, flow: bool) -> dict[str, Any]:

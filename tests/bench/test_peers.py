@@ -8,10 +8,10 @@ from torch import nn
 from fastdiff.bench import Prompts, Settings, plan, prompts_for, run
 from fastdiff.bench.peer import Fitted, Peer
 from fastdiff.bench.peers import peers_for
-from fastdiff.bench.peers_dit import Ratios
+from fastdiff.bench.peers_dit import Ratios, _text_through
 from fastdiff.bench.probe import Probe
 from fastdiff.bench.twin import Clock, Counter, Twin
-from fastdiff.errors import BackendUnavailable, UnsupportedModel
+from fastdiff.errors import BackendUnavailable, UnknownName, UnsupportedModel
 from tests.tiny import denoiser, make
 
 STEPS = 12
@@ -26,6 +26,8 @@ FIXED = {
 FIXED_DIT = {
     "TaylorSeer N=3": 12, "TaylorSeer lite N=3": 6, "PAB 2": 12, "FasterCache": 12, "MagCache 0.24": None,
     "FirstBlockCache 0.2": None, "SeaCache 0.5": None, "DBCache F1B0 0.3": None, "DBCache F1B0 0.3 + TaylorSeer": None,
+    "DBCache SCM fast": 7, "DBCache SCM fast + TaylorSeer": 7, "DBCache SCM fast + DMD": 7,
+    "DBCache SCM fast + FoCa": 7, "DBCache SCM ultra dynamic + DMD": None, "DBCache F1B0 0.5 W8 MC6 + FoCa": None,
 }  # fmt: skip
 CASES = [*(("sd15", UNET[name], count) for name, count in FIXED.items()),
          *(("sd3", DIT[name], count) for name, count in FIXED_DIT.items())]  # fmt: skip
@@ -76,6 +78,36 @@ def test_masks_of_cache_dit_are_stretched_to_the_steps(capsys):
             counts.append(running.computed())
     assert counts == [18, 15, 11, 8]
     assert not capsys.readouterr().out  # rows go there
+
+
+def test_each_calibrator_of_cache_dit_draws_its_own_picture():
+    pytest.importorskip("cache_dit")
+    seen = []
+    for name in ("", " + TaylorSeer", " + DMD", " + FoCa"):
+        with DIT[f"DBCache SCM fast{name}"].installed(make("sd3")) as running:
+            seen.append(latents(running.call))
+    assert all(torch.isfinite(one).all() for one in seen)
+    assert not any(torch.equal(one, other) for k, one in enumerate(seen) for other in seen[:k])
+    assert DIT["DBCache SCM fast + DMD"].record()["calibrator"] == "DMD"
+
+
+def test_what_is_switched_off_for_the_text_is_what_fails_and_changes_no_picture():
+    """The forecast of a stream that SD3's last block does not return; where it is handed through, all are the same."""
+    cache_dit = pytest.importorskip("cache_dit")
+    mask = {"steps_computation_mask": [1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1], "steps_computation_policy": "static"}
+
+    def drawn(text, through):
+        twin = Twin(make("sd3"))
+        if through:
+            _text_through(twin)
+        config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=STEPS, **mask)
+        calibrator = cache_dit.DMDCalibratorConfig(enable_encoder_calibrator=text)
+        cache_dit.enable_cache(twin.pipe, cache_config=config, calibrator_config=calibrator)
+        return latents(twin.pipe)
+
+    assert torch.equal(drawn(False, False), drawn(True, True))
+    with pytest.raises(AssertionError, match="not found"):
+        drawn(True, False)
 
 
 def test_a_cache_saves_the_work_that_it_says():
@@ -216,6 +248,16 @@ def test_who_leaves_the_stock_pipeline_changed_is_told_on():
     rows = run(pipe, [plan.Contender("vandal", "peer", 2, peer=vandal)], Prompts(("a cat",)), settings)
     assert "not itself" in rows[1].error
     assert all("trust no row" in " ".join(row.notes) for row in rows)
+
+
+def test_rivals_are_chosen_by_words_of_their_names():
+    pipe, settings = make("sd3"), Settings(steps=STEPS)
+    every = plan.rivals(pipe, settings)
+    chosen = plan.rivals(pipe, settings, ["FoCa", "PAB 2"])
+    assert {one.name for one in chosen} == {one.name for one in every if "FoCa" in one.name or one.name == "PAB 2"}
+    assert len(every) > len(chosen) > 2
+    with pytest.raises(UnknownName, match="DMDx"):
+        plan.rivals(pipe, settings, ["FoCa", "DMDx"])
 
 
 def test_missing_packages_and_other_pipelines_are_refused():

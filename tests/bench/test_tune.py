@@ -1,16 +1,19 @@
 """Tuning: the choice is what was asked for, what is written runs, and a search goes on where it ended."""
 
+import importlib.util
 import json
 
 import pytest
 
 import fastdiff
 from fastdiff.bench import tune
+from fastdiff.bench.measure import draw
 from fastdiff.bench.plan import Settings
 from fastdiff.bench.prompts import Prompts
 from fastdiff.bench.tune import Goal, Tried, Tuning
 from fastdiff.config import layers_of
 from fastdiff.errors import BadConfig
+from tests.packaging.tree import ROOT
 from tests.tiny import arguments, make
 
 TEXTS = tuple(f"a {colour} cat" for colour in ("red", "blue", "green", "old", "small", "large", "wet", "dry"))
@@ -85,6 +88,29 @@ def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     assert not other.configs, "another kind of picture is another search"
     [last] = other._measure({}, Prompts(TEXTS[:2]), 1)[:1]
     assert last.name == "baseline" and 0 < last.mean < 100, "the plain picture is not the converged one"
+
+
+def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(first, monkeypatch):
+    spec = importlib.util.spec_from_file_location("measure_tune", ROOT / "scripts/measure_tune.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert len(script.TRIES) >= 10 and {model for model, *_ in script.TRIES} == {"shapes-unet", "shapes-dit"}
+    monkeypatch.setattr(script, "FINE", 6)
+    made, drawn = first[0], []
+    monkeypatch.setattr(made, "prompts", Prompts(("a lighthouse on a cliff at sunset",)))
+
+    def seen(pipe, texts, seeds, steps, guidance):
+        drawn.append((texts, seeds, steps))
+        return draw(pipe, texts, seeds, steps, guidance)
+
+    monkeypatch.setattr(script, "draw", seen)
+    scheduler = made.pipe.scheduler
+    told = script.judged(made.pipe, made, tried("solver 3", 2.0, 40.0), 2, seed=1)
+    assert made.pipe.scheduler is scheduler
+    [(texts, seeds, steps), (again, same, asked)] = drawn
+    assert (texts, seeds) == (again, same) and (steps, asked) == (6, made.settings.steps) and len(texts) == 2
+    assert not {*texts} & {*made.prompts.texts, *made.texts} and min(seeds) > script.UNSEEN
+    assert told["chosen"] == "solver 3" and told["captions"] == 2 and 0 < told["unseen"] < 100
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"header": 1}'])

@@ -123,6 +123,53 @@ def test_rivals_that_are_not_beaten_are_named(script):
                 assert f"| {row['rival']} | {row['speedup']:.2f} | {row['psnr']:.1f} | **not beaten** |" in told
 
 
+@pytest.fixture
+def solver_tables(script, tmp_path, monkeypatch):
+    """The tables of docs/solvers.md, of measurements that a test writes."""
+    monkeypatch.setattr(script.solver_tables, "BENCHMARKS", tmp_path)
+    return script.solver_tables
+
+
+def test_tables_of_solvers_wait_for_their_measurement(solver_tables):
+    assert [made() for made in solver_tables.parts().values()] == ["Not measured yet."] * 3
+
+
+def test_grids_stand_side_by_side_and_the_best_is_bold(solver_tables, tmp_path):
+    def row(name, kind, steps, decibels):
+        return {
+            "name": name,
+            "kind": kind,
+            "computed_steps": steps,
+            "psnr_converged": decibels,
+            "scheduler": "DDIMScheduler",
+        }
+
+    rows = [
+        row("baseline", "baseline", 50, 44.3), row("fitted-5", "fastdiff", 5, 30.66),
+        row("fitted-8", "fastdiff", 8, 40.0),
+        row("5 steps", "fewer_steps", 5, 26.2), row("5 steps UniPC AYS", "fewer_steps", 5, 31.04),
+        row("8 steps UniPC AYS", "fewer_steps", 8, None),
+    ]  # fmt: skip
+    (tmp_path / "shapes-unet-ays.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert solver_tables.grids().splitlines() == [
+        "| evaluations | 5 | 8 |", "| --- | --- | --- |", "| fitted | 30.7 | **40.0** |", "| DDIM | 26.2 | - |",
+        "| UniPC AYS | **31.0** | - |",
+    ]  # fmt: skip
+
+
+def test_searches_that_miss_are_counted_as_such(solver_tables, tmp_path):
+    kept = {"model": "shapes-dit", "seed": 1, "target": 34.0, "chosen": "solver 8", "speedup": 3.5, "measured": 35.1,
+            "unseen": 34.0, "kept": 0.625}  # fmt: skip
+    missed = kept | {"target": 35.0, "unseen": 34.97}
+    tries = [missed, kept, {"model": "shapes-dit", "seed": 2, "target": 36.0, "chosen": None}]
+    told = {"tries": tries, "fit": 16, "prompts": 12, "judges": 24}
+    (tmp_path / "tune.json").write_text(json.dumps(told), encoding="utf-8")
+    found = solver_tables.tuned()
+    assert found.startswith("1 of 3 searches reach their target on 24 captions")
+    assert "| shapes-dit | 1 | 34 | solver 8 | 3.50 | 35.1 | 34.0 | 62% |" in found
+    assert "| shapes-dit | 2 | 36 | nothing | - | - | - | - |" in found
+
+
 def test_types_are_said_in_words(script):
     assert script.type_of({"type": "integer", "minimum": 1, "maximum": 6}) == "whole number 1 to 6"
     assert script.type_of({"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}]}) == "number from 0"

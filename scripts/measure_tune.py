@@ -1,0 +1,104 @@
+"""Whether `fastdiff tune` keeps its word: each try looks for settings of a target, which are then drawn for captions
+and noises that the search never saw.
+
+python scripts/measure_tune.py -o benchmarks/tune.json    about 40 minutes; goes on after the tries that the file holds
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+import fastdiff
+from fastdiff.bench import Settings, prompts_for
+from fastdiff.bench.measure import draw
+from fastdiff.bench.metrics import psnr
+from fastdiff.bench.row import command, environment
+from fastdiff.bench.tune import Goal, Tried, Tuning
+from fastdiff.pipelines.solving.schedulers import solver
+
+# model, seed of the search, decibels to the converged picture; searches of one seed share what they fitted
+TRIES = (
+    ("shapes-unet", 1, 33.0), ("shapes-unet", 1, 37.0), ("shapes-dit", 1, 30.0), ("shapes-dit", 1, 34.0),
+    ("shapes-unet", 2, 35.0), ("shapes-unet", 2, 38.0), ("shapes-dit", 2, 32.0), ("shapes-dit", 2, 36.0),
+    ("shapes-unet", 3, 32.0), ("shapes-unet", 3, 36.0),
+)  # fmt: skip
+FINE = 150  # steps of DPM++ 2M that stand for the converged picture; the search itself takes fewer
+UNSEEN = 700_000  # from the seed of a search to that of its judges
+BATCH = 8
+
+
+def main(
+    output: Annotated[Path, typer.Option("-o", "--output")],
+    states: Annotated[Path, typer.Option(help="folder for what the searches fitted")] = Path("build/tune"),
+    budget_minutes: Annotated[float, typer.Option(help="for the fits of one search")] = 5,
+    prompts: Annotated[int, typer.Option(help="captions that a search measures on")] = 12,
+    fit: Annotated[int, typer.Option(help="captions that a search fits on")] = 16,
+    judges: Annotated[int, typer.Option(help="captions that no search saw")] = 24,
+) -> None:
+    torch.set_num_threads(1)
+    states.mkdir(parents=True, exist_ok=True)
+    known = json.loads(output.read_text(encoding="utf-8"))["tries"] if output.exists() else []
+    done = {(one["model"], one["seed"], one["target"]) for one in known}
+    for model, seed, target in TRIES:
+        if (model, seed, target) in done:
+            continue
+        pipe = fastdiff.load(model)
+        pipe.set_progress_bar_config(disable=True)
+        search = searching(pipe, states / f"{model}-{seed}.json", target, seed, budget_minutes, prompts, fit)
+        _, chosen = search.search()
+        told = {"model": model, "seed": seed, "target": target}
+        known.append(told | (judged(pipe, search, chosen, judges, seed) if chosen else {"chosen": None}))
+        print(known[-1], flush=True)
+        found = {
+            "reached": sum(one.get("unseen", 0) >= one["target"] for one in known), "of": len(known), "tries": known,
+            "prompts": prompts, "fit": fit, "judges": judges, "budget_minutes": budget_minutes,
+            "converged": f"DPM++ 2M, {FINE} steps", "command": command(), "environment": environment(pipe),
+        }  # fmt: skip
+        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def searching(
+    pipe: Any, state: Path, target: float, seed: int, budget_minutes: float, prompts: int, fit: int
+) -> Tuning:
+    """As the command makes it, with fewer captions; no try sees those of another seed."""
+    first = 1_000 * seed
+    settings = Settings.of(pipe, None, None, rounds=2, seed=first, batch=BATCH)
+    texts = prompts_for(pipe, fit, first + 50_000, held_out=False).texts
+    goal = Goal("psnr", target, "converged")
+    return Tuning(pipe, goal, settings, prompts_for(pipe, prompts, first), texts, state, budget_minutes)
+
+
+def judged(pipe: Any, search: Tuning, chosen: Tried, count: int, seed: int) -> dict[str, Any]:
+    """The choice, drawn for captions of its own beside the converged pictures."""
+    first = UNSEEN + 1_000 * seed
+    seen = {*search.prompts.texts, *search.texts}
+    texts = [text for text in prompts_for(pipe, 2 * count, first).texts if text not in seen][:count]
+
+    def drawn(steps: int) -> NDArray:
+        parts = [range(k, min(k + BATCH, len(texts))) for k in range(0, len(texts), BATCH)]
+        guidance = search.settings.guidance_scale
+        return np.concatenate(
+            [draw(pipe, [texts[i] for i in part], [first + i for i in part], steps, guidance) for part in parts]
+        )
+
+    own, pipe.scheduler = pipe.scheduler, solver("dpm++", pipe.scheduler)
+    goal = drawn(FINE)
+    pipe.scheduler = own
+    with fastdiff.accelerate(pipe, search.configs[chosen.name]):
+        decibels = psnr(drawn(search.settings.steps), goal)
+    return {
+        "chosen": chosen.name, "speedup": round(chosen.speedup, 2), "measured": round(chosen.mean, 2),
+        "unseen": round(float(decibels.mean()), 2), "unseen_std": round(float(decibels.std()), 2),
+        "kept": round(float((decibels >= search.goal.value).mean()), 3), "captions": len(texts),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
