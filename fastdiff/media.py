@@ -30,7 +30,6 @@ QUALITY = 95  # of JPEG and lossy WebP
 _EXIF_MOST = 60_000  # bytes; a JPEG has no place for more
 _EXIF, _DESCRIPTION, _COMMENT = 0x8769, 0x010E, 0x9286  # EXIF: our JSON, and what the A1111 family of tools reads
 _BOX = b"fastdiff.replay\0"  # the name of our box in an MP4, which players leave out
-_RATES = ("sampling_rate", "sample_rate")
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,13 @@ def _channels(found: Any) -> NDArray:
 
 def _rate(pipe: Any) -> int:
     """Samples a second: of the pipeline, or of the model that makes them."""
-    places = [pipe, *(getattr(pipe, name, None) for name in ("vocoder", "vae", "codec"))]
-    for place in [found for part in places for found in (part, getattr(part, "config", None))]:
-        for name in _RATES:
-            if isinstance(rate := getattr(place, name, None), int):
-                return rate
-    raise FastdiffError(f"{type(pipe).__name__} does not say how many samples a second its sound has")
+    parts = [pipe, *(getattr(pipe, name, None) for name in ("vocoder", "vae", "codec"))]
+    places = [place for part in parts for place in (part, getattr(part, "config", None))]
+    rates = [getattr(place, name, None) for place in places for name in ("sampling_rate", "sample_rate")]
+    found = next((rate for rate in rates if isinstance(rate, int)), None)
+    if found is None:
+        raise FastdiffError(f"{type(pipe).__name__} does not say how many samples a second its sound has")
+    return found
 
 
 def check(suffix: str, kind: str, maker: str, still: bool = False) -> None:

@@ -119,7 +119,7 @@ class Accelerated:
         config = self.config
         for name, part in self.pipe.components.items() if config.text.cache else ():
             if name.startswith("text_encoder") and part is not None:
-                patches.wrap_forward(part, self.embeddings.remember(name, part))
+                self.embeddings.install(name, part, patches)
         if config.text.keys and config.parallel is None and config.quant is None and not config.compile.enabled:
             for anatomy in found:
                 self.keys.install(anatomy.denoiser, patches)

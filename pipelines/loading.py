@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from . import single_files
 from .outfit import Outfit
 from .quantized_parts import align, is_quantized, load_components
 from .quantizing import method_of
-from .sources import DTYPE, embedded, first_line, source, variant
+from .sources import DTYPE, embedded, first_line, source
 from .sources import EMBEDDED as EMBEDDED
 from .streamed import rest, streamed, structures
 
@@ -30,6 +31,8 @@ CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "shapes-unet": {"num_inference_steps": 50, "guidance_scale": 3.0},
     "shapes-dit": {"num_inference_steps": 28, "guidance_scale": 3.0},
 }
+
+_VARIANT = re.compile(r"^\w+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors$")
 
 
 def embedded_name(pipe: Any) -> str | None:
@@ -119,7 +122,7 @@ def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dt
 def _read(model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]) -> Any:
     """The pipeline, with these parts in the place of those of its directory."""
     kind = _kind(Path(source)) if parts else DiffusionPipeline
-    saved: Any = {"use_safetensors": True, "variant": variant(Path(source)), DTYPE: dtype}
+    saved: Any = {"use_safetensors": True, "variant": _variant(Path(source)), DTYPE: dtype}
     try:
         return kind.from_pretrained(source, **saved, **parts)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
@@ -130,3 +133,12 @@ def _kind(folder: Path) -> Any:
     """The pipeline's own class: the base class does not take components that are optional in it, but reads them."""
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     return getattr(diffusers, name, DiffusionPipeline)
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` where some component of a directory has its weights as `*.fp16.safetensors` alone."""
+    for part in sorted(folder.glob("*/")):
+        names = [_VARIANT.search(file.name) for file in part.glob("*.safetensors")]
+        if names and all(name is not None and name[1] for name in names):
+            return str(next(name for name in names if name)[1])
+    return None

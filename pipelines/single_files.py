@@ -24,7 +24,6 @@ _MISSING = re.compile(r"^(\w+) = (\w+)\.from_pretrained", re.M)  # in what diffu
 
 
 def is_file(model: str) -> bool:
-    """Whether a model's name is that of a file."""
     return Path(model).expanduser().is_file()
 
 

@@ -14,7 +14,6 @@ from fastdiff.errors import BadModel, UnknownName
 EMBEDDED = Path(__file__).parent / "shapes" / "models"
 DTYPE = "torch_dtype" if diffusers.__version__.startswith("0.41.") else "dtype"  # what diffusers calls it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_VARIANT = re.compile(r"^\w+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -71,15 +70,6 @@ def check_directory(path: Path) -> None:
             shards = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
             if lost := sorted(shards - {f.name for f in files}):
                 raise BadModel(f"{folder.name} in {str(path)!r} is incomplete: {', '.join(lost)} is not there")
-
-
-def variant(folder: Path) -> str | None:
-    """`fp16` where some component of a directory has its weights as `*.fp16.safetensors` alone."""
-    for part in sorted(folder.glob("*/")):
-        names = [_VARIANT.search(file.name) for file in part.glob("*.safetensors")]
-        if names and all(name is not None and name[1] for name in names):
-            return str(next(name for name in names if name)[1])
-    return None
 
 
 def check_weights(file: Path) -> None:

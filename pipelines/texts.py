@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ def _state(module: nn.Module, sample: bool) -> Any:
     weights = [*module.parameters(), *module.buffers()]
     worn = [(str(part.scaling), str(part.active_adapters), str(part.merged_adapters))
             for part in module.modules() if hasattr(part, "merged_adapters")]  # fmt: skip
-    known = [(id(weight), weight._version, weight.dtype) for weight in weights]
-    seen = [w.detach().flatten()[:: max(1, w.numel() // 8)].sum(dtype=torch.float64) for w in weights if not w.is_meta]
-    there = sample and len({value.device for value in seen}) == 1
-    return known, worn, torch.stack(seen).tolist() if there else None
+    known = [(id(weight), -1 if weight.is_inference() else weight._version, weight.dtype) for weight in weights]
+    there = [weight for weight in weights if sample and not weight.is_meta]
+    seen = [weight.flatten()[:: max(1, weight.numel() // 8)].sum(dtype=torch.float64).cpu() for weight in there]
+    return known, worn, torch.stack(seen).tolist() if seen else None
 
 
 class Embeddings:
@@ -40,32 +41,27 @@ class Embeddings:
         self.most, self.held, self.hits, self.misses = most, 0, 0, 0
         self._answers: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
-    def remember(self, name: str, encoder: nn.Module) -> Callable[[Forward], Forward]:
-        def wrapper(forward: Forward) -> Forward:
-            def encoded(*args: Any, **kwargs: Any) -> Any:
-                key = None if torch.is_grad_enabled() or encoder.training else self._key(name, encoder, (args, kwargs))
-                if key is not None and key in self._answers:
-                    self.hits += 1
-                    self._answers.move_to_end(key)
-                    return _copied(self._answers[key][0])
-                self.misses += 1
-                answer = forward(*args, **kwargs)
-                if key is not None:
-                    self._keep(key, answer)
-                return answer
+    def install(self, name: str, encoder: nn.Module, patches: PatchSet) -> None:
+        patches.wrap_forward(encoder, partial(partial, self._encode, name, encoder))
 
-            return encoded
-
-        return wrapper
+    def _encode(self, name: str, encoder: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        key = None if torch.is_grad_enabled() or encoder.training else self._key(name, encoder, (args, kwargs))
+        if key is not None and key in self._answers:
+            self.hits += 1
+            self._answers.move_to_end(key)
+            return _copied(self._answers[key][0])
+        self.misses += 1
+        answer = forward(*args, **kwargs)
+        if key is not None:
+            self._keep(key, answer)
+        return answer
 
     def _key(self, name: str, encoder: nn.Module, given: Any) -> str | None:
         leaves, spec = pytree.tree_flatten(given)
         if torch.is_inference_mode_enabled() or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
             return None
-        told = [
-            (leaf.shape, leaf.dtype, leaf.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            if isinstance(leaf, Tensor) else leaf for leaf in leaves
-        ]  # fmt: skip
+        told = [(x.shape, x.dtype, x.cpu().flatten().view(torch.uint8).numpy().tobytes())
+                if isinstance(x, Tensor) else x for x in leaves]  # fmt: skip
         return hashlib.sha256(repr((name, spec, told, _state(encoder, True))).encode()).hexdigest()
 
     def _keep(self, key: str, answer: Any) -> None:
@@ -104,37 +100,30 @@ class Keys:
 
     def install(self, denoiser: nn.Module, patches: PatchSet) -> None:
         for layer in layers_of_text(denoiser):
-            patches.wrap_forward(layer, self._once(layer))
+            self._stores.append([])
+            patches.wrap_forward(layer, partial(partial, self._once, layer, self._stores[-1]))
 
     def forget(self) -> None:
         self.computed = self.remembered = 0
         for store in self._stores:
             store[:] = []
 
-    def _once(self, layer: nn.Module) -> Callable[[Forward], Forward]:
-        store: list[Any] = []
-        self._stores.append(store)
-
-        def wrapper(forward: Forward) -> Forward:
-            def given(text: Any, *more: Any, **named: Any) -> Any:
-                plain = isinstance(text, Tensor) and not (more or named or torch.is_grad_enabled())
-                if not plain or torch.is_inference_mode_enabled() or len(store) > 2 * _BRANCHES:
-                    return forward(text, *more, **named)
-                key = _place(text), _state(layer, False)
-                for known, _, answer, version in store:
-                    if known == key and answer._version == version:
-                        self.remembered += 1
-                        return answer
-                answer = forward(text)
-                self.computed += 1
-                store.append((key, text, answer, answer._version))  # the text is held, so that its place stays its own
-                if len(store) > 2 * _BRANCHES:
-                    store[:] = [None] * (2 * _BRANCHES + 1)
+    def _once(self, layer: nn.Module, store: list[Any], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        text: Any = args[0] if len(args) == 1 and not kwargs else None
+        fixed = isinstance(text, Tensor) and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if not fixed or len(store) > 2 * _BRANCHES:
+            return forward(*args, **kwargs)
+        key = _place(text), _state(layer, False)
+        for known, _, answer, version in store:
+            if known == key and answer._version == version:
+                self.remembered += 1
                 return answer
-
-            return given
-
-        return wrapper
+        answer = forward(text)
+        self.computed += 1
+        store.append((key, text, answer, answer._version))  # the text is held, so that its place stays its own
+        if len(store) > 2 * _BRANCHES:
+            store[:] = [None] * len(store)
+        return answer
 
 
 def _place(text: Tensor) -> Any:

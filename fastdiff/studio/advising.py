@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
+from fastdiff.errors import FastdiffError, UnsupportedModel
 from fastdiff.parallel.planner import alone, attempt, candidates, halves
 from fastdiff.parallel.rehearsal import Tally
 from fastdiff.patch import PatchSet
@@ -35,10 +36,10 @@ from fastdiff.weights import nbytes
 
 from .drawing import opened
 from .holding import first_step
+from .pictures import usual_sides
 
 _SLACK = 1.15  # allocators, kernels' workspaces and what torch itself takes
 _BITS = {"w8a16": 8.5, "w4a16": 4.5}  # bits of a weight, with the scales of its groups
-_SPEED = 2e14  # operations a second that methods are compared at
 _TILE = 0.25  # of a decode in tiles; a tile is 512 x 512 of pixels in the VAEs of diffusers
 
 
@@ -51,7 +52,6 @@ class Needs:
     step: int
     decode: int | None
     cache: int
-    flops: int  # floating-point operations of a step
     largest_block: int
 
     def total(self, fit: Fit) -> int:
@@ -146,8 +146,14 @@ def advise(
     pipe, stored = skeleton(model, dtype)
     anatomy, calls = _first_step(pipe, size)
     config: Any = resolve_for(pipe, "balanced", {}, anatomy).config
-    sides = _sides(pipe, size)
-    needs = _needs(pipe, anatomy, calls, config.cache, sides, stored)
+    sides = usual_sides(pipe) if size is None else (size, size)
+    blocks = [block for part in anatomy.denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    steps = max(call_defaults(pipe).get("num_inference_steps") or 50, 2)
+    needs = Needs(
+        stored, tuple(denoisers(pipe)), alone(anatomy, calls).held, _decode(pipe, sides),
+        0 if config.cache is None else max(first_step(config.cache, anatomy, calls, steps)),
+        max(map(nbytes, blocks), default=nbytes(anatomy.denoiser)),
+    )  # fmt: skip
     room = memory or device_memory(here, 1)
     ways = [fit for fit in FITS if fit.offload == "none" or on_gpu]
     fit = next((fit for fit in ways if needs.total(fit) <= room), None)
@@ -173,7 +179,8 @@ def skeleton(model: str, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
     for name, entry in index.items():
         if isinstance(entry, list) and len(entry) == 2:
             parts[name] = None if entry[0] is None else _part(folder, name, *entry)
-            if isinstance(parts[name], nn.Module) and "quantization_config" in _config(folder / name):
+            config = folder / name / "config.json"
+            if isinstance(parts[name], nn.Module) and '"quantization_config"' in config.read_text(encoding="utf-8"):
                 stored[name] = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
     options = {name: value for name, value in index.items() if not name.startswith("_") and name not in parts}
     kind = getattr(diffusers, index["_class_name"])
@@ -190,11 +197,8 @@ def skeleton(model: str, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
 def _of_zeros(part: nn.Module, dtype: torch.dtype) -> None:
     """Weights that are all one zero, on the CPU: they take no memory, and what reads values finds some."""
     exact = tuple(getattr(part, "_keep_in_fp32_modules", None) or ())
-    places = [
-        (module, name, weight, f"{path}.{name}".split("."))
-        for path, module in part.named_modules()
-        for name, weight in module.named_parameters(recurse=False)
-    ]
+    places = [(module, name, weight, f"{path}.{name}".split(".")) for path, module in part.named_modules()
+              for name, weight in module.named_parameters(recurse=False)]  # fmt: skip
     made: dict[int, nn.Parameter] = {}  # a weight in two places stays one
     for module, name, weight, path in places:
         kept = any(word in path for word in exact) or not weight.is_floating_point()
@@ -228,22 +232,16 @@ def _part(folder: Path, name: str, library: str, class_name: str) -> Any:
     return kind.from_pretrained(folder / name)
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    file = folder / "config.json"
-    found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
-
-
 def _first_step(pipe: Any, size: int | None) -> tuple[Anatomy, Sequence[Any]]:
     """The denoiser on the meta device, and the arguments of its calls in a step."""
+
+    def zeros(leaf: Any) -> Any:
+        return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
     def shapes_only(forward: Any) -> Any:
         def sketched(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _on_meta((args, kwargs))
-            made = forward(*args, **kwargs)
-            return pytree.tree_map(
-                lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf, made
-            )
+            return pytree.tree_map(zeros, forward(*args, **kwargs))
 
         return sketched
 
@@ -265,37 +263,6 @@ def _first_step(pipe: Any, size: int | None) -> tuple[Anatomy, Sequence[Any]]:
     return anatomy, _on_meta(calls)
 
 
-def _sides(pipe: Any, size: int | None) -> tuple[int, int] | None:
-    if size is not None:
-        return size, size
-    known = inspect.signature(pipe.__call__).parameters
-    sides = [known[name].default for name in ("width", "height") if name in known]
-    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        return sides[0], sides[1]
-    config = next(iter(denoisers(pipe).values())).config
-    latent = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
-    side = latent * getattr(pipe, "vae_scale_factor", 8) if isinstance(latent, int) else None
-    return None if side is None else (side, side)
-
-
-def _needs(
-    pipe: Any, anatomy: Anatomy, calls: Sequence[Any], cache: Any, sides: tuple[int, int] | None, stored: dict[str, int]
-) -> Needs:  # fmt: skip
-    one = alone(anatomy, calls)
-    steps = call_defaults(pipe).get("num_inference_steps") or 50
-    blocks = [block for children in anatomy.denoiser.children() if isinstance(children, nn.ModuleList)
-              for block in children]  # fmt: skip
-    return Needs(
-        stored,
-        tuple(name for name in denoisers(pipe)),
-        one.held,
-        _decode(pipe, sides),
-        0 if cache is None else max(first_step(cache, anatomy, calls, max(steps, 2))),
-        one.fresh.flops,
-        max(map(nbytes, blocks), default=nbytes(anatomy.denoiser)),
-    )
-
-
 def _decode(pipe: Any, sides: tuple[int, int] | None) -> int | None:
     """Bytes of decoding one picture; None of a VAE that takes something else."""
     vae: Any = getattr(pipe, "vae", None)
@@ -314,17 +281,13 @@ def _decode(pipe: Any, sides: tuple[int, int] | None) -> int | None:
 
 
 def _cached(anatomy: Anatomy, cache: Any) -> Iterator[Lever]:
-    try:
-        if cache is None:
-            raise BadConfig("no preset has a cache for this family")
-        cache.places(anatomy)
-    except FastdiffError:
-        return
-    yield Lever(
-        "cache", ["--preset", "balanced"],
-        f"{cache.method}, the preset of this family: leaves out parts of most steps; try --preset fast, compare with "
-        "--compare",
-    )  # fmt: skip
+    with contextlib.suppress(FastdiffError):
+        if cache is None or not cache.places(anatomy):
+            return
+        yield Lever(
+            "cache", ["--preset", "balanced"],
+            f"{cache.method}, the preset of this family, leaves out parts of most steps; look with --compare, try fast",
+        )  # fmt: skip
 
 
 def _shared(anatomy: Anatomy, calls: Sequence[Any], devices: int, link: float | None) -> Iterator[Lever]:
@@ -341,20 +304,13 @@ def _shared(anatomy: Anatomy, calls: Sequence[Any], devices: int, link: float | 
     usable = [trial for trial in usable if trial.method.fresh(10_000) and trial.mesh.step == 1] or usable
     if not usable:
         return
-    best = min(usable, key=lambda trial: max(_waits(rank.stale, link) for rank in trial.played))
-    part = max((rank.stale for rank in best.played), key=lambda part: _waits(part, link))
-    settings = best.method.model_dump(exclude_defaults=True) | {"method": best.method.method}
-    flags = [word for key, value in settings.items() if key != "devices"
-             for word in ("--set", f"parallel.{key}={value}")]  # fmt: skip
-    sent = part.bytes_of(True) + part.bytes_of(False)
-    guided = " both halves of the guidance at once," if halves(calls) and settings.get("cfg", 1) > 1 else ""
+    most = {id(trial): max(sum(map(rank.stale.bytes_of, (True, False))) for rank in trial.played) for trial in usable}
+    best = min(usable, key=lambda trial: most[id(trial)])
+    sent = most[id(best)]
+    settings = best.method.model_dump(exclude_defaults=True, exclude={"devices"}) | {"method": best.method.method}
+    flags = [word for key, value in settings.items() for word in ("--set", f"parallel.{key}={value}")]
     yield Lever(
         "parallel", ["--devices", str(devices), *flags],
-        f"{settings['method']}:{guided} {sent / 1e6:.3g} MB a step and device, {sent / link * 1e3:.3g} ms on this "
+        f"{settings['method']}: {sent / 1e6:.3g} MB a step and device, {sent / link * 1e3:.3g} ms on this "
         "link; fastdiff plan measures the rest",
     )  # fmt: skip
-
-
-def _waits(part: Any, link: float) -> float:
-    """Seconds of a step: its bytes on the link, its operations at the speed of a large GPU."""
-    return float(part.bytes_of(True) + part.bytes_of(False)) / link + part.flops / _SPEED

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +95,21 @@ def arguments(pipe: Any, job: Sampling) -> dict[str, Any]:
 def _size(pipe: Any, job: Sampling, picture: Image.Image) -> tuple[int, int]:
     """What was asked for; else the picture's own proportions, with no more pixels than the model draws of itself."""
     step = multiple(pipe)
-    most = _usual_area(pipe)
-    scale = min(1.0, math.sqrt(most / (picture.width * picture.height))) if most else 1.0
+    most = math.prod(usual_sides(pipe) or (math.inf,))
+    scale = min(1.0, math.sqrt(most / (picture.width * picture.height)))
     own = [max(step, round(side * scale / step) * step) for side in picture.size]
     return job.width or own[0], job.height or own[1]
 
 
-def _usual_area(pipe: Any) -> int | None:
+def usual_sides(pipe: Any) -> tuple[int, int] | None:
+    """Width and height of what a pipeline draws where nobody says any, as far as it says so itself."""
     known = inspect.signature(pipe.__call__).parameters
-    sides = [known[name].default for name in ("height", "width") if name in known]
+    sides = [known[name].default for name in ("width", "height") if name in known]
     if len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        return sides[0] * sides[1]
+        return sides[0], sides[1]
     denoiser = next(iter(denoisers(pipe).values()))
     latent = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
-    return (latent * getattr(pipe, "vae_scale_factor", 8)) ** 2 if isinstance(latent, int) else None
+    return (latent * getattr(pipe, "vae_scale_factor", 8),) * 2 if isinstance(latent, int) else None
 
 
 def opened(path: str, mode: str = "RGB") -> Image.Image:
@@ -123,27 +123,3 @@ def opened(path: str, mode: str = "RGB") -> Image.Image:
         raise FastdiffError(f"{path!r} is no picture that can be read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FastdiffError(f"picture {path!r} cannot be read: {error}") from None
-
-
-def fingerprints(job: Sampling) -> dict[str, str]:
-    """What each picture is, by its name without the path."""
-    read = {Path(path).name: Path(path).expanduser().read_bytes() for _, path in job.pictures}
-    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in read.items()}
-
-
-def named(job: Sampling) -> dict[str, Any]:
-    """A job's inputs as they go into a file: pictures without their paths, which say who and where somebody is."""
-    kept = job.model_dump(include={"strength", "frames", "fps"})
-    image = [Path(path).name for path in job.image] if job.image else None
-    others = {name: path and Path(path).name for name, path in (("mask", job.mask), ("control", job.control))}
-    return kept | others | {"image": image, "drawn_from": fingerprints(job)}
-
-
-def named_outfit(outfit: Mapping[str, Any]) -> dict[str, Any]:
-    """What was put on a model, as it goes into a file."""
-    kept = {name: outfit[name] for name in ("scheduler", "vae_tiling") if outfit.get(name)}
-    if outfit.get("lora"):
-        kept["lora"] = [Path(text).name for text in outfit["lora"]]
-    if outfit.get("controlnet"):
-        kept["controlnet"] = Path(outfit["controlnet"]).name
-    return kept
