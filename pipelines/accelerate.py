@@ -22,6 +22,7 @@ from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
 from fastdiff.version import __version__
 
+from . import texts
 from .attention import install_backend
 from .cachequant import correct_fed_layers
 from .compile import check_cache, compile_blocks, compile_denoiser
@@ -30,7 +31,6 @@ from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
-from .texts import Embeddings, Keys
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class Accelerated:
         self._patches = PatchSet()
         self.crew: Crew | None = None
         self.quantized: Quantized | None = None
-        self.embeddings = Embeddings(self.config.text.cache_mb << 20)
-        self.keys = Keys()
+        self.embeddings = texts.Embeddings(self.config.text.cache_mb << 20)
+        self.keys = texts.Keys()
         self._listen()
 
     def _listen(self) -> None:
@@ -90,7 +90,7 @@ class Accelerated:
         with self._patches as patches:
             self._quantize(found, patches)
             plan = install_solver(self.pipe, self.config, found[0], self.clock, self._recorder.note, patches)
-            self._texts(found, patches)
+            texts.install(self.pipe, self.config, found, (self.embeddings, self.keys), self.clock, patches)
             self._cached = self._methods(found, None if plan is None else plan.leaves_out)
             self.crew = self._meet(found)
             if self.crew is not None:
@@ -111,19 +111,7 @@ class Accelerated:
         if method is None:
             follow_standing(found, self.clock, self._recorder, patches, by_clock)
             return
-        done = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
-        self.quantized = done
-
-    def _texts(self, found: list[Anatomy], patches: PatchSet) -> None:
-        """Layers that others split, compile or replace are left to them."""
-        config = self.config
-        for name, part in self.pipe.components.items() if config.text.cache else ():
-            if name.startswith("text_encoder") and part is not None:
-                self.embeddings.install(name, part, patches)
-        if config.text.keys and config.parallel is None and config.quant is None and not config.compile.enabled:
-            for anatomy in found:
-                self.keys.install(anatomy.denoiser, patches)
-            self.clock.on_start.append(lambda _: self.keys.forget())
+        self.quantized = installed(self.pipe, method, found, self.clock, self._recorder, patches, by_clock)
 
     def _methods(self, found: list[Anatomy], planned: CacheMethod | None) -> dict[str, CacheMethod]:
         """The cache method, or what the solver's plan leaves out, for each denoiser that it can work on; that it cannot

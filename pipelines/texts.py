@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastdiff.anatomy import Anatomy
+from fastdiff.clock import StepClock
+from fastdiff.config import Config
 from fastdiff.patch import PatchSet
 
 Forward = Callable[..., Any]
 _PROJECTIONS = ("caption_projection", "caption_norm", "text_embedder")  # between a text and its keys
 _SPEC = (bool, int, float, str, type(None))
-_BRANCHES = (
-    4  # inputs that one layer is given in a step, at most; after twice as many without one again it is left alone
-)
+_BRANCHES = 4  # inputs that one layer is given in a step, at most; after twice as many, none again, it is left alone
 
 
 def _state(module: nn.Module, sample: bool) -> Any:
@@ -136,3 +137,22 @@ def _place(text: Tensor) -> Any:
         text._version,
         text.dtype,
     )
+
+
+def install(
+    pipe: Any,
+    config: Config,
+    found: Sequence[Anatomy],
+    made: tuple[Embeddings, Keys],
+    clock: StepClock,
+    patches: PatchSet,
+) -> None:
+    """What the config wants made once; layers that others split, compile or replace are left to them."""
+    embeddings, keys = made
+    for name, part in pipe.components.items() if config.text.cache else ():
+        if name.startswith("text_encoder") and part is not None:
+            embeddings.install(name, part, patches)
+    if config.text.keys and config.parallel is None and config.quant is None and not config.compile.enabled:
+        for anatomy in found:
+            keys.install(anatomy.denoiser, patches)
+        clock.on_start.append(lambda _: keys.forget())

@@ -88,7 +88,7 @@ class QLayer(nn.Module):
         self._packed: Any = None
         self._home: torch.device | None = None  # where it was packed
         self._others: list[tuple[Kernel, Any]] = []  # that proved themselves too, for the clock to choose from
-        self._proved: dict[torch.device, list[Kernel]] = {}
+        self.proved: dict[torch.device, list[Kernel]] = {}
         self._runs: dict[Any, Callable[[Tensor], Tensor]] = {}  # what the clock chose, by shape and type
         self.floats: tuple[nn.Module, ...] = ()  # the float layer, where it is kept; no part of this module
         self._ranges: list[tuple[float, float]] = []
@@ -250,12 +250,12 @@ class QLayer(nn.Module):
         self._at = self.present.at(self.q.device) if self._ranges else None
         self._inverse = None if self.smooth is None else 1 / self.smooth
         self._smooth_key = None if self.smooth is None else hash(tuple(self.smooth.tolist()))
-        if (proved := self._proved.get(self.q.device)) is None:
+        if (proved := self.proved.get(self.q.device)) is None:
             found, said = self._choose(self)
         else:
             found, said = [(kernel, kernel.pack(self)) for kernel in proved], ""
         (self._kernel, self._packed), *self._others = found
-        self._home, self._proved[self.q.device] = self.q.device, [kernel for kernel, _ in found]
+        self._home, self.proved[self.q.device] = self.q.device, [kernel for kernel, _ in found]
         if self._kernel.replaces_q:
             self.q = self.q[:0].clone()  # empty, but of its type, by which others tell quantized weights
         return said
@@ -319,13 +319,13 @@ class QLayer(nn.Module):
             args[-1].append(f"{prefix}weight is quantized here: load float weights first, and quantize them")
             return
         self._plain()
-        self._proved.clear()
+        self.proved.clear()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plain tensors, without what a kernel packed."""
         buffers = {**self._buffers, "q": self.tensors()["q"]}
-        emptied: Any = {"_kernel": None, "_packed": None, "_others": [], "_proved": {}, "_runs": {}, "floats": ()}
+        emptied: Any = {"_kernel": None, "_packed": None, "_others": [], "proved": {}, "_runs": {}, "floats": ()}
         return {**self.__dict__, "_buffers": buffers, **emptied}
 
     def extra_repr(self) -> str:

@@ -66,7 +66,7 @@ def choose(layer: QLayer) -> tuple[list[tuple[Kernel, Any]], str]:
             continue  # a faster form of it has proved itself
         reason = kernel.refuses(layer)
         if reason is None:
-            packed, reason = _proved(kernel, layer)
+            packed, reason = proved(kernel, layer)
             if reason is None:
                 found.append((kernel, packed))
                 if kernel.replaces_q or layer.recipe.speed == "smallest":
@@ -80,7 +80,7 @@ def choose(layer: QLayer) -> tuple[list[tuple[Kernel, Any]], str]:
     raise BackendUnavailable(f"{'; '.join(said)}; set quant.kernel to auto, or to reference, which works everywhere")
 
 
-def _proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
+def proved(kernel: Kernel, layer: QLayer) -> tuple[Any, str | None]:
     """The packed weight and None, or the reason why the kernel cannot be trusted with this layer."""
     if isinstance(kernel, Reference):
         return None, None

@@ -11,7 +11,7 @@ from torch import nn
 import fastdiff
 from fastdiff.quant.activations import Present
 from fastdiff.quant.build import build
-from fastdiff.quant.kernels.choice import KERNELS
+from fastdiff.quant.kernels.choice import KERNELS, proved
 from fastdiff.quant.layer import Kernel, QLayer
 from fastdiff.quant.packing import FORMATS
 from fastdiff.quant.recipe import Recipe
@@ -66,6 +66,9 @@ def _kernel(bench: Bench, name: str, recipe: Recipe, kernel: Kernel, kind: str) 
     assert isinstance(layer, QLayer)
     layer = layer.to(bench.device)
     if kernel.refuses(layer) is not None:
+        return
+    if bench.dry and (reason := proved(kernel, layer)[1]) is not None:  # a processor without the instructions, say
+        yield {"name": f"kernel {kernel.name} {name} {kind}", "skipped": f"passed over on this processor: it {reason}"}
         return
     packed: Any = None
 

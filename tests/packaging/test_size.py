@@ -36,14 +36,14 @@ def offenders(sources, find):
 # What brings a user's own model, pictures and formats: files that hold nothing else, and were not there before.
 BRING = {
     "fastdiff/cli/advise.py", "fastdiff/cli/bring.py", "fastdiff/media.py", "fastdiff/studio/advising.py",
-    "fastdiff/studio/pictures.py", "pipelines/inputs.py", "pipelines/outfit.py", "pipelines/single_files.py",
-    "pipelines/sources.py", "pipelines/texts.py",
+    "fastdiff/studio/comparing.py", "fastdiff/studio/pictures.py", "pipelines/inputs.py", "pipelines/outfit.py",
+    "pipelines/single_files.py", "pipelines/sources.py", "pipelines/texts.py",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("part", "most"),
-    [("levers and core", 16_000), ("solver", 2_200), ("devices", 1_400), ("front", 7_000), ("bring", 1_500)],
+    [("levers and core", 16_000), ("solver", 2_200), ("devices", 1_400), ("front", 7_000), ("bring", 1_650)],
     ids=lambda value: str(value),
 )
 def test_the_product_stays_small(sources, part, most):
