@@ -57,7 +57,11 @@ def transfer() -> str:
             for row in found["rows"]
         ]
     head = ("model", "run", "fitted: PSNR dB to converged", "stock solver, as many evaluations", "which")
-    return readme.table(head, rows) if rows else UNMEASURED
+    if not rows:
+        return UNMEASURED
+    lora = any("LoRA" in what for _, what, *_ in rows)
+    told = "\n\nThe LoRA was fine-tuned on scenes whose objects all have that colour." if lora else ""
+    return readme.table(head, rows) + told
 
 
 def tuned() -> str:

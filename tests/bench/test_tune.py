@@ -11,7 +11,7 @@ from fastdiff.bench.measure import draw
 from fastdiff.bench.plan import Settings
 from fastdiff.bench.prompts import Prompts
 from fastdiff.bench.tune import Goal, Tried, Tuning
-from fastdiff.config import layers_of
+from fastdiff.config import Config, layers_of
 from fastdiff.errors import BadConfig
 from tests.packaging.tree import ROOT
 from tests.tiny import arguments, make
@@ -90,14 +90,14 @@ def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     assert last.name == "baseline" and 0 < last.mean < 100, "the plain picture is not the converged one"
 
 
-def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(first, monkeypatch):
+def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("measure_tune", ROOT / "scripts/measure_tune.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert len(script.TRIES) >= 10 and {model for model, *_ in script.TRIES} == {"shapes-unet", "shapes-dit"}
     monkeypatch.setattr(script, "FINE", 6)
-    made, drawn = first[0], []
-    monkeypatch.setattr(made, "prompts", Prompts(("a lighthouse on a cliff at sunset",)))
+    made, drawn = search(make("sd15"), tmp_path / "x.json", Goal("psnr", 1.0), []), []
+    made.prompts, made.configs = Prompts(("a lighthouse on a cliff at sunset",)), {"plain": Config()}
 
     def seen(pipe, texts, seeds, steps, guidance):
         drawn.append((texts, seeds, steps))
@@ -105,12 +105,12 @@ def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(first, m
 
     monkeypatch.setattr(script, "draw", seen)
     scheduler = made.pipe.scheduler
-    told = script.judged(made.pipe, made, tried("solver 3", 2.0, 40.0), 2, seed=1)
+    told = script.judged(made.pipe, made, tried("plain", 2.0, 40.0), 2, seed=1)
     assert made.pipe.scheduler is scheduler
     [(texts, seeds, steps), (again, same, asked)] = drawn
     assert (texts, seeds) == (again, same) and (steps, asked) == (6, made.settings.steps) and len(texts) == 2
     assert not {*texts} & {*made.prompts.texts, *made.texts} and min(seeds) > script.UNSEEN
-    assert told["chosen"] == "solver 3" and told["captions"] == 2 and 0 < told["unseen"] < 100
+    assert told["chosen"] == "plain" and told["captions"] == 2 and 0 < told["unseen"] < 100
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"header": 1}'])
