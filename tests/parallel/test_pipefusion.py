@@ -17,7 +17,7 @@ from .ranks import start
 from .test_ranks import _digests
 
 NAMES = {2: ("whole", "still", "errors", "weights", "refused"), 3: ("whole", "still", "weights"), 4: ("meshes",)}
-SLOW = {3: ("whole",), 4: ("meshes",)}
+SLOW = {3: ("whole", "still", "weights"), 4: ("meshes",)}
 CASES = [
     pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
     for ranks, names in NAMES.items()

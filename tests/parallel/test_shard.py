@@ -18,7 +18,7 @@ NAMES = {
     3: ("pictures", "memory"),
     4: ("with_everything",),
 }  # fmt: skip
-SLOW = {3: ("pictures",), 4: ("with_everything",), 2: ("with_everything",)}
+SLOW = {3: ("pictures", "memory"), 4: ("with_everything",), 2: ("with_everything",)}
 CASES = [
     pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
     for ranks, names in NAMES.items()
@@ -53,7 +53,7 @@ def test_all_checks_run() -> None:
     assert takes == {name for names in NAMES.values() for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_holds_its_share_and_the_blocks_that_are_here(ranks: int) -> None:
     """What is no block is whole everywhere; besides, a block that computes and the one after it. Pieces begin at 64
     bytes, and shares are alike."""
