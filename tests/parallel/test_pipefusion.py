@@ -64,7 +64,7 @@ def test_what_is_old_errs_less_in_smaller_steps_and_no_more_than_displaced_patch
 
 
 @ranks_meet
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_weights_are_those_of_a_stage_and_bytes_the_formula(ranks: int) -> None:
     """Hidden states of picture and text to the next stage, once a step; the last one's output to all. Of width 32: SD3
     has 16 tokens and 93 of text, in a batch of two halves; Flux 16 and 16, in two calls."""

@@ -13,12 +13,13 @@ from .test_ranks import _digests
 
 NAMES = {
     2: (
-        "pictures", "memory", "skipped", "quantized", "broken_off", "with_everything", "half_of_a_step", "refused",
+        "pictures", "memory", "skipped", "quantized", "broken_off", "half_of_a_step", "refused", "other_pictures",
+        "with_everything",
     ),
-    3: ("pictures", "memory"),
+    3: ("pictures", "other_pictures", "memory"),
     4: ("with_everything",),
 }  # fmt: skip
-SLOW = {3: ("pictures", "memory"), 4: ("with_everything",), 2: ("with_everything",)}
+SLOW = {2: ("other_pictures", "with_everything"), 3: ("pictures", "other_pictures", "memory"), 4: ("with_everything",)}
 CASES = [
     pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
     for ranks, names in NAMES.items()
