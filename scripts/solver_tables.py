@@ -21,7 +21,7 @@ def parts() -> dict[str, Callable[[], str]]:
 
 def grids() -> str:
     """PSNR to the converged picture of every stock solver and grid of one process, by evaluations."""
-    file = BENCHMARKS / "shapes-unet-ays.json"
+    file = BENCHMARKS / "shapes-unet-solver.json"
     if not file.is_file():
         return UNMEASURED
     found: dict[str, dict[int, float]] = {}

@@ -150,7 +150,7 @@ def test_grids_stand_side_by_side_and_the_best_is_bold(solver_tables, tmp_path):
         row("5 steps", "fewer_steps", 5, 26.2), row("5 steps UniPC AYS", "fewer_steps", 5, 31.04),
         row("8 steps UniPC AYS", "fewer_steps", 8, None),
     ]  # fmt: skip
-    (tmp_path / "shapes-unet-ays.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "shapes-unet-solver.json").write_text(json.dumps(rows), encoding="utf-8")
     assert solver_tables.grids().splitlines() == [
         "| evaluations | 5 | 8 |", "| --- | --- | --- |", "| fitted | 30.7 | **40.0** |", "| DDIM | 26.2 | - |",
         "| UniPC AYS | **31.0** | - |",
