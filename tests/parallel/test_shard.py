@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import pytest
 
 from . import sharded
-from .ranks import start
-from .test_ranks import _digests
+from .asked import Asked
 
 NAMES = {
     2: (
@@ -20,38 +16,18 @@ NAMES = {
     4: ("with_everything",),
 }  # fmt: skip
 SLOW = {2: ("other_pictures", "with_everything"), 3: ("pictures", "other_pictures", "memory"), 4: ("with_everything",)}
-CASES = [
-    pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
-    for ranks, names in NAMES.items()
-    for name in names
-]
+CHECKS = Asked(sharded, NAMES, SLOW)
+told = CHECKS.told
 pytestmark = pytest.mark.xdist_group("shards")
 
 
-@cache
-def said(slow: bool) -> dict[int, dict[str, list[Any]]]:
-    chosen = {ranks: [n for n in names if (n in SLOW.get(ranks, ())) is slow] for ranks, names in NAMES.items()}
-    kept = {ranks: names for ranks, names in chosen.items() if names}
-    return dict(zip(kept, start("tests.parallel.sharded", [(v, k) for k, v in kept.items()]), strict=True))
-
-
-def told(ranks: int, name: str) -> list[Any]:
-    found = said(name in SLOW.get(ranks, ()))[ranks][name]
-    for rank, one in enumerate(found):
-        assert not (isinstance(one, str) and ("Traceback" in one or one == "did not run")), f"rank {rank}: {one}"
-    return found
-
-
-@pytest.mark.parametrize(("ranks", "name"), CASES, ids=str)
+@pytest.mark.parametrize(("ranks", "name"), CHECKS.cases, ids=str)
 def test_check(ranks: int, name: str) -> None:
-    digests = [_digests(one) for one in told(ranks, name)]
-    assert all(one == digests[0] for one in digests), "the ranks ended with different latents"
+    CHECKS.agree(ranks, name)
 
 
 def test_all_checks_run() -> None:
-    known = {n for n, v in vars(sharded).items() if getattr(v, "__module__", "") == sharded.__name__}
-    takes = {n for n in known if list(getattr(sharded, n).__annotations__)[:2] == ["rank", "ranks"]}
-    assert takes == {name for names in NAMES.values() for name in names}
+    CHECKS.all_run()
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
