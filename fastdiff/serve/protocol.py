@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -11,11 +11,16 @@ from fastdiff.images import Guidance, Prompt, Seed, Steps
 from fastdiff.method import Settings
 
 MAX_BODY = 1 << 20  # bytes; two prompts of the longest kind, every character escaped, take half of it
+MAX_UPLOAD = 64 << 20  # of forms with pictures
+MAX_PICTURES = 16  # as in OpenAI's API
+MAX_PIXELS = 50_000_000  # of a picture that is sent
+Lora = Annotated[str, Field(pattern=r"^[^:]{1,200}(:-?[0-9]{1,2}(\.[0-9]{1,4})?)?$")]
 MAX_PREVIEWS = 3  # as in OpenAI's API
 
 
 class Limits(Settings):
-    """What one client may ask of a server, in images, pixels a side, steps, waiting requests and seconds."""
+    """What one client may ask of a server, in images, pixels a side, steps, waiting requests and seconds; and how
+    many are drawn in turns."""
 
     images: int = Field(4, ge=1)
     side: int = Field(2048, ge=8)
@@ -23,6 +28,7 @@ class Limits(Settings):
     queue: int = Field(16, ge=1)
     timeout: float = Field(300.0, gt=0)
     grace: float = Field(30.0, ge=0)
+    in_progress: int = Field(4, ge=1)
 
 
 class Problem(Exception):
@@ -49,27 +55,26 @@ def _null_is_allowed(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = {"type": "null"}
 
 
-class ImageRequest(BaseModel):
-    """A request for images. What is left out, or null, stays with the model; `size` is its own with "auto"."""
+class DrawRequest(BaseModel):
+    """What pictures and videos have in common. What is left out, or null, stays with the model; `size` is its own with
+    "auto"."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_null_is_allowed
     )  # fmt: skip
 
     prompt: Prompt = Field(min_length=1)
-    model: str | None = Field(None, max_length=300, description="the served model's name, or nothing")
-    n: int = Field(1, ge=1, description="images, with consecutive seeds")
+    model: str | None = Field(None, max_length=300, description="the served model's name or an alias, or nothing")
     size: str = Field("auto", pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="auto or WIDTHxHEIGHT")
-    response_format: Literal["b64_json"] = Field("b64_json", description="this server keeps no files to link to")
-    output_format: Literal["png"] = "png"
-    stream: bool = Field(False, description="server-sent events: progress, previews, images")
-    partial_images: int = Field(0, ge=0, le=MAX_PREVIEWS, description="previews in a stream, of the first image")
     user: str | None = Field(None, max_length=1000, description="accepted and not used")
     negative_prompt: Prompt | None = None
     seed: Seed | None = Field(None, description="random if left out; the reply says it")
     steps: Steps | None = Field(None, validation_alias=AliasChoices("steps", "num_inference_steps"))
     guidance_scale: Guidance | None = None
     preset: str | None = Field(None, validation_alias=AliasChoices("preset", "config"))
+    lora: list[Lora] = Field(
+        [], max_length=8, description="NAME or NAME:SCALE of those that the server was started with"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -83,23 +88,64 @@ class ImageRequest(BaseModel):
         return {"width": int(width), "height": int(height)} if height else {}
 
 
-def request_within(limits: Limits, presets: Sequence[str]) -> type[ImageRequest]:
+class ImageRequest(DrawRequest):
+    """A request for images."""
+
+    n: int = Field(1, ge=1, description="images, with consecutive seeds")
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
+        "auto", description="low, medium, high: the preset fast, balanced, lossless, or the nearest that is served"
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        "auto", description="transparent: see-through where the colour is that of the picture's edge"
+    )
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of WebP and JPEG; default 95")
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data URL that holds the image")
+    stream: bool = Field(False, description="server-sent events: previews, images")
+    partial_images: int = Field(0, ge=0, le=MAX_PREVIEWS, description="previews in a stream, of the first image")
+    progress: bool = Field(False, description="in a stream, an event after each step")
+    moderation: Literal["auto", "low"] = Field("auto", description="accepted and not used")
+    style: Literal["vivid", "natural"] | None = Field(None, description="accepted and not used")
+    safety_identifier: str | None = Field(None, max_length=1000, description="accepted and said again")
+
+
+class EditRequest(ImageRequest):
+    """The fields of a form that asks for images drawn over others."""
+
+    model_config = ConfigDict(strict=False)  # a form has only text
+
+    strength: float | None = Field(None, ge=0, le=1, description="how much is drawn anew, where the model takes it")
+    input_fidelity: Literal["high", "low"] = Field("low", description="high: a strength of 0.5")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the form says of the picture that is drawn over."""
+        faithful = 0.5 if self.input_fidelity == "high" else None
+        return {"strength": faithful if self.strength is None else self.strength}
+
+
+R = TypeVar("R", bound=DrawRequest)
+
+
+def within(limits: Limits, presets: Sequence[str], kind: type[R]) -> type[R]:
     """The request as one server takes it, so that its OpenAPI document says what is allowed."""
-    fields = ImageRequest.model_fields
+    fields = kind.model_fields
     steps = Field(None, ge=1, le=limits.steps, validation_alias=fields["steps"].validation_alias)
     preset = Field(None, validation_alias=fields["preset"].validation_alias, description=f"default: {presets[0]}")
     changed: dict[str, Any] = {
-        "n": (int, Field(1, ge=1, le=limits.images, description=fields["n"].description)),
         "steps": (int | None, steps),
         "preset": (Literal[tuple(presets)] | None, preset),
     }
-    return create_model("ImageRequest", __base__=ImageRequest, __doc__=ImageRequest.__doc__, **changed)
+    if "n" in fields:
+        changed["n"] = (int, Field(1, ge=1, le=limits.images, description=fields["n"].description))
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **changed)
 
 
 class Picture(BaseModel):
-    """A PNG, which says itself how it was made, and what the run did."""
+    """A picture, which says itself how it was made, and what the run did."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     revised_prompt: str | None = None
     seed: int
     seconds: float
@@ -110,8 +156,12 @@ class Picture(BaseModel):
 class ImagesReply(BaseModel):
     created: int
     data: list[Picture]
-    output_format: Literal["png"] = "png"
+    background: Literal["transparent", "opaque"]
+    output_format: Literal["png", "webp", "jpeg"]
+    quality: Literal["low", "medium", "high"] | None
     size: str
+    safety_identifier: str | None
+    usage: dict[str, Any]
 
 
 class Mistake(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -147,6 +148,13 @@ class Studio:
         """Accelerate with these settings from now on; where they cannot be had, the old ones stay."""
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)
+
+    def over(self, pipe: Any) -> Studio:
+        """The same with another pipeline of this model, which is not accelerated yet."""
+        made = copy.copy(self)
+        made.pipe, made.known = pipe, inspect.signature(pipe.__call__).parameters
+        pipe.set_progress_bar_config(disable=True)
+        return made
 
     def only_pictures(self) -> None:
         """Raises FastdiffError for a model that makes something else; for front doors that show pictures alone."""

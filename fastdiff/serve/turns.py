@@ -1,0 +1,108 @@
+"""Whose turn it is to compute: one at a time, and it changes only between two steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+AGEING = 0.05  # seconds of work that a second of waiting makes up for
+
+
+class Work(Protocol):
+    """What waits, is begun in one of the places, and goes on there."""
+
+    asked: float  # by the clock
+    alone: bool  # whether the first place is the only one that it can be done in
+    stopped: bool  # whether nobody wants it any more
+
+    @property
+    def left(self) -> float:
+        """Seconds of work, as far as known."""
+
+
+W = TypeVar("W", bound=Work)
+
+
+def urgency(left: float, waited: float) -> float:
+    """The lowest goes first: the shortest remaining, less a share of the time since it was asked for.
+
+    Work that is done gains on all that waits, so of what is there already none overtakes another; only what is new and
+    short does, by no more than a wait of left / AGEING seconds.
+    """
+    return left - AGEING * waited
+
+
+class Turns(Generic[W]):
+    """Work begins in a thread of its place, and parks there while it is the turn of something more urgent.
+
+    With one place everything is done in the order in which it was asked for.
+    """
+
+    def __init__(self, places: int, do: Callable[[W, int], None], clock: Callable[[], float] = time.monotonic):
+        self.waiting: list[W] = []  # not begun
+        self.begun: list[W] = []
+        self._places, self._do, self._clock = places, do, clock
+        self._free = set(range(places))
+        self._parked: list[W] = []
+        self._holder: W | None = None
+        self._changed = threading.Condition()
+        self._pool = ThreadPoolExecutor(places, "draw")
+
+    def add(self, work: W) -> None:
+        with self._changed:
+            self.waiting.append(work)
+            self._pass_on()
+
+    def drop(self, work: W) -> bool:
+        """It was stopped: it leaves the queue, or its parking place; says whether it had not begun."""
+        with self._changed:
+            self._changed.notify_all()
+            if work not in self.waiting:
+                return False
+            self.waiting.remove(work)
+            return True
+
+    def pause(self, work: W) -> None:
+        """Let what is more urgent go first. Work that is stopped meanwhile comes back without a turn."""
+        with self._changed:
+            self._parked.append(work)
+            self._holder = None
+            self._pass_on()
+            self._changed.wait_for(lambda: self._holder is work or work.stopped)
+            if self._holder is not work:
+                self._parked.remove(work)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _pass_on(self) -> None:
+        able = [*self._parked, *(work for work in self.waiting if self._free and (not work.alone or 0 in self._free))]
+        if self._holder is not None or not able:
+            return
+        now = self._clock()
+        in_turn = self._places == 1
+        chosen = min(able, key=lambda work: work.asked if in_turn else urgency(work.left, now - work.asked))
+        self._holder = chosen
+        if chosen in self._parked:
+            self._parked.remove(chosen)
+            self._changed.notify_all()
+            return
+        self.waiting.remove(chosen)
+        self.begun.append(chosen)
+        place = 0 if chosen.alone else max(self._free)
+        self._free.remove(place)
+        self._pool.submit(self._begin, chosen, place)
+
+    def _begin(self, work: W, place: int) -> None:
+        try:
+            self._do(work, place)
+        finally:
+            with self._changed:
+                self.begun.remove(work)
+                self._free.add(place)
+                if self._holder is work:
+                    self._holder = None
+                self._pass_on()
