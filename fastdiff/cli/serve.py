@@ -63,6 +63,7 @@ def serve(
     _require(engine)
     from fastdiff.serve import host as hosts
     from fastdiff.serve.app import Options
+    from fastdiff.serve.asked import named
     from fastdiff.serve.door import read_keys
     from fastdiff.serve.protocol import Limits
 
@@ -103,20 +104,6 @@ def shelf(presets: list[str], configs: list[Path], sets: list[str]) -> dict[str,
         if name in found:
             raise BadConfig(f"two settings are called {name!r}; rename one of the files")
         found[name] = settings.layers(preset, config, None, None, sets, None)
-    return found
-
-
-def named(loras: list[str]) -> dict[str, str]:
-    """FILE[:scale] by the name that clients ask for it with: the file's, without folder and suffix."""
-    from fastdiff.errors import BadConfig
-    from fastdiff.pipelines.outfit import lora_of
-
-    found: dict[str, str] = {}
-    for text in loras:
-        name = lora_of(text)[0].stem
-        if name in found:
-            raise BadConfig(f"two LoRA are called {name!r}; rename one of the files")
-        found[name] = text
     return found
 
 

@@ -25,7 +25,6 @@ from .desk import Desk
 from .door import Door
 from .meters import Meters
 from .protocol import (
-    EditRequest,
     ErrorReply,
     Health,
     ImageRequest,
@@ -36,7 +35,7 @@ from .protocol import (
     Problem,
 )  # fmt: skip
 from .tickets import Ticket
-from .uploads import documented, received
+from .uploads import EditRequest, documented, received
 from .videos import add_videos
 from .written import usage
 

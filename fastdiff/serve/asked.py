@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling, sentence
 from fastdiff.pipelines.outfit import lora_of
 
@@ -96,3 +96,14 @@ class Asked:
         preset = self.preset(body)
         shown = {"previews": body.partial_images, "progress": body.progress} if body.stream else {}
         return {"preset": preset, "form": Form.of(body, preset), **shown}
+
+
+def named(loras: Sequence[str]) -> dict[str, str]:
+    """FILE[:scale] by the name that clients ask for it with: the file's, without folder and suffix."""
+    found: dict[str, str] = {}
+    for text in loras:
+        name = lora_of(text)[0].stem
+        if name in found:
+            raise BadConfig(f"two LoRA are called {name!r}; rename one of the files")
+        found[name] = text
+    return found

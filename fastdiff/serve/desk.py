@@ -17,7 +17,6 @@ from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling
 from fastdiff.pipelines.inputs import fitting
 from fastdiff.pipelines.loading import call_defaults
-from fastdiff.studio import pictures
 from fastdiff.studio.drawing import Studio
 from fastdiff.studio.previews import Palette
 
@@ -28,7 +27,6 @@ from .tickets import Ticket
 from .turns import Turns
 from .written import base64_of, tokens, usage
 
-_PIXELS = 512 * 512  # of a picture whose size nobody knows
 _FRESH = 0.2  # share of the newest step in what a preset's steps take
 _log = logging.getLogger(__name__)
 
@@ -83,23 +81,14 @@ class Desk:
             raise Problem(503, "closing", "the server is shutting down; ask another one")
         if self.waiting >= self.limits.queue:
             raise Problem(429, "queue_full", f"{self.waiting} requests are waiting already; try again later")
-        self._weigh(ticket)
+        ticket.weigh(self.able(ticket.inputs).pipe, self._paces)
+        ticket.alone = ticket.preset in self._alone
         timers: list[asyncio.TimerHandle] = []
         if not ticket.lasting:
             late = Problem(504, "timeout", f"not done within {self.limits.timeout:g} s; ask for fewer steps or images")
             timers.append(self._loop.call_later(self.limits.timeout, ticket.stop, late))
         ticket.result.add_done_callback(lambda _: self._done(ticket, timers))
         self._turns.add(ticket)
-
-    def _weigh(self, ticket: Ticket) -> None:
-        pipe = self.able(ticket.inputs).pipe
-        usual = pictures.usual_sides(pipe)
-        first = ticket.jobs[0]
-        width, height = first.width or (usual or (0,))[0], first.height or (usual or (0,))[-1]
-        steps = first.steps or call_defaults(pipe).get("num_inference_steps") or 1
-        ticket.pixels = float(width * height or _PIXELS) * (first.frames or 1)
-        ticket.todo = ticket.work = ticket.pixels * (steps * (first.strength or 1) + 1) * len(ticket.jobs)
-        ticket.paces, ticket.alone = self._paces, ticket.preset in self._alone
 
     def _done(self, ticket: Ticket, timers: Sequence[asyncio.TimerHandle]) -> None:
         for timer in timers:

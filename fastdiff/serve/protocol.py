@@ -109,21 +109,6 @@ class ImageRequest(DrawRequest):
     safety_identifier: str | None = Field(None, max_length=1000, description="accepted and said again")
 
 
-class EditRequest(ImageRequest):
-    """The fields of a form that asks for images drawn over others."""
-
-    model_config = ConfigDict(strict=False)  # a form has only text
-
-    strength: float | None = Field(None, ge=0, le=1, description="how much is drawn anew, where the model takes it")
-    input_fidelity: Literal["high", "low"] = Field("low", description="high: a strength of 0.5")
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What the form says of the picture that is drawn over."""
-        faithful = 0.5 if self.input_fidelity == "high" else None
-        return {"strength": faithful if self.strength is None else self.strength}
-
-
 R = TypeVar("R", bound=DrawRequest)
 
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdiff.images import Sampling
+from fastdiff.pipelines.loading import call_defaults
+from fastdiff.studio import pictures
 
 from .protocol import Problem
 from .written import Form
 
+_SIDE = 512  # pixels of a picture whose size nobody knows
 _PACE = 1e-6  # seconds a pixel and step, until it is known
 
 
@@ -48,6 +51,14 @@ class Ticket:
     @property
     def inputs(self) -> frozenset[str]:
         return frozenset(option for option, _ in self.jobs[0].pictures)
+
+    def weigh(self, pipe: Any, paces: Mapping[str, float]) -> None:
+        """How much it is; `paces` are the seconds of a pixel and step, by preset."""
+        first, usual = self.jobs[0], pictures.usual_sides(pipe) or (_SIDE, _SIDE)
+        steps = first.steps or call_defaults(pipe).get("num_inference_steps") or 1
+        self.pixels = float((first.width or usual[0]) * (first.height or usual[1]) * (first.frames or 1))
+        self.todo = self.work = self.pixels * (steps * (first.strength or 1) + 1) * len(self.jobs)
+        self.paces = paces
 
     @property
     def left(self) -> float:

@@ -29,8 +29,8 @@ W = TypeVar("W", bound=Work)
 def urgency(left: float, waited: float) -> float:
     """The lowest goes first: the shortest remaining, less a share of the time since it was asked for.
 
-    What is there already does not change its order, since all of it waits, and what has the turn gets shorter: only what
-    comes anew goes before, if it is shorter, and not if it comes more than left / AGEING seconds later.
+    What is there already does not change its order, since all of it waits, and what has the turn gets shorter: only
+    what comes anew goes before, if it is shorter, and not if it comes more than left / AGEING seconds later.
     """
     return left - AGEING * waited
 

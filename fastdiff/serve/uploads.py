@@ -7,18 +7,33 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_origin
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from .protocol import MAX_PICTURES, MAX_PIXELS, Problem
+from .protocol import MAX_PICTURES, MAX_PIXELS, ImageRequest, Problem
 
 B = TypeVar("B", bound=BaseModel)
 Files = Mapping[str, Sequence[bytes]]
+
+
+class EditRequest(ImageRequest):
+    """The fields of a form that asks for images drawn over others."""
+
+    model_config = ConfigDict(strict=False)  # a form has only text
+
+    strength: float | None = Field(None, ge=0, le=1, description="how much is drawn anew, where the model takes it")
+    input_fidelity: Literal["high", "low"] = Field("low", description="high: a strength of 0.5")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the form says of the picture that is drawn over."""
+        faithful = 0.5 if self.input_fidelity == "high" else None
+        return {"strength": faithful if self.strength is None else self.strength}
 
 
 async def received(request: Request, kind: type[B], names: Sequence[str]) -> tuple[B, Files]:
