@@ -162,7 +162,7 @@ class Told:
 def measure(servers: Mapping[str, tuple[str, int]], requests: int, clients: int, rounds: int) -> dict[str, Any]:
     """What each request gives when it is alone, then all of them from many clients; some of those hang up. The servers
     get the same requests in rounds, one after the other, so that what else the machine does is the same for them."""
-    asked = menu()
+    asked = menu()[:requests]
     told = {name: Told(*server) for name, server in servers.items()}
     for server in told.values():
         server.alone = ["" if kind == "cancel" else server.ask(kind, body)[1] for kind, body in asked]

@@ -51,7 +51,9 @@ class Desk:
         self._able: dict[frozenset[str], Studio] = {}
         self._alone: set[str] = set()
         self._paces: dict[str, float] = {}
-        self._turns = Turns(limits.in_progress, self._serve)
+        self._turns: Turns[Ticket] = Turns(
+            limits.in_progress, self._serve, lambda one, n: self.places[n].suits(one.inputs, one.preset, one.loras)
+        )
         for name in reversed(list(shelf)):  # a preset that cannot work is found before anybody is served
             self._suit(self.places[0], frozenset(), name, {})
             config = self.places[0].studio.fast.config

@@ -44,6 +44,10 @@ class Place:
         self._settings: tuple[Collection[str], str] | None = None
         self._worn: tuple[str, ...] = ()
 
+    def suits(self, inputs: Collection[str], preset: str, loras: Mapping[str, str]) -> bool:
+        """Whether it is already as `suit` would make it."""
+        return self._settings == (inputs, preset) and self._worn == tuple(loras.values())
+
     def suit(
         self, inputs: Collection[str], preset: str, layers: Sequence[Layer], loras: Mapping[str, str]
     ) -> bool:  # fmt: skip

@@ -36,15 +36,16 @@ def urgency(left: float, waited: float) -> float:
 
 
 class Turns(Generic[W]):
-    """Work begins in a thread of its place, and parks there while it is the turn of something more urgent.
+    """Work begins in a thread of its place, and parks there while it is the turn of something more urgent. It gets a
+    place that `suits` it, if one is free.
 
     With one place everything is done in the order in which it was asked for.
     """
 
-    def __init__(self, places: int, do: Callable[[W, int], None], clock: Callable[[], float] = time.monotonic):
+    def __init__(self, places: int, do: Callable[[W, int], None], suits: Callable[[W, int], bool]) -> None:
         self.waiting: list[W] = []  # not begun
         self.begun: list[W] = []
-        self._places, self._do, self._clock = places, do, clock
+        self._places, self._do, self._suits = places, do, suits
         self._free = set(range(places))
         self._parked: list[W] = []
         self._holder: W | None = None
@@ -82,7 +83,7 @@ class Turns(Generic[W]):
         able = [*self._parked, *(work for work in self.waiting if self._free and (not work.alone or 0 in self._free))]
         if self._holder is not None or not able:
             return
-        now = self._clock()
+        now = time.monotonic()
         in_turn = self._places == 1
         chosen = min(able, key=lambda work: work.asked if in_turn else urgency(work.left, now - work.asked))
         self._holder = chosen
@@ -92,7 +93,7 @@ class Turns(Generic[W]):
             return
         self.waiting.remove(chosen)
         self.begun.append(chosen)
-        place = 0 if chosen.alone else max(self._free)
+        place = 0 if chosen.alone else max(self._free, key=lambda free: (self._suits(chosen, free), free))
         self._free.remove(place)
         self._pool.submit(self._begin, chosen, place)
 
