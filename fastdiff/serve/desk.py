@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,11 +22,11 @@ from fastdiff.studio.drawing import Studio
 from fastdiff.studio.previews import Palette
 
 from .meters import Meters
-from .places import Place, twin
+from .places import Place, places
 from .protocol import Limits, Problem
 from .tickets import Ticket
 from .turns import Turns
-from .written import base64_of, tokens, usage
+from .written import tokens, usage
 
 _FRESH = 0.2  # share of the newest step in what a preset's steps take
 _log = logging.getLogger(__name__)
@@ -45,14 +46,12 @@ class Desk:
         self.studio, self.shelf, self.limits, self.meters = studio, shelf, limits, meters
         self.loras = loras or {}
         self.closing = False
-        studio.fast.restore()
-        several = limits.in_progress > 1
-        self.places = [Place(studio, twin(studio.pipe) if several else studio.pipe) for _ in range(limits.in_progress)]
+        self.places = places(studio, limits.in_progress)
         self._able: dict[frozenset[str], Studio] = {}
         self._alone: set[str] = set()
         self._paces: dict[str, float] = {}
         self._turns: Turns[Ticket] = Turns(
-            limits.in_progress, self._serve, lambda one, n: self.places[n].suits(one.inputs, one.preset, one.loras)
+            len(self.places), self._serve, lambda one, n: self.places[n].suits(one.inputs, one.preset, one.loras)
         )
         for name in reversed(list(shelf)):  # a preset that cannot work is found before anybody is served
             self._suit(self.places[0], frozenset(), name, {})
@@ -170,7 +169,7 @@ class Desk:
         size = f"{width}x{height}"
         if not isinstance(drawn.image, Image.Image):
             return made | {"size": size, "clip": drawn.image, "data": data}
-        counts, shown = tokens(place.studio, job, (width, height)), base64_of(data)
+        counts, shown = tokens(place.studio, job, (width, height)), b64encode(data).decode()
         event = {"type": f"{ticket.kind}.completed", "index": index, "b64_json": shown, "usage": usage([counts])}
         self._tell(ticket, event | made | ticket.form.event(size))
         return made | ticket.form.shown(shown) | {"size": size, "tokens": counts}
@@ -210,7 +209,7 @@ class Desk:
 
         def show(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if step + 1 in due:
-                shown = base64_of(ticket.form.encode(palette.picture(values["latents"])))
+                shown = b64encode(ticket.form.encode(palette.picture(values["latents"]))).decode()
                 event = {"type": f"{ticket.kind}.partial_image", "b64_json": shown}
                 self._tell(ticket, event | about | {"partial_image_index": due.index(step + 1)})
             return values

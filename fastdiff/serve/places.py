@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fastdiff.config import Layer
 from fastdiff.errors import UnsupportedModel
 from fastdiff.pipelines.accelerate import restore
+from fastdiff.pipelines.families import denoisers
 from fastdiff.pipelines.inputs import fitting
 from fastdiff.pipelines.outfit import wear
+from fastdiff.quant.layer import QLayer
 from fastdiff.studio.drawing import Studio
 
 
@@ -33,6 +35,15 @@ def twin(pipe: Any) -> Any:
         raise UnsupportedModel(
             f"{kind} cannot be drawn with in turns ({why}); serve it with --in-progress 1"
         ) from error
+
+
+def places(studio: Studio, most: int) -> list[Place]:
+    """Those of a server, at most so many. A model whose layers are quantized has one: each would pack them anew."""
+    studio.fast.restore()
+    layers = (layer for part in denoisers(studio.pipe).values() for layer in part.modules())
+    if most == 1 or any(isinstance(layer, QLayer) for layer in layers):
+        return [Place(studio, studio.pipe)]
+    return [Place(studio, twin(studio.pipe)) for _ in range(most)]
 
 
 class Place:

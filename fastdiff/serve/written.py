@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +95,6 @@ def cut_out(image: Image.Image) -> Image.Image:
     made = image.convert("RGB")
     made.putalpha(Image.fromarray((far * 255).astype(np.uint8)))
     return made
-
-
-def base64_of(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def tokens(studio: Studio, job: Sampling, size: tuple[int, int]) -> tuple[int, int, int]:
