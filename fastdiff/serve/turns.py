@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +40,9 @@ class Turns(Generic[W]):
     """Work begins in a thread of its place, and parks there while it is the turn of something more urgent. It gets a
     place that `suits` it, if one is free.
 
-    With one place everything is done in the order in which it was asked for.
+    What has not begun goes before what has only if it takes less than half as long: else requests of about one length
+    would fill the places, and a short one would find none. With one place everything is done in the order in which it
+    was asked for.
     """
 
     def __init__(self, places: int, do: Callable[[W, int], None], suits: Callable[[W, int], bool]) -> None:
@@ -80,7 +83,9 @@ class Turns(Generic[W]):
         self._pool.shutdown()
 
     def _pass_on(self) -> None:
-        able = [*self._parked, *(work for work in self.waiting if self._free and (not work.alone or 0 in self._free))]
+        most = min((work.left for work in self._parked), default=math.inf) / 2
+        free = [work for work in self.waiting if self._free and (not work.alone or 0 in self._free)]
+        able = [*self._parked, *(work for work in free if work.left < most)]
         if self._holder is not None or not able:
             return
         now = time.monotonic()

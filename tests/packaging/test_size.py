@@ -56,7 +56,7 @@ APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
         ("devices", 1_400),
         ("front", 7_000),
         ("bring", 1_650),
-        ("serving", 800),
+        ("serving", 820),
     ],
     ids=lambda value: str(value),
 )

@@ -6,13 +6,14 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from fastdiff.images import CHUNK
 from fastdiff.serve.app import Options
-from fastdiff.serve.turns import AGEING, urgency
+from fastdiff.serve.turns import AGEING, Turns, urgency
 from tests.core.test_outfit import adapted
 
 from .conftest import CACHED, LIMITS, Server, serving, wait_for
@@ -54,6 +55,37 @@ def test_a_long_one_is_not_put_off_for_ever() -> None:
 
     assert before(lambda left, waited, _: urgency(left, waited)) <= 2 / AGEING
     assert before(lambda left, waited, _: left) > 2 / AGEING
+
+
+@dataclass(eq=False)
+class Task:
+    name: str
+    left: float
+    asked: float = 0.0
+    alone: bool = False
+    stopped: bool = False
+
+
+@pytest.mark.parametrize(("places", "order"), [(2, "LssLLLLLLLLLMMMMMMMM"), (1, "LLLLLLLLLLMMMMMMMMss")])
+def test_only_what_is_much_shorter_goes_before_what_has_begun(places: int, order: str) -> None:
+    """Else those of one length would take all places."""
+    seen: list[str] = []
+    others = [Task("M", 8), Task("s", 2)]
+
+    def work(task: Task, _: int) -> None:
+        while task.left:
+            seen.append(task.name)
+            task.left -= 1
+            while others:
+                turns.add(others.pop(0))
+            if task.left:
+                turns.pause(task)
+
+    turns: Turns[Task] = Turns(places, work, lambda task, place: False)
+    turns.add(Task("L", 10))
+    wait_for(lambda: len(seen) == 20)
+    turns.close()
+    assert "".join(seen) == order
 
 
 @pytest.fixture
