@@ -21,13 +21,13 @@ from fastdiff.pipelines.outfit import Outfit
 from fastdiff.studio.drawing import Studio
 
 from .asked import Asked
+from .bodies import ImageRequest
 from .desk import Desk
 from .door import Door
 from .meters import Meters
 from .protocol import (
     ErrorReply,
     Health,
-    ImageRequest,
     ImagesReply,
     Limits,
     Model,

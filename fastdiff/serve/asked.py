@@ -15,8 +15,9 @@ from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling, sentence
 from fastdiff.pipelines.outfit import lora_of
 
+from .bodies import DrawRequest, ImageRequest, within
 from .desk import Desk
-from .protocol import DrawRequest, ImageRequest, Problem, within
+from .protocol import Problem
 from .tickets import Ticket
 from .uploads import Files, keep
 from .written import Form, preset_of

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from .protocol import MAX_PICTURES, MAX_PIXELS, ImageRequest, Problem
+from .bodies import ImageRequest
+from .protocol import MAX_PICTURES, MAX_PIXELS, Problem
 
 B = TypeVar("B", bound=BaseModel)
 Files = Mapping[str, Sequence[bytes]]

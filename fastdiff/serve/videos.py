@@ -16,7 +16,8 @@ from fastdiff.images import Sampling
 from fastdiff.studio import pictures
 
 from .asked import Asked
-from .protocol import DrawRequest, Problem
+from .bodies import DrawRequest
+from .protocol import Problem
 from .tickets import Ticket
 from .uploads import documented, received
 

@@ -14,7 +14,8 @@ from fastdiff.images import Replay, Sampling
 from fastdiff.studio import pictures
 from fastdiff.studio.drawing import Drawn, Studio
 
-from .protocol import ImageRequest, Problem
+from .bodies import ImageRequest
+from .protocol import Problem
 
 _SAME_EACH_TIME = ("steps", "computed", "cached", "partly")  # of a report; seconds and memory are not
 _SUFFIX = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}

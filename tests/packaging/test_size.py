@@ -41,9 +41,10 @@ BRING = {
 }  # fmt: skip
 
 
-# What OpenAI's image API has beside generations (edits, videos, formats), and the turns in which requests are drawn.
+# The requests of OpenAI's image API (with edits, videos and formats), and the turns in which they are drawn.
 SERVING = {
-    f"fastdiff/serve/{name}.py" for name in ("asked", "places", "tickets", "turns", "uploads", "videos", "written")
+    f"fastdiff/serve/{name}.py"
+    for name in ("asked", "bodies", "places", "tickets", "turns", "uploads", "videos", "written")
 }
 APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
 
@@ -56,7 +57,7 @@ APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
         ("devices", 1_400),
         ("front", 7_000),
         ("bring", 1_650),
-        ("serving", 820),
+        ("serving", 930),
     ],
     ids=lambda value: str(value),
 )
