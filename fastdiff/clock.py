@@ -66,6 +66,7 @@ class StepClock:
     before_step: list[Callable[[int, Any], Any]] = field(default_factory=list)
     solve: Callable[[Callable[..., Any], tuple, dict], Any] | None = None
     solved: Any = None
+    said: Callable[[], str] = str  # of the run so far, for the progress bar
 
     open_ended: ClassVar[bool] = False  # whether a run has no list of steps: it takes as many as it needs
 
@@ -101,7 +102,7 @@ class StepClock:
                 given: Any = args[0] if args else kwargs.get("iterable")
                 self._listed = len(given) if hasattr(given, "__len__") else None
                 bar = progress_bar(*args, **kwargs)
-                return WatchedBar(bar, self._leave) if hasattr(bar, "__exit__") else bar
+                return WatchedBar(bar, self._leave, self.said) if hasattr(bar, "__exit__") else bar
 
             self._patches.set(self.pipe, "progress_bar", watched_bar)
 

@@ -23,6 +23,7 @@ class Recorder:
         clock.on_tick.append(self._tick)
         clock.on_end.append(self._end)
         clock.on_note.append(self.note)
+        clock.said = lambda: f"{self.report.cached} saved" if self.report.cached else ""
 
     def skipped(self, *, predicted: bool = False) -> None:
         self._skipped, self._predicted = True, self._predicted or predicted

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.errors import UnsupportedModel
@@ -18,7 +17,9 @@ from . import REGISTRY
 from .base import ParallelMethod
 from .codec import Codec
 from .mesh import Topology
+from .prediction import Prediction
 from .rehearsal import Call, Part, Rehearsed, rehearse
+from .sharing import NO_BLOCKS, Blocks
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,7 @@ class Site:
     memory: float = math.inf
     one_step: float | None = None
     overhead: float = 0.0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One method on one mesh; of the rank that takes longest. `refused` says why not."""
-
-    method: str
-    settings: dict[str, Any]
-    mesh: tuple[int, int, int] | None = None
-    exact: bool = False
-    rank_seconds: float = 0.0  # measured here, or from the share of operations
-    counted_bytes_warmup: int = 0
-    counted_bytes: int = 0
-    counted_kinds: dict[str, int] | None = None
-    predicted_step_seconds: float = math.inf
-    predicted_seconds: float = math.inf
-    predicted_speedup: float = 0.0
-    predicted_memory: int = 0
-    refused: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON has no infinity: what was not predicted is left out."""
-        return {k: v for k, v in asdict(self).items() if v is not None and v != math.inf}
+    blocks: Blocks = NO_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -95,8 +74,12 @@ def trials(anatomy: Anatomy, calls: Sequence[Call], devices: int, one: Rehearsed
 
 
 def plan(one: Rehearsed, tried: Sequence[Trial], site: Site) -> Plan:
-    """Predict every method."""
+    """Predict every method; where weights are too big, with shares of them, too."""
     found = [_predict(trial, one, site) for trial in tried]
+    for row, trial in zip(list(found), tried, strict=True):
+        if row.predicted_memory > site.memory and site.blocks.helps(trial.method):
+            shared = site.blocks.shared_out(row, trial.mesh, site.link, site.steps)
+            found.append(replace(shared, refused=_refusal(shared, site)))
     found.sort(key=lambda p: (p.refused is not None, p.predicted_seconds))
     return Plan(_one_step(site, one), site.weights + one.held, found)
 
@@ -144,7 +127,8 @@ def _refusal(found: Prediction, site: Site) -> str | None:
     if found.predicted_memory > site.memory:
         need, have = found.predicted_memory / 2**30, site.memory / 2**30
         return f"too big: predicted to need {need:.2f} GiB on each device, which has {have:.2f}"
-    if found.predicted_speedup <= 1:
+    alone_fits = site.weights <= site.memory and "shard" not in found.settings
+    if found.predicted_speedup <= 1 and alone_fits:
         return f"predicted slower than one device ({found.predicted_speedup:.2f} times its speed)"
     return None
 

@@ -16,6 +16,7 @@ from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.parallel.codec import Codec
 from fastdiff.parallel.planner import Plan, Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call
+from fastdiff.parallel.sharing import Blocks
 from fastdiff.patch import PatchSet
 from fastdiff.weights import nbytes
 
@@ -47,7 +48,7 @@ def plan_parallel(
     weights = sum(nbytes(part) for part in pipe.components.values() if isinstance(part, nn.Module))
     site = Site(
         devices, link, latency, steps or call_defaults(pipe).get("num_inference_steps", 50), output, weights,
-        memory or device_memory(pipe.device, devices),
+        memory or device_memory(pipe.device, devices), blocks=Blocks.of(anatomy, calls),
     )  # fmt: skip
     one = alone(anatomy, calls)
     return plan(one, trials(anatomy, calls, devices, one, codec), site)

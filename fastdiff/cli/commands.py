@@ -31,6 +31,7 @@ Output = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option(help="Devices that share one image.")]
 PreviewEvery = Annotated[int | None, typer.Option(metavar="K", help="Save a small preview every K steps.")]
+Preview = Annotated[bool, typer.Option("--preview", help="Show every step in the terminal, if it has 24-bit colours.")]
 FromImage = Annotated[
     Path | None,
     typer.Option("--from-image", "--from-file", help="Make this file again; other options change what they name."),
@@ -93,6 +94,7 @@ def generate(
     output: Output = None,
     devices: Devices = None,
     preview_every: PreviewEvery = None,
+    preview: Preview = False,
     from_image: FromImage = None,
     overwrite: Overwrite = False,
     no_metadata: NoMetadata = False,
@@ -112,7 +114,7 @@ def generate(
     made = wanted.replayed(from_image, model, brought.given) if from_image else None
     flags = wanted.given(**asdict(sampled), **brought.flags)
     lasting = prompt_file is not None and output is not None and wanted.is_folder(output)
-    wanted.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every, timeline))
+    wanted.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every or preview or None, timeline))
     asked = wanted.listed(prompts or [], prompt_file, wanted.base(made, flags), seeds or [], count, lasting=lasting)
     drawable = wanted.drawable(asked, strict=not lasting)
     targets = wanted.targets(output or "out.png", drawable)
@@ -124,17 +126,20 @@ def generate(
 
     layers = settings.layers(preset, config, made, from_image, sets or [], devices)
     from fastdiff.studio import comparing, drawing
+    from fastdiff.studio.previews import Shown
     from fastdiff.studio.timeline import check_timeline
 
+    if preview:
+        Shown.console()
     if compare:
-        comparing.refuse(devices, lasting, preview_every, timeline)
+        comparing.refuse(devices, lasting, preview_every or preview or None, timeline)
     if timeline is not None:
         check_timeline(timeline, layers, overwrite=overwrite)
 
     order = drawing.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
-        metadata=not no_metadata, preview_every=preview_every, as_json=as_json, timeline=timeline, outfit=outfit,
-        suffix=suffix, compare=compare,
+        metadata=not no_metadata, preview_every=preview_every, preview=preview, as_json=as_json, timeline=timeline,
+        outfit=outfit, suffix=suffix, compare=compare,
     )  # fmt: skip
     return _carry_out(order, asked if lasting else None, (workers or 0) if engine == "ray" else None, devices)
 

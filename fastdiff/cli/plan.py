@@ -99,7 +99,7 @@ def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
     print_table([_row(row) for row in found.rows if row.mesh], "method", "result", "mesh", *head)
     for row in found.rows:
         if row.refused:
-            print(f"{row.method} is refused: {row.refused}")
+            print(f"{_named(row)} is refused: {row.refused}")
     say(f"one device: {found.one_step:.4g} s a step, measured here; {NOTE}; a mesh is cfg x step x patch")
     for name, held in asked.get("cache_bytes", {}).items():
         say(f"cache.method={name} would hold {held / 1e6:.4g} MB on one device, counted on the first step")
@@ -110,9 +110,13 @@ def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
         say(f"recommended{', exact' * best.exact}: fastdiff generate PROMPT {model} {sets}")
 
 
+def _named(row: Prediction) -> str:
+    return row.method + ", shard = blocks" * ("shard" in row.settings)
+
+
 def _row(row: Prediction) -> tuple[str, ...]:
     return (
-        row.method, "refused" if row.refused else "exact" if row.exact else "near", "x".join(map(str, row.mesh or ())),
+        _named(row), "refused" if row.refused else "exact" if row.exact else "near", "x".join(map(str, row.mesh or ())),
         f"{row.rank_seconds:.4g}", f"{row.counted_bytes / 1e6:.3g}", f"{row.predicted_step_seconds:.4g}",
         f"{row.predicted_speedup:.2f}", f"{row.predicted_memory / 2**30:.2f}",
     )  # fmt: skip

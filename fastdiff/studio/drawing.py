@@ -29,7 +29,7 @@ from fastdiff.pipelines.quantized_parts import is_quantized
 
 from . import comparing, pictures
 from .console import quiet, say, waiting, warn
-from .previews import Previews
+from .previews import Previews, Shown
 from .settings import early
 from .timeline import write_timeline
 from .wanted import make_folder
@@ -72,6 +72,7 @@ class Order:
     overwrite: bool = False
     metadata: bool = True
     preview_every: int | None = None
+    preview: bool = False  # in the terminal
     as_json: bool = False
     timeline: Path | None = None
     outfit: Mapping[str, Any] = field(default_factory=dict)  # arguments of `load`
@@ -83,7 +84,8 @@ def draw(order: Order) -> None:
     """Load, check everything, and draw one picture after the other."""
     studio = Studio(order.model, order.layers, order.dtype, once=True, outfit=order.outfit)
     jobs, targets = studio.told((order.jobs, order.targets))  # each rank may have chosen other seeds
-    studio.check(jobs, order.preview_every, order.suffix)
+    studio.check(jobs, 1 if order.preview else order.preview_every, order.suffix)
+    console = Shown.console() if order.preview and studio.leads else None
     if order.made:
         studio.compare(order.made)
         studio.compare_pictures(order.made, jobs)
@@ -96,7 +98,7 @@ def draw(order: Order) -> None:
             continue
         studio.paint(
             job, target, overwrite=order.overwrite, metadata=order.metadata, preview_every=order.preview_every,
-            as_json=order.as_json,
+            as_json=order.as_json, console=console,
         )  # fmt: skip
     if order.timeline is not None:
         write_timeline(studio.fast, order.timeline, overwrite=order.overwrite)
@@ -202,13 +204,19 @@ class Studio:
                 warn(f"no picture here is the {name} that it was drawn from: the result may differ")
 
     def paint(
-        self, job: Sampling, target: Path, *, overwrite: bool, metadata: bool, preview_every: int | None, as_json: bool
-    ) -> None:
-        """Draw, save and report one image."""
+        self, job: Sampling, target: Path, *, overwrite: bool, metadata: bool, preview_every: int | None, as_json: bool,
+        console: Any = None,
+    ) -> None:  # fmt: skip
+        """Draw, save and report one image, which `console` shows while it is made."""
         if self.leads and self.too_long(job.prompt):
             warn(f"the model reads only the beginning of the prompt {job.prompt[:40]!r}...: it is too long")
-        previews = preview_every is not None and self.leads
-        drawn = self.draw(job, Previews(self.pipe.vae, preview_every or 1, target) if previews else None)
+        if console is not None:
+            self.pipe.set_progress_bar_config(disable=True)
+            with Shown(self.pipe.vae, console) as shown:
+                drawn = self.draw(job, shown)
+        else:
+            previews = preview_every is not None and self.leads
+            drawn = self.draw(job, Previews(self.pipe.vae, preview_every or 1, target) if previews else None)
         if self.leads:
             path = media.save(drawn.image, target, drawn.made if metadata else None, overwrite=overwrite)
             announce(drawn, path, as_json)

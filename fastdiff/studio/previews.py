@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 from torch import Tensor
 
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import save
 
 from .console import say
@@ -32,6 +36,50 @@ class Palette:
         pixels = torch.einsum("chw,cr->hwr", latents[0].float(), self.colours) + self.grey
         image = Image.fromarray(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().cpu().numpy())
         return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
+
+
+class Shown:
+    """A `callback_on_step_end` that shows each step in the terminal while it is entered."""
+
+    def __init__(self, vae: Any, console: Console) -> None:
+        self.palette, self.live = Palette(vae), Live(console=console, transient=True)
+
+    @staticmethod
+    def console() -> Console:
+        """Raises BadConfig where stderr cannot show pictures."""
+        found = Console(stderr=True)
+        if not found.is_terminal or found.color_system != "truecolor":
+            raise BadConfig(
+                "--preview shows pictures in a terminal of 24-bit colours, and stderr is none (COLORTERM=truecolor "
+                "says that it is); --preview-every K writes them into files"
+            )
+        return found
+
+    def __enter__(self) -> Shown:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.live.stop()
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        room = self.live.console.size
+        self.live.update(in_blocks(self.palette.picture(values["latents"]), room.width, room.height - 1), refresh=True)
+        return values
+
+
+def in_blocks(image: Image.Image, columns: int, rows: int) -> Text:
+    """A picture in characters, each of two pixels one above the other, that leaves room for nothing wider or higher."""
+    scale = min(1.0, columns / image.width, 2 * rows / image.height)
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale / 2))
+    pixels = np.asarray(image.convert("RGB").resize((width, 2 * height))).tolist()
+    text = Text()
+    for row in range(height):
+        for column in range(width):
+            above, below = (",".join(map(str, pixels[2 * row + k][column])) for k in (0, 1))
+            text.append("\u2580", f"rgb({above}) on rgb({below})")
+        text.append("\n")
+    return text
 
 
 class Previews:

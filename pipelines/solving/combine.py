@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -37,7 +38,8 @@ def onward(steps: Sequence[At], weights: Sequence[float], order: int) -> Tensor:
     plain = steps[-1].plain
     if not weights:
         return plain
-    total = plain.float()
+    wide = torch.promote_types(plain.dtype, torch.float32)
+    total = plain.to(wide)
     for weight, part in zip(weights, parts(steps, order), strict=True):
-        total = total.add(part.float(), alpha=weight)
+        total = total.add(part.to(wide), alpha=weight)
     return total.to(plain.dtype)

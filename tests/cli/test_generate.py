@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from fastdiff.images import read
 from fastdiff.studio import drawing
+from fastdiff.studio.previews import Shown, in_blocks
 
 DEEPCACHE = ("--set", "cache.method=deepcache", "--set", "cache.interval=2")
 
@@ -128,6 +130,29 @@ def test_previews(cli, model: str) -> None:
     assert "preview out_step_002.png" in done.err
     cli(*command, "-o", "plain.png")
     assert (pixels("out.png") == pixels("plain.png")).all()
+
+
+def test_a_preview_is_a_picture_of_characters() -> None:
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    image.putpixel((3, 1), (0, 0, 255))
+    text = in_blocks(image, 80, 24)
+    assert text.plain == ("\u2580" * 8 + "\n") * 2
+    assert str(text.spans[3].style) == "rgb(255,0,0) on rgb(0,0,255)", "two pixels, one above the other"
+    small = in_blocks(Image.new("RGB", (400, 400)), 30, 10).plain.splitlines()
+    assert len(small) == 10 and {len(line) for line in small} == {20}, "the terminal's lines are the limit"
+
+
+def test_every_step_is_shown_in_a_terminal_and_the_picture_is_the_same(cli, model: str, monkeypatch) -> None:
+    command = ("generate", "a cat", "-m", model, "--steps", 3, "--seed", 1)
+    refused = cli(*command, "--preview")
+    assert refused.code == 2 and "--preview shows pictures in a terminal of 24-bit colours" in refused.err
+    screen = Console(file=StringIO(), force_terminal=True, color_system="truecolor", width=60, height=20)
+    monkeypatch.setattr(Shown, "console", staticmethod(lambda: screen))
+    done = cli(*command, "--preview", "-o", "shown.png")
+    assert done.files == ["shown.png"] and [p.name for p in Path.cwd().iterdir()] == ["shown.png"]
+    assert screen.file.getvalue().count("\u2580") >= 3 * 16 * 8, "three steps of 32 x 32 pixels at least"
+    cli(*command, "-o", "plain.png")
+    assert (pixels("shown.png") == pixels("plain.png")).all()
 
 
 def test_caching_that_caches_nothing_is_said_loudly(cli, model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -123,3 +124,18 @@ def test_each_run_has_its_own_report():
     assert (first.steps, first.cached) == (7, 4) and (handle.report.steps, handle.report.cached) == (4, 2)
     assert handle.report.seconds > 0 and handle.report.peak_memory_mb > 10
     assert str(handle.report) in repr(handle) and "ab_cache" in repr(handle)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_the_pipelines_own_bar_shows_what_was_saved_so_far(name):
+    pipe, shown = tiny.make(name), io.StringIO()
+    pipe.set_progress_bar_config(file=shown, mininterval=0)
+    with fastdiff.accelerate(pipe, cache={"method": "ab_cache", "interval": 2, "warmup_steps": 1}) as fast:
+        tiny.run(pipe, name)
+        saved = fast.report.cached
+    found = [line.rpartition(", ")[2].strip() for line in shown.getvalue().split("\r") if "saved" in line]
+    assert saved == 3 and {"1 saved]", "3 saved]"} <= set(found), found
+    shown.truncate(0)
+    with fastdiff.accelerate(pipe):
+        tiny.run(pipe, name)
+    assert "6/6" in shown.getvalue() and "saved" not in shown.getvalue()

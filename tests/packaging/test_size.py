@@ -14,7 +14,10 @@ FILES = [*product(), *files("scripts", "*.py")]
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 DEVICES = {
-    *(f"parallel/{name}.py" for name in ("heads", "host", "partial", "shards", "shares", "stages", "travel")),
+    *(
+        f"parallel/{name}.py"
+        for name in ("heads", "host", "partial", "prediction", "shards", "shares", "sharing", "stages", "travel")
+    ),
     *(f"parallel/methods/{name}.py" for name in ("pipefusion", "ring", "token_ring")),
     "pipelines/hosted.py",
 }
@@ -54,7 +57,7 @@ APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
     [
         ("levers and core", 16_000),
         ("solver", 2_200),
-        ("devices", 1_400),
+        ("devices", 1_450),
         ("front", 7_000),
         ("bring", 1_650),
         ("serving", 930),

@@ -1,6 +1,6 @@
 """Real processes that form groups over gloo and run checks; what each says comes back through files.
 
-One process imports what they need, and forks them: importing takes longer than most checks.
+One process of each worker imports what they need, and forks them: importing takes longer than most checks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: flo
     """For each group (checks, which are functions of `module`, and a number of ranks): what each rank returned or
     raised, by check. A check whose rank was killed has no answer of it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.parallel.ranks", folder, module, json.dumps(groups)]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=timeout, check=True)
+        asked = importer()
+        assert asked.stdin and asked.stdout
+        print(json.dumps([folder, module, groups]), file=asked.stdin, flush=True)
+        assert select.select([asked.stdout], [], [], timeout)[0], f"{module}: no answer in {timeout} s"
+        assert asked.stdout.readline() == "0\n", f"{module}: its process broke off"
         found = []
         for number, (names, ranks) in enumerate(groups):
             files = [Path(folder) / f"{number}.{rank}.json" for rank in range(ranks)]
@@ -37,16 +42,36 @@ def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: flo
         return found
 
 
-def main(folder: str, module: str, groups: str) -> None:
+@cache
+def importer() -> subprocess.Popen[str]:
+    """Ends with the process that asked first: its input is closed then."""
+    command, environment = [sys.executable, "-m", "tests.parallel.ranks"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def main() -> None:
     warnings.simplefilter("ignore")
     import logging
 
     import torch
 
+    from . import checks  # noqa: F401  with all that they import
+
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os.dup2(2, 1)  # what checks print is no answer
+            _start(*json.loads(line))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _start(folder: str, module: str, groups: list[Any]) -> None:
     checks = importlib.import_module(module)
-    for number, (names, ranks) in enumerate(json.loads(groups)):
+    for number, (names, ranks) in enumerate(groups):
         children = []
         for rank in range(ranks):
             child = os.fork()
@@ -96,4 +121,4 @@ def _rank(folder: Path, number: int, checks: Any, names: Sequence[str], rank: in
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

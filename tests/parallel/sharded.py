@@ -11,6 +11,7 @@ from torch import nn
 import fastdiff
 from fastdiff.errors import FastdiffError
 from fastdiff.parallel.shards import Shelf, units
+from fastdiff.parallel.sharing import Blocks
 from fastdiff.patch import PatchSet
 from fastdiff.pipelines.families import anatomies
 from fastdiff.weights import absent, nbytes
@@ -79,6 +80,8 @@ def memory(rank: int, ranks: int) -> dict[str, Any]:
             for hook in hooks:
                 hook.remove()
             pieces = sum(len(kept.views) + ranks for kept in shelf.kept)
+            predicted, kept = Blocks(tuple(each)).sent(fast.crew.bus.topology), sum(kept.size for kept in shelf.kept)  # type: ignore[union-attr]
+            assert abs(predicted - kept * (ranks - 1)) <= 64 * pieces, "the planner's"
         found[name] = {
             "whole": whole, "blocks": each, "between": between, "peak": max(peaks), "rounding": 64 * pieces,
         }  # fmt: skip

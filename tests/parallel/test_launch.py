@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "tiny-sd"
-    make("sd15").save_pretrained(path)
+    make("sd15_one_layer").save_pretrained(path)
     return str(path)
 
 
@@ -41,9 +41,13 @@ def pixels(path: Path) -> torch.Tensor:
         return torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.int16)
 
 
-def test_ranks_of_our_own_draw_the_picture_of_one(model: str, tmp_path: Path) -> None:
-    alone = call(tmp_path, "generate", "a cat", "-m", model, *TALL, "-o", "one.png")
-    assert alone.returncode == 0, alone.stderr
+def test_ranks_of_our_own_draw_the_picture_of_one(
+    cli,  # noqa: F811
+    model: str,
+) -> None:
+    tmp_path = Path.cwd()  # the fixture's
+    alone = cli("generate", "a cat", "-m", model, *TALL, "-o", "one.png")
+    assert alone.code == 0, alone.err
     two = call(
         tmp_path, "generate", "a cat", "-m", model, *TALL, *PATCH, "--devices", "2", "-o", "two.png", "--json",
         "--timeline", "trace.json",
@@ -71,15 +75,16 @@ def test_torchrun(model: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.png"]
 
 
-def test_one_process_is_refused_with_the_numbers(model: str, tmp_path: Path) -> None:
-    done = call(tmp_path, "generate", "a cat", "-m", model, *PATCH, "--set", "parallel.devices=4")
-    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
-    assert (
-        "parallel.devices = 4, but this is a single process; start 4 with `fastdiff generate --devices 4`"
-        in done.stderr
-    )
-    done = call(tmp_path, "generate", "a cat", "-m", model, *PATCH)
-    assert done.returncode == 2 and "set parallel.devices to 2 or more, or start them with torchrun" in done.stderr
+def test_one_process_is_refused_with_the_numbers(
+    cli,  # noqa: F811
+    model: str,
+) -> None:
+    done = cli("generate", "a cat", "-m", model, *PATCH, "--set", "parallel.devices=4")
+    assert done.code == 2 and list(Path.cwd().iterdir()) == []
+    wanted = "parallel.devices = 4, but this is a single process; start 4 with `fastdiff generate --devices 4`"
+    assert wanted in done.err
+    done = cli("generate", "a cat", "-m", model, *PATCH)
+    assert done.code == 2 and "set parallel.devices to 2 or more, or start them with torchrun" in done.err
 
 
 def test_a_mistake_is_told_once(model: str, tmp_path: Path) -> None:

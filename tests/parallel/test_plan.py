@@ -17,6 +17,7 @@ from fastdiff.errors import BadConfig
 from fastdiff.parallel import REGISTRY
 from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, plan, trials
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
+from fastdiff.parallel.sharing import Blocks
 from fastdiff.pipelines.families import FAMILIES, recognise
 from fastdiff.pipelines.plan import observe, plan_parallel
 from fastdiff.weights import nbytes
@@ -194,12 +195,16 @@ ONE = Rehearsed(Part(seconds=1.0), Part(seconds=1.0), 1000)
 PART = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5)
 
 
-def cost(name: str, link: float, memory: float = math.inf, part: Part = PART, **fields: Any) -> Any:
+def costs(name: str, link: float, memory: float = math.inf, part: Part = PART, **fields: Any) -> list[Any]:
     from fastdiff.parallel.planner import Trial
 
-    asks = method(name, **fields)
+    asks, blocks = method(name, **{k: v for k, v in fields.items() if k != "blocks"}), fields.get("blocks", Blocks())
     trial = Trial(asks, asks.topology(2, 0), [Rehearsed(part, part, 500)])
-    return plan(ONE, [trial], Site(2, link, 0.01, 10, 20, 3000, memory)).rows[0]
+    return plan(ONE, [trial], Site(2, link, 0.01, 10, 20, 3000, memory, blocks=blocks)).rows
+
+
+def cost(name: str, link: float, memory: float = math.inf, part: Part = PART, **fields: Any) -> Any:
+    return costs(name, link, memory, part, **fields)[0]
 
 
 def test_a_synchronous_step_adds_up_and_a_displaced_one_hides() -> None:
@@ -236,6 +241,30 @@ def test_what_is_slower_or_too_big_is_refused() -> None:
     assert "predicted slower than one device" in cost("patch", 10).refused
     assert "too big: predicted to need" in cost("patch", 1000, memory=3400).refused
     assert cost("patch", 1000, memory=3500).refused is None
+
+
+def test_what_is_too_big_is_tried_with_shares_of_the_weights() -> None:
+    """Four blocks of 640 bytes, of which a rank keeps 320 each, and has two: 2560 - 4 * 320 - 2 * 640 = 0 are spared;
+    of eight, 1280."""
+    few, many = Blocks((640,) * 4), Blocks((640,) * 8)
+    whole, shared = sorted(costs("patch", 4e3, 3499, blocks=few), key=lambda row: len(row.settings))
+    assert "too big" in whole.refused and "too big" in shared.refused
+    found, plain = cost("patch", 4e3, 3499, blocks=many), cost("patch", 4e3)
+    assert found.refused is None and found.settings["shard"] == "blocks"
+    assert found.predicted_memory == plain.predicted_memory - 1280
+    assert found.counted_kinds["weights"] == 8 * 320, "of a half, to one other rank"
+    # 0.64 s of weights, under 0.5 s of computing; a displaced method's own bytes travel then, too
+    assert found.predicted_step_seconds == pytest.approx(plain.predicted_step_seconds + 0.64 - 0.5)
+    late, old = (cost("distrifusion", 4e3, m, warmup_steps=1, blocks=many) for m in (3499, math.inf))
+    assert late.predicted_step_seconds == pytest.approx(old.predicted_step_seconds + 0.64 - (0.5 - 100 / 4e3))
+    assert len(costs("parastep", 1e9, 100, blocks=many)) == len(costs("pipefusion", 1e9, 100, blocks=many)) == 1
+
+
+def test_two_calls_fetch_all_blocks_twice_unless_each_rank_has_one() -> None:
+    blocks = Blocks((640, 128), calls=2)
+    assert blocks.sent(method("patch").topology(2, 0)) == 2 * (320 + 64)
+    assert blocks.sent(method("cfg").topology(2, 0)) == 320 + 64
+    assert blocks.sent(method("patch", cfg=2).topology(4, 0)) == 3 * (192 + 64), "in pieces of 64 bytes"
 
 
 def test_what_cannot_be_split_is_refused_with_the_reason() -> None:

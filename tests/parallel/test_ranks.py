@@ -72,31 +72,31 @@ def _digests(said: Any) -> list[str]:
 
 def test_displaced_error_shrinks_with_the_step() -> None:
     found = told(2, "displaced")[0]
-    for name in ("sd15", "sd3"):
-        assert found[f"{name} distrifusion 16"] > 1.25 * found[f"{name} distrifusion 32"], f"{name}: {found}"
+    for name in (checks.SMALL, "sd3"):
+        assert found[f"{name} distrifusion 8"] > 1.25 * found[f"{name} distrifusion 16"], f"{name}: {found}"
 
 
 @pytest.mark.slow
 def test_displaced_error_is_of_the_order_of_the_step() -> None:
     found = told(2, "displaced_in_many_steps")[0]
-    for name in ("sd15", "sd3"):
+    for name in (checks.SMALL, "sd3"):
         more, most = (found[f"{name} distrifusion {steps}"] for steps in (32, 64))
         assert 1.6 * most < more < 2.4 * most, f"{name}: {more}, {most}"
 
 
 def test_partial_conditioning_is_monotone_and_full_where_it_sees_all() -> None:
     found = told(2, "displaced")[0]
-    none, half, whole = (found[f"sd3 pcpp {portion} 16"] for portion in ("0", "0.5", "1"))
+    none, half, whole = (found[f"sd3 pcpp portion {portion} 8"] for portion in ("0", "0.5", "1"))
     assert none > half > whole
-    assert whole == pytest.approx(found["sd3 distrifusion 16"], rel=1e-9)
-    assert found["sd15 pcpp refreshed 16"] < 1e-11, "seeing everything in every step is the exact method"
-    assert found["sd15 pcpp synchronous 16"] > 1e-6, "the bias stays without staleness"
+    assert whole == pytest.approx(found["sd3 distrifusion 8"], rel=1e-9)
+    assert found[f"{checks.SMALL} pcpp refreshed 8"] < 1e-11, "seeing everything in every step is the exact method"
+    assert found[f"{checks.SMALL} pcpp synchronous 8"] > 1e-6, "the bias stays without staleness"
 
 
 def test_codecs_are_near():  # fmt: skip
     found = told(2, "displaced")[0]
-    for name in ("sd15", "sd3"):
-        assert 0 < found[f"{name} int8 16"] < 0.02 and 0 < found[f"{name} residual 16"] < 0.05
+    for name in (checks.SMALL, "sd3"):
+        assert 0 < found[f"{name} int8 8"] < 0.02 and 0 < found[f"{name} residual 8"] < 0.05
 
 
 def test_parastep_errs_by_the_square_of_the_step() -> None:
