@@ -43,12 +43,8 @@ Engine = Annotated[
     str | None, typer.Option(help="ray spreads a job over a Ray cluster (extra: ray). Default: this process.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="With --engine ray; default: one for each GPU, or CPU.")]
-
-
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write no settings into the file.")]
-
-
 Compare = Annotated[
     bool, typer.Option("--compare", help="Draw without acceleration too, and put both side by side with their seconds.")
 ]
@@ -79,10 +75,20 @@ class Sampled:
     negative_prompt: Negative = None
 
 
-@gathered(Sampled, Brought)
+@dataclass(frozen=True)
+class Watched:
+    """Each field is an option, and a way to look on."""
+
+    preview_every: PreviewEvery = None
+    preview: Preview = False
+    timeline: Timeline = None
+
+
+@gathered(Sampled, Brought, Watched)
 def generate(
     sampled: Sampled,
     brought: Brought,
+    watched: Watched,
     prompts: Prompts = None,
     model: Model = None,
     preset: Preset = None,
@@ -93,13 +99,10 @@ def generate(
     count: Count = 1,
     output: Output = None,
     devices: Devices = None,
-    preview_every: PreviewEvery = None,
-    preview: Preview = False,
     from_image: FromImage = None,
     overwrite: Overwrite = False,
     no_metadata: NoMetadata = False,
     dtype: Dtype = None,
-    timeline: Timeline = None,
     engine: Engine = None,
     workers: Workers = None,
     compare: Compare = False,
@@ -114,7 +117,8 @@ def generate(
     made = wanted.replayed(from_image, model, brought.given) if from_image else None
     flags = wanted.given(**asdict(sampled), **brought.flags)
     lasting = prompt_file is not None and output is not None and wanted.is_folder(output)
-    wanted.check_engine(engine, workers, devices, lasting=lasting, single=(preview_every or preview or None, timeline))
+    shown = watched.preview_every or watched.preview or None
+    wanted.check_engine(engine, workers, devices, lasting=lasting, single=(shown, watched.timeline))
     asked = wanted.listed(prompts or [], prompt_file, wanted.base(made, flags), seeds or [], count, lasting=lasting)
     drawable = wanted.drawable(asked, strict=not lasting)
     targets = wanted.targets(output or "out.png", drawable)
@@ -129,17 +133,16 @@ def generate(
     from fastdiff.studio.previews import Shown
     from fastdiff.studio.timeline import check_timeline
 
-    if preview:
+    if watched.preview:
         Shown.console()
     if compare:
-        comparing.refuse(devices, lasting, preview_every or preview or None, timeline)
-    if timeline is not None:
-        check_timeline(timeline, layers, overwrite=overwrite)
+        comparing.refuse(devices, lasting, shown, watched.timeline)
+    if watched.timeline is not None:
+        check_timeline(watched.timeline, layers, overwrite=overwrite)
 
     order = drawing.Order(
         name, layers, dtype or (made.dtype if made else None), drawable, targets, made, overwrite=overwrite,
-        metadata=not no_metadata, preview_every=preview_every, preview=preview, as_json=as_json, timeline=timeline,
-        outfit=outfit, suffix=suffix, compare=compare,
+        metadata=not no_metadata, as_json=as_json, outfit=outfit, suffix=suffix, compare=compare, **asdict(watched),
     )  # fmt: skip
     return _carry_out(order, asked if lasting else None, (workers or 0) if engine == "ray" else None, devices)
 
