@@ -84,7 +84,7 @@ class CacheMethod(Method):
         least = FEWEST.get(self.predictor, 1)
         if self.order < least:
             raise ValueError(
-                f"order = {self.order}: {self.predictor} goes by {least} to 6 computed values; set order to one of these"
+                f"order = {self.order}: {self.predictor} goes by {least} to 6 computed values; set order to one of them"
             )
         if self.guard == "verify" and (why := self.unverifiable) is not None:
             raise ValueError(f'guard = "verify": {why}')

@@ -124,7 +124,7 @@ def test_spectrum_follows_a_line_through_more_values_than_two_in_a_run():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"predictor": "spectrum"}, "order = 2: spectrum goes by 3 to 6 computed values; set order to one of these"),
+        ({"predictor": "spectrum"}, "order = 2: spectrum goes by 3 to 6 computed values; set order to one of them"),
         ({"predictor": "adams_bashforth", "damping": 1.5}, "damping"),
         ({"method": "dp", "predictor": "reuse", "fit_damping": True}, "fit_damping = true: reuse forecasts no change"),
         ({"method": "dp", "objective": "worst"}, "objective"),
