@@ -53,17 +53,17 @@ class Costs:
             factors = np.linalg.lstsq(block + pull * np.eye(len(known)), wanted, rcond=None)[0].astype(np.float64)
         return tuple((step, float(factor)) for step, factor in zip(known, factors, strict=True) if factor)
 
-    def groups(self, computed: Sequence[int], end: int, grams: Floats) -> Floats:
+    def groups(self, computed: Sequence[int], end: int, grams: Floats | None = None) -> Floats:
         """Costs of skipping all after the last of the computed steps, up to each k-1 until end-1; 0 for the first k.
-        Of several Gram matrices the costs are the largest."""
-        last = computed[-1]
+        grams: what to price them by, `gram` if None; of several matrices the costs are the largest."""
+        last, priced = computed[-1], self.gram if grams is None else grams
         errors = np.zeros((end - last, self.total))
         for row, at in enumerate(range(last + 1, end), 1):
             errors[row, at] = -self.influence[at]
             for step, factor in self.weights(at, computed):
                 errors[row, step] += self.influence[at] * factor
         summed = errors.cumsum(0)
-        return np.maximum(0.0, ((summed @ grams) * summed).sum(-1).reshape(-1, len(summed)).max(0))
+        return np.maximum(0.0, ((summed @ priced) * summed).sum(-1).reshape(-1, len(summed)).max(0))
 
     def table(self) -> Floats:
         """All costs: [j, a, b] is the group after step j where j - a was computed before it (a = 0: none) and j + b is
@@ -73,20 +73,16 @@ class Costs:
         for j in range(self.total):
             end = min(self.total, j + width)
             for a in range(1, min(j, width) + 1) if j else (0,):
-                out[j, a, 1 : end - j + 1] = self.groups([j - a, j] if a else [j], end, self._priced)
+                out[j, a, 1 : end - j + 1] = self.groups([j - a, j] if a else [j], end, self.runs)
         return out
 
     def price(self, steps: Sequence[int]) -> float:
         """What it costs to compute these steps only."""
-        return sum(float(self.groups(known, end, self.gram)[-1]) for known, end in spans(steps, self.total))
+        return sum(float(self.groups(known, end)[-1]) for known, end in spans(steps, self.total))
 
     def peak(self, steps: Sequence[int]) -> float:
         """What the worst group costs where these steps only are computed."""
-        return max(float(self.groups(known, end, self._priced)[-1]) for known, end in spans(steps, self.total))
-
-    @property
-    def _priced(self) -> Floats:
-        return self.gram if self.runs is None else self.runs
+        return max(float(self.groups(known, end, self.runs)[-1]) for known, end in spans(steps, self.total))
 
     def error(self, steps: Sequence[int]) -> float:
         """Predicted error of the final latents for these computed steps, relative to what the outputs make of them."""
