@@ -326,13 +326,13 @@ CACHES = {
     "deepcache": {"method": "deepcache", "interval": 2},
     "first_block": {"method": "first_block", "threshold": 1e9, "max_consecutive_cached": 1},
     "ab_cache": {"method": "ab_cache", "interval": 2},
-    "verify": {"method": "ab_cache", "interval": 2, "guard": "verify", "verify_bound": 0.05},
+    "verify": {"method": "ab_cache", "interval": 2, "guard": "verify", "verify_bound": 0.5},
     "ab_cache stack": {"method": "ab_cache", "interval": 2, "site": "stack"},
     "easycache": {"method": "easycache", "warmup_steps": 1, "threshold": 1e9, "max_consecutive_cached": 1},
 }
 PAIRS = [("sd15", "deepcache"), ("sd15", "ab_cache"), ("sd15", "easycache"), ("sd3", "first_block"),
          ("sd3", "ab_cache stack"), ("flux", "ab_cache"), ("flux", "first_block"), ("wan", "first_block"),
-         ("sd3", "verify"), ("wan", "verify")]  # fmt: skip
+         ("sd15", "verify"), ("flux", "verify")]  # fmt: skip
 
 
 def cached(rank: int, ranks: int) -> dict[str, list[int]]:
