@@ -1,7 +1,7 @@
 """Writes benchmarks/predictors.json: what predictors, dp's objectives and weights by group are worth, and the guard
 `verify`, on the embedded models.
 
-Run it from the root: python scripts/measure_predictors.py. Plans and weights are made on captions of the training's
+Run it from the root: python scripts/measure_predictors.py [PART...]. Plans and weights are made on captions of the training's
 kind; all numbers are of captions held out from it.
 """
 
