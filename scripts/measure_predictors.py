@@ -1,8 +1,8 @@
 """Writes benchmarks/predictors.json: what predictors, dp's objectives and weights by group are worth, and the guard
 `verify`, on the embedded models.
 
-Run it from the root: python scripts/measure_predictors.py [PART...]. Plans and weights are made on captions of the training's
-kind; all numbers are of captions held out from it.
+Run it from the root: python scripts/measure_predictors.py [PART or MODEL...]. Plans and weights are made on captions of
+the training's kind; all numbers are of captions held out from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 import fastdiff
 from fastdiff import output
 from fastdiff.bench import metrics
-from fastdiff.bench.row import command
 from fastdiff.bench.scenes import scenes
 from fastdiff.caching.predictors import weights
 from fastdiff.caching.schedule import Costs, spans
@@ -41,13 +40,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "spectrum 6": {"predictor": "spectrum", "order": 6},
 }
 PLANS: dict[str, dict[str, Any]] = {
-    "line": {"order": 2},
-    "line, fitted damping": {"order": 2, "fit_damping": True},
-    "line, minimax": {"order": 2, "objective": "minimax"},
-    "parabola": {"order": 3},
-    "parabola, fitted damping": {"order": 3, "fit_damping": True},
-    "parabola, ridge": {"order": 3, "ridge": 0.01},
-    "spectrum 4": {"predictor": "spectrum", "order": 4},
+    "line": {},
+    "line, fitted damping": {"fit_damping": True},
+    "line, ridge": {"ridge": 0.01},
+    "line, minimax": {"objective": "minimax"},
 }
 
 
@@ -204,14 +200,16 @@ def error_of(
 def main() -> int:
     torch.set_num_threads(1)
     parts = {"groups": grouped, "intervals": intervals, "plans": plans, "verify": guarded}
-    asked = sys.argv[1:] or [*parts]
+    asked = [part for part in parts if part in sys.argv] or [*parts]
+    models = [model for model in CALL_DEFAULTS if model in sys.argv] or [*CALL_DEFAULTS]
     path = ROOT / "benchmarks" / "predictors.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for model in CALL_DEFAULTS:
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {model: known.get(model, {}) for model in CALL_DEFAULTS}
+    for model in models:
         study = Study(model)
         for part in asked:
-            found.setdefault(model, {})[part] = list(parts[part](study))
-            told = {"command": command(), "traced": KNOWN, "pictures": DRAWN, **found}
+            found[model][part] = list(parts[part](study))
+            told = {"command": "python scripts/measure_predictors.py", "traced": KNOWN, "pictures": DRAWN, **found}
             output.write(path, lambda to, told=told: to.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8"))
     return 0
 
