@@ -188,6 +188,8 @@ class Studio:
                 if value is not None and name not in self.known:
                     raise BadConfig(f"{kind} takes no {name}; leave it out")
             pictures.check(self.pipe, job, self.kind)
+            if self.fast.config.solver is None:
+                pictures.check_strength(self.pipe, job)
 
     def compare(self, made: Replay) -> None:
         """Say why a replay may not be identical."""
