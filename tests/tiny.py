@@ -166,7 +166,7 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _sd15(layers_per_block: int = 2) -> DiffusionPipeline:
+def _sd15(layers_per_block: int = 1) -> DiffusionPipeline:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16, 16, 16), layers_per_block=layers_per_block, cross_attention_dim=32,
         attention_head_dim=2, norm_num_groups=4,
@@ -272,5 +272,5 @@ def _cogvideox() -> DiffusionPipeline:
 
 _MAKERS: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "pixart": _pixart, "wan": _wan, "cogvideox": _cogvideox,
-    "sd15_one_layer": lambda: _sd15(layers_per_block=1),
+    "sd15_two_layers": lambda: _sd15(layers_per_block=2),
 }  # fmt: skip

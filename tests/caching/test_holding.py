@@ -97,7 +97,7 @@ def test_nothing_is_held_after_a_run():
     assert handle.report.cache_mb > 0 and handle.report.to_dict()["cache_mb"] > 0
 
 
-@pytest.mark.parametrize("name", ["sd15_one_layer", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 @pytest.mark.parametrize("method", ["fora", "taylorseer"])
 def test_what_a_run_will_hold_is_known_after_its_first_step(method, name):
     pipe = tiny.make(name)

@@ -49,7 +49,7 @@ NEEDS = {  # exported as a stand-in here; what the class is annotated with where
 }
 
 
-pytestmark = pytest.mark.xdist_group("zoo")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("zoo")]  # all of diffusers is imported
 
 
 @cache

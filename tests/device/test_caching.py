@@ -20,7 +20,7 @@ from tests import tiny
 
 from .replay import Replay
 
-FAMILIES = ("sdxl", "flux", pytest.param("wan", marks=pytest.mark.slow))
+FAMILIES = ("sd15", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "wan")))
 STEPS = 5
 CACHES: dict[str, dict[str, Any]] = {
     "ab_cache": {"method": "ab_cache", "interval": 2, "warmup_steps": 1, "predictor": "reuse"},

@@ -66,7 +66,7 @@ def test_what_a_rank_of_two_sends_in_a_step(name):
 WEIGHTS = {"flux": (23.80, 11.16, 6.35), "wan": (28.58, 7.64, 7.60), "sdxl": (5.13, 1.40, 1.37)}
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "sdxl"))])
 def test_what_w4a16_leaves_of_a_model(name):
     """Modulations are a quarter of FLUX. Run with -s, it prints the table of docs/gpu.md."""
     denoiser, found = model(name)[0].denoiser, [nbytes(model(name)[0].denoiser)]

@@ -13,8 +13,8 @@ from tests import tiny
 from tests.caching.control import control_image, controlled
 from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
 
-UNETS = ("sd15", "sdxl", "sd15_one_layer")
-SKIPS = {"sd15": 12, "sdxl": 9, "sd15_one_layer": 8}
+UNETS = ("sd15", "sdxl", "sd15_two_layers")
+SKIPS = {"sd15": 8, "sdxl": 9, "sd15_two_layers": 12}
 
 
 class Executions:

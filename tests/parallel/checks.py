@@ -22,11 +22,10 @@ from tests.state import differences, snapshot
 
 EXACT = 1e-12
 TALL = {"height": 192}  # rows for three ranks: the tiny UNets halve their rows three times
-SMALL = "sd15_one_layer"  # where every kind of layer has to be there, not each of them twice
 
 
 def size(name: str) -> dict[str, int]:
-    return {} if name in tiny.TRANSFORMERS else TALL
+    return TALL if name in tiny.UNETS else {}
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -107,7 +106,7 @@ def several_pictures(rank: int, ranks: int) -> dict:
 
 
 def decoded(rank: int, ranks: int) -> dict:
-    found = {name: exact(name, {"method": "patch", "vae": True}, output_type="pt") for name in (SMALL, "sd3")}
+    found = {name: exact(name, {"method": "patch", "vae": True}, output_type="pt") for name in ("sd15", "sd3")}
     assert found["sd3"]["sent"]["halo"] > 0, "its transformer has no convolutions: what decoding sends is counted"
     return found
 
@@ -115,25 +114,25 @@ def decoded(rank: int, ranks: int) -> dict:
 def weights_that_came_before_and_after(rank: int, ranks: int) -> None:
     """A LoRA on attention and on convolutions."""
     wanted = ("to_q", "to_v", "conv1")
-    pipe = pipeline(SMALL)
+    pipe = pipeline("sd15")
     pipe.load_lora_weights(lora(pipe, wanted))
-    alone = latents(pipe, SMALL)
+    alone = latents(pipe, "sd15")
     with fastdiff.accelerate(pipe, parallel="patch"):
-        assert moved(latents(pipe, SMALL), alone) < EXACT
-    later = pipeline(SMALL)
-    plain = latents(later, SMALL)
+        assert moved(latents(pipe, "sd15"), alone) < EXACT
+    later = pipeline("sd15")
+    plain = latents(later, "sd15")
     handle = fastdiff.accelerate(later, parallel="patch")
     later.load_lora_weights(lora(later, wanted))
-    assert moved(latents(later, SMALL), alone) < EXACT < moved(plain, alone)
+    assert moved(latents(later, "sd15"), alone) < EXACT < moved(plain, alone)
     handle.restore()
-    assert torch.equal(latents(later, SMALL), alone)
+    assert torch.equal(latents(later, "sd15"), alone)
 
 
 def controlled(rank: int, ranks: int) -> None:
     """What a ControlNet adds is cut into rows too."""
     import diffusers
 
-    base = pipeline(SMALL)
+    base = pipeline("sd15")
     torch.manual_seed(1)
     net = diffusers.ControlNetModel.from_unet(base.unet)
     for weight in net.parameters():
@@ -141,17 +140,17 @@ def controlled(rank: int, ranks: int) -> None:
     pipe = diffusers.StableDiffusionControlNetPipeline(**base.components, controlnet=net).to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(1, 3, 192, 64, generator=torch.Generator().manual_seed(3))
-    alone, plain = latents(pipe, SMALL, image=picture), latents(base, SMALL)
+    alone, plain = latents(pipe, "sd15", image=picture), latents(base, "sd15")
     with fastdiff.accelerate(pipe, parallel="patch"):
-        assert moved(latents(pipe, SMALL, image=picture), alone) < EXACT < moved(plain, alone)
+        assert moved(latents(pipe, "sd15", image=picture), alone) < EXACT < moved(plain, alone)
 
 
 def picture_to_picture_and_another_size(rank: int, ranks: int) -> None:
     import diffusers
 
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipeline(SMALL).components)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipeline("sd15").components)
     pipe.set_progress_bar_config(disable=True)
-    arguments = {k: v for k, v in tiny.arguments(SMALL, 8).items() if k not in ("height", "width", "generator")}
+    arguments = {k: v for k, v in tiny.arguments("sd15", 8).items() if k not in ("height", "width", "generator")}
 
     def drawn(rows: int) -> Tensor:
         torch.manual_seed(0)
@@ -167,21 +166,21 @@ def picture_to_picture_and_another_size(rank: int, ranks: int) -> None:
 
 def strangers_become_alike(rank: int, ranks: int) -> list[str]:
     """Each rank has another seed and another prompt; rank 0's count."""
-    pipe = pipeline(SMALL)
+    pipe = pipeline("sd15")
     own = {"generator": torch.Generator().manual_seed(rank), "prompt": f"prompt {rank}"}
     with fastdiff.accelerate(pipe, parallel="patch"):
-        found = latents(pipe, SMALL, **own)
-    wanted = latents(pipe, SMALL, generator=torch.Generator().manual_seed(0), prompt="prompt 0")
+        found = latents(pipe, "sd15", **own)
+    wanted = latents(pipe, "sd15", generator=torch.Generator().manual_seed(0), prompt="prompt 0")
     assert moved(found, wanted) < EXACT
     noisy = {"eta": 1.0, "generator": None}  # a solver that draws noise at every step
     torch.manual_seed(rank)
     with fastdiff.accelerate(pipe, parallel="patch") as handle:
-        by_chance = latents(pipe, SMALL, **noisy)
+        by_chance = latents(pipe, "sd15", **noisy)
         assert handle.report.notes == []
-        latents(pipe, SMALL, **noisy | {"generator": torch.Generator().manual_seed(rank)})
+        latents(pipe, "sd15", **noisy | {"generator": torch.Generator().manual_seed(rank)})
         assert any("the ranks ended with different latents" in note for note in handle.report.notes)
     torch.manual_seed(0)
-    assert moved(by_chance, latents(pipe, SMALL, **noisy)) < EXACT
+    assert moved(by_chance, latents(pipe, "sd15", **noisy)) < EXACT
     return [digest(found), digest(by_chance)]
 
 
@@ -229,7 +228,7 @@ def errors(*counts: int) -> dict[str, float]:
     """How far from one device, relative to the way the latents went, by number of steps and by method. The warm-up
     covers the same share of the way, where a solver of noise goes fastest."""
     found = {}
-    for name in (SMALL, "sd3"):
+    for name in ("sd15", "sd3"):
         for steps in counts:
             pipe, start = pipeline(name), list[Tensor]()
             alone = latents(pipe, name, steps, guidance_scale=1.0, callback_on_step_end=_first(start))
@@ -262,14 +261,14 @@ def stepping(rank: int, ranks: int) -> dict[str, float]:
     kinds = {"euler": diffusers.EulerDiscreteScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
     for label, kind in kinds.items():
         for steps in (16, 32):
-            pipe, start = pipeline(SMALL), list[Tensor]()
+            pipe, start = pipeline("sd15"), list[Tensor]()
             pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             call = {"guidance_scale": 1.0}
-            alone = latents(pipe, SMALL, steps, callback_on_step_end=_first(start), **call)
+            alone = latents(pipe, "sd15", steps, callback_on_step_end=_first(start), **call)
             for order in (1, 2):
                 method = {"method": "parastep", "warmup_steps": steps // 8, "order": order}
                 with fastdiff.accelerate(pipe, parallel=method) as handle:
-                    found[f"{label} {order} {steps}"] = moved(latents(pipe, SMALL, steps, **call), alone, start[0])
+                    found[f"{label} {order} {steps}"] = moved(latents(pipe, "sd15", steps, **call), alone, start[0])
                     (states,) = handle.report.branches.values()
                     assert states.count("computed") == steps // 8 + (steps - steps // 8) // ranks
     return found
@@ -288,12 +287,12 @@ def replayed(rank: int, ranks: int) -> None:
     import diffusers
 
     for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler, diffusers.DDIMScheduler):
-        pipe = pipeline(SMALL)
+        pipe = pipeline("sd15")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         pipe.unet.conv_in.weight.data.zero_()
-        alone = latents(pipe, SMALL, 11)
+        alone = latents(pipe, "sd15", 11)
         with fastdiff.accelerate(pipe, parallel={"method": "parastep", "warmup_steps": 2}):
-            assert moved(latents(pipe, SMALL, 11), alone) < EXACT, kind.__name__
+            assert moved(latents(pipe, "sd15", 11), alone) < EXACT, kind.__name__
 
 
 def a_lost_cycle_is_computed_again(rank: int, ranks: int) -> None:
@@ -302,7 +301,7 @@ def a_lost_cycle_is_computed_again(rank: int, ranks: int) -> None:
     own = {"guidance_rescale": 0.7, "num_images_per_prompt": 2}
     within: list[Any] = []  # crews that lose a rank at the cycle's second call, not at its end
     halfway = {"callback_on_step_end": lambda pipe, step, *_: (step == 2 and within[-1]._lost(PeerLost("gone"))) or {}}
-    for name, changes in [*((name, {}) for name in tiny.FAMILIES), (SMALL, own), ("sd3", halfway)]:
+    for name, changes in [*((name, {}) for name in tiny.FAMILIES), ("sd15", own), ("sd3", halfway)]:
         pipe = pipeline(name)
         alone = latents(pipe, name, 6, **(changes if changes is own else {}))
         method = {"method": "parastep", "warmup_steps": 2, "on_peer_loss": "local"}
@@ -331,9 +330,9 @@ CACHES = {
     "ab_cache stack": {"method": "ab_cache", "interval": 2, "site": "stack"},
     "easycache": {"method": "easycache", "warmup_steps": 1, "threshold": 1e9, "max_consecutive_cached": 1},
 }
-PAIRS = [(SMALL, "deepcache"), (SMALL, "ab_cache"), (SMALL, "easycache"), ("sd3", "first_block"),
+PAIRS = [("sd15", "deepcache"), ("sd15", "ab_cache"), ("sd15", "easycache"), ("sd3", "first_block"),
          ("sd3", "ab_cache stack"), ("flux", "ab_cache"), ("flux", "first_block"), ("wan", "first_block"),
-         (SMALL, "verify"), ("flux", "verify")]  # fmt: skip
+         ("sd15", "verify"), ("flux", "verify")]  # fmt: skip
 
 
 def cached(rank: int, ranks: int) -> dict[str, list[int]]:
@@ -346,7 +345,7 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
         pattern = handle.report.branches[0]
         assert skipped >= 1, (name, cache)
         for method in ("patch", "distrifusion", "pcpp", "cfg", "ulysses", "parastep"):
-            if (method == "ulysses" and name == SMALL) or (method == "cfg" and ranks != 2):
+            if (method == "ulysses" and name in tiny.UNETS) or (method == "cfg" and ranks != 2):
                 continue
             parallel = {"method": method} | ({"warmup_steps": 1} if method not in ("patch", "cfg", "ulysses") else {})
             if (method, cache) == ("parastep", "verify"):
@@ -470,7 +469,7 @@ def counted(rank: int, ranks: int) -> dict[str, Any]:
 
 def still(rank: int, ranks: int) -> None:
     """Corrected group normalization is exact where the input does not change from step to step."""
-    pipe = pipeline(SMALL)
+    pipe = pipeline("sd15")
     pipe.unet.conv_in.weight.data.zero_()
     pipe.unet.time_embedding.linear_1.weight.data.zero_()
     gradient = torch.linspace(0, 1, 24, dtype=torch.float64)[:, None]
@@ -482,16 +481,16 @@ def still(rank: int, ranks: int) -> None:
         return output + whole[begin:end]
 
     hook = conv.register_forward_hook(painted)
-    alone = latents(pipe, SMALL, 6)
+    alone = latents(pipe, "sd15", 6)
     with fastdiff.accelerate(pipe, parallel={"method": "distrifusion", "warmup_steps": 0}):
-        assert moved(latents(pipe, SMALL, 6), alone) < EXACT
+        assert moved(latents(pipe, "sd15", 6), alone) < EXACT
     hook.remove()
 
 
 def broken_off(rank: int, ranks: int) -> list[str]:
     """An exception on the last rank ends all; the next call is clean."""
-    pipe = pipeline(SMALL)
-    alone = latents(pipe, SMALL)
+    pipe = pipeline("sd15")
+    alone = latents(pipe, "sd15")
     said = []
     for method in ("distrifusion", "parastep"):
         handle = fastdiff.accelerate(pipe, parallel={"method": method, "warmup_steps": 1})
@@ -502,13 +501,13 @@ def broken_off(rank: int, ranks: int) -> list[str]:
             return kwargs
 
         try:
-            latents(pipe, SMALL, 8, callback_on_step_end=fails)
+            latents(pipe, "sd15", 8, callback_on_step_end=fails)
             said.append("went through")
         except (FastdiffError, KeyError) as error:
             said.append(f"{type(error).__name__}: {error}")
             assert handle.crew is not None and not handle.crew.bus._groups, "the others are told at once"
         with fastdiff.accelerate(pipe, parallel="patch"):
-            assert moved(latents(pipe, SMALL), alone) < EXACT
+            assert moved(latents(pipe, "sd15"), alone) < EXACT
         handle.restore()
     return said
 
@@ -532,18 +531,18 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         left = [text for text in differences(before, snapshot(pipe)) if not text.startswith("scheduler.")]
         assert left == [], f"{label}: {left}"
 
-    refuse("rows", SMALL, {"height": 64}, parallel="patch")
-    refuse("world", SMALL, parallel={"method": "patch", "devices": 7})
+    refuse("rows", "sd15", {"height": 64}, parallel="patch")
+    refuse("world", "sd15", parallel={"method": "patch", "devices": 7})
     refuse("heads", "flux", parallel="ulysses") if ranks == 3 else None
-    refuse("unet heads", SMALL, parallel="ulysses")
-    refuse("compiled", SMALL, parallel="patch", compile={"enabled": True, "scope": "denoiser"})
+    refuse("unet heads", "sd15", parallel="ulysses")
+    refuse("compiled", "sd15", parallel="patch", compile={"enabled": True, "scope": "denoiser"})
     refuse("vae", "cogvideox", parallel={"method": "patch", "vae": True})
     version, installing.__version__ = installing.__version__, f"0.{rank}"
-    refuse("versions", SMALL, parallel="patch")
+    refuse("versions", "sd15", parallel="patch")
     installing.__version__ = version
-    refuse("configs", SMALL, parallel={"method": "pcpp", "portion": 0.1 * (rank + 1)})
+    refuse("configs", "sd15", parallel={"method": "pcpp", "portion": 0.1 * (rank + 1)})
     for label in ("weights", "kinds"):
-        pipe = pipeline(SMALL, torch.float32)
+        pipe = pipeline("sd15", torch.float32)
         pipe.unet.conv_in.bias.data.add_(rank)
         if label == "kinds" and rank:
             pipe.to("meta")  # stands for a GPU
@@ -569,21 +568,29 @@ def alone(rank: int, ranks: int) -> str:
 
 def meshes(rank: int, ranks: int) -> dict:
     """Two axes at a time."""
+    return meshed("sd3")
+
+
+def more_meshes(rank: int, ranks: int) -> dict:
+    return meshed("flux")
+
+
+def meshed(name: str) -> dict:
     pairs = {
         "cfg x patch": {"method": "patch", "cfg": 2},
         "cfg": {"method": "cfg"},
         "cfg x ulysses": {"method": "ulysses", "cfg": 2},
     }
-    found = {f"{n} {label}": exact(n, method, steps=2) for label, method in pairs.items() for n in ("sd3", "flux")}
+    found = {label: exact(name, method, steps=2) for label, method in pairs.items()}
     for label, method in (
         ("cfg x step", {"method": "parastep", "cfg": 2, "warmup_steps": 2}),
         ("step x patch", {"method": "patch", "step": 2, "warmup_steps": 2}),
         ("cfg x pcpp", {"method": "pcpp", "cfg": 2, "warmup_steps": 1}),
     ):
-        pipe = pipeline(SMALL)
-        alone = latents(pipe, SMALL, 8)
+        pipe = pipeline("sd15")
+        alone = latents(pipe, "sd15", 8)
         with fastdiff.accelerate(pipe, parallel=method):
-            result = latents(pipe, SMALL, 8)
+            result = latents(pipe, "sd15", 8)
         assert 0 < moved(result, alone) < 0.1, label
         found[label] = {"digest": digest(result)}
     return found

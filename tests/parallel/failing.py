@@ -14,7 +14,7 @@ from fastdiff.errors import PeerLost
 from fastdiff.parallel.bus import Bus
 from fastdiff.parallel.mesh import Topology
 
-from .checks import SMALL, latents, moved, pipeline
+from .checks import latents, moved, pipeline
 
 
 def _lost(rank: int, last: int, name: str, how: signal.Signals, at: int = 2, **parallel: Any) -> list[Any]:
@@ -42,19 +42,19 @@ def _lost(rank: int, last: int, name: str, how: signal.Signals, at: int = 2, **p
 
 
 def killed(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGKILL, method="distrifusion", warmup_steps=1)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="distrifusion", warmup_steps=1)
 
 
 def killed_in_a_cycle(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGKILL, method="parastep", warmup_steps=1)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="parastep", warmup_steps=1)
 
 
 def stopped(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGSTOP, method="patch", timeout=6)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="patch", timeout=6)
 
 
 def killed_patches_go_on(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGKILL, method="patch", on_peer_loss="local")
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="patch", on_peer_loss="local")
 
 
 def killed_tokens_go_on(rank: int, ranks: int) -> list[Any]:
@@ -66,11 +66,11 @@ def killed_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 
 def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=6)
+    return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=6)
 
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
-    return _lost(rank, ranks - 1, SMALL, signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
 
 
 def asked_whether_it_lives(rank: int, ranks: int) -> list[Any]:

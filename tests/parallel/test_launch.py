@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "tiny-sd"
-    make("sd15_one_layer").save_pretrained(path)
+    make("sd15").save_pretrained(path)
     return str(path)
 
 
@@ -87,6 +87,7 @@ def test_one_process_is_refused_with_the_numbers(
     assert done.code == 2 and "set parallel.devices to 2 or more, or start them with torchrun" in done.err
 
 
+@pytest.mark.slow  # three processes for a sentence
 def test_a_mistake_is_told_once(model: str, tmp_path: Path) -> None:
     done = call(
         tmp_path, "generate", "a cat", "-m", model, "--steps", "2", "--width", "64", "--height", "64", *PATCH,

@@ -13,7 +13,7 @@ from . import staged
 from .asked import Asked
 
 NAMES = {2: ("whole", "still", "errors", "weights", "refused"), 3: ("whole", "still", "weights"), 4: ("meshes",)}
-SLOW = {3: ("whole", "still", "weights"), 4: ("meshes",)}
+SLOW = {2: ("errors",), 3: ("whole", "still", "weights"), 4: ("meshes",)}
 CHECKS = Asked(staged, NAMES, SLOW)
 told = CHECKS.told
 ranks_meet = pytest.mark.xdist_group("stages")
@@ -31,6 +31,7 @@ def test_all_checks_run() -> None:
 
 
 @ranks_meet
+@pytest.mark.slow
 def test_what_is_old_errs_less_in_smaller_steps_and_no_more_than_displaced_patches() -> None:
     found = told(2, "errors")[0]
     assert found["flux pipefusion 16"] > 1.6 * found["flux pipefusion 32"] > 0, found

@@ -22,7 +22,7 @@ def static_ranges(rank: int, ranks: int) -> dict[str, float]:
     float32 a few levels differ by one (3e-5 of the latents).
     """
     found = {}
-    for name in ("sd15_one_layer", "sd3"):
+    for name in ("sd15", "sd3"):
         pipe, told = tiny.make(name).to(torch.float64), [str(Path(tempfile.mkdtemp()) / "ranges.safetensors")]
         dist.broadcast_object_list(told)  # all ranks must have the same config
         quant = {"method": "w8a8", "skip": ["down_blocks*"], "timestep_buckets": 2, "speed": "smallest"}

@@ -17,7 +17,7 @@ from fastdiff.quant.layer import QLayer
 from tests import tiny
 from tests.tiny import arguments
 
-SMALL, STEPS = "sd15_one_layer", 4
+SMALL, STEPS = "sd15", 4
 CALL = {
     k: v
     for k, v in arguments("sd15", STEPS).items()

@@ -24,7 +24,7 @@ def joint(name: str, pipe=None, quant: object = "w8a8", **cache) -> fastdiff.Con
 
 @pytest.fixture(scope="module")
 def sd15() -> fastdiff.Config:
-    return joint("sd15_one_layer")
+    return joint("sd15")
 
 
 def test_the_schedule_and_the_fits_see_the_quantized_model(monkeypatch):
@@ -53,15 +53,15 @@ def test_fed_layers_are_corrected_at_cached_steps_only(sd15):
 
 
 def test_a_run_takes_both_corrections_and_restores(sd15):
-    pipe = tiny.make("sd15_one_layer")
-    tiny.run(pipe, "sd15_one_layer", steps=STEPS)
+    pipe = tiny.make("sd15")
+    tiny.run(pipe, "sd15", steps=STEPS)
     before = snapshot(pipe)
     bare = sd15.cache.plan.model_copy(update={"layers": {}})
     input_only = sd15.model_copy(update={"cache": sd15.cache.model_copy(update={"plan": bare})})
     found = []
     for config in (sd15, input_only, sd15):
         with fastdiff.accelerate(pipe, config) as handle:
-            found.append(tiny.run(pipe, "sd15_one_layer", steps=STEPS))
+            found.append(tiny.run(pipe, "sd15", steps=STEPS))
             assert handle.report.cached == STEPS - len(sd15.cache.plan.compute)
             assert not any("the plan was made with" in note for note in handle.report.notes)
     assert torch.equal(found[0], found[2])

@@ -68,7 +68,7 @@ def test_adapters_are_not_written(tmp_path):
 
 def test_adapters_of_a_part_that_is_not_quantized_are_not_written(tmp_path):
     peft = pytest.importorskip("peft")
-    pipe = tiny.make("sd15_one_layer")
+    pipe = tiny.make("sd15")
     pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
     fastdiff.quantize(pipe, "w8a16")
     pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))

@@ -64,7 +64,7 @@ def test_every_family_has_components_that_can_be_left_out(name):
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("sd15_one_layer", "up_blocks.1.attentions.0.transformer_blocks.0.ff"), ("sd3", "transformer_blocks.2.ff")],
+    [("sd15", "up_blocks.1.attentions.0.transformer_blocks.0.ff"), ("sd3", "transformer_blocks.2.ff")],
 )
 def test_a_component_that_adds_nothing_is_removed_exactly(name, path):
     pipe = tiny.make(name)
@@ -89,8 +89,8 @@ def test_a_component_that_adds_nothing_is_removed_exactly(name, path):
 
 
 def test_the_gate_holds_and_more_is_removed_where_more_is_allowed():
-    pipe = tiny.make("sd15_one_layer")
-    call = arguments("sd15_one_layer")
+    pipe = tiny.make("sd15")
+    call = arguments("sd15")
     strict, loose = (plan_pruning(pipe, PROMPTS, max_error=e, batch=2, moments=2, **call) for e in (1e-9, 0.3))
     assert strict.error <= 1e-9 and loose.error <= 0.3
     assert loose.parameters > strict.parameters
@@ -153,9 +153,7 @@ def test_a_tuple_of_streams_is_given_back_as_a_tuple():
 def test_a_plan_is_one_json_file(tmp_path):
     from pydantic import TypeAdapter
 
-    plan = plan_pruning(
-        tiny.make("sd15_one_layer"), PROMPTS, max_error=0.1, rank=2, batch=2, moments=2, **arguments("sd15_one_layer")
-    )
+    plan = plan_pruning(tiny.make("sd15"), PROMPTS, max_error=0.1, rank=2, batch=2, moments=2, **arguments("sd15"))
     file = tmp_path / "prune.json"
     file.write_text(plan.model_dump_json())
     option = TypeAdapter(PruneOption)
@@ -168,7 +166,7 @@ def test_a_plan_is_one_json_file(tmp_path):
         update={"removed": (plan.removed[0].model_copy(update={"path": "up_blocks.9.resnets.0"}),)}
     )
     with pytest.raises(BadConfig, match=r"up_blocks\.9"):
-        missing.install(anatomies(tiny.make("sd15_one_layer"))[0], PatchSet().replace)
+        missing.install(anatomies(tiny.make("sd15"))[0], PatchSet().replace)
     for text, said in (("{", "truncated"), ("[]", "damaged"), (json.dumps({"version": 1}), "denoiser")):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.state import differences, snapshot
 from tests.tiny import arguments
 
-SMALL, STEPS = "sd15_one_layer", 4
+SMALL, STEPS = "sd15", 4
 CALL = {
     k: v
     for k, v in arguments("sd15", STEPS).items()

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.state import differences, snapshot
 
 SCHEMES = ("w8a16", "w8a8", "w4a16", "w4a8", "fp8")
-SMALL, STEPS = "sd15_one_layer", 3
+SMALL, STEPS = "sd15", 3
 FAMILIES = [(SMALL, "sd15"), ("flux", "flux"), ("pixart", "pixart")]
 
 

@@ -15,7 +15,7 @@ from fastdiff.quant.build import build
 from fastdiff.quant.recipe import Recipe
 from tests import tiny
 
-SMALL = "sd15_one_layer"
+SMALL = "sd15"
 FEW = ["down_blocks*", "up_blocks*"]
 
 

@@ -57,7 +57,7 @@ def test_what_is_saved_while_pruned_is_the_whole_model():
 
 
 def test_weights_are_not_loaded_into_what_stands_in():
-    pipe = tiny.make("sd15_one_layer")
+    pipe = tiny.make("sd15")
     weights = pipe.unet.state_dict()
     handle = fastdiff.accelerate(pipe, quant="w8a16")
     with pytest.raises(RuntimeError, match=r"restore\(\) first"):
@@ -71,7 +71,7 @@ def test_weights_are_not_loaded_into_what_stands_in():
 
 
 def test_quantized_for_good_nothing_but_fastdiff_saves_it(tmp_path):
-    pipe = tiny.make("sd15_one_layer")
+    pipe = tiny.make("sd15")
     fastdiff.quantize(pipe, "w8a16")
     drawn = tiny.run(pipe, "sd15", steps=2)
     for model in (pipe, pipe.unet, copy.deepcopy(pipe.unet)):
@@ -102,9 +102,7 @@ def tuned(pipe, name, wanted, dora=False):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("good", [False, True], ids=["reversible", "for good"])
-@pytest.mark.parametrize(
-    ("name", "wanted"), [("flux", ("to_q", "to_v")), ("sd15_one_layer", ("conv1", "conv_shortcut", "to_q"))]
-)
+@pytest.mark.parametrize(("name", "wanted"), [("flux", ("to_q", "to_v")), ("sd15", ("conv1", "conv_shortcut", "to_q"))])
 def test_adapters_fit_on_quantized_layers(name, wanted, good, dora):
     pytest.importorskip("peft")
     bare = tiny.run(tiny.make(name), name, steps=2)

@@ -236,7 +236,7 @@ def test_torchao_itself(config):
 
 
 def test_a_layer_with_hooks_or_a_forward_of_others_stays_float_and_is_told_of():
-    pipe = tiny.make("sd15_one_layer")
+    pipe = tiny.make("sd15")
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     heard: list = []
     block.to_q.register_forward_hook(lambda *_: heard.append("hook"))
