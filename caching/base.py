@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
 from torch import Tensor
 
 from fastdiff.anatomy import Anatomy
@@ -14,9 +14,10 @@ from fastdiff.clock import Run, Step
 from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.method import Method
 
-from .predictors import PREDICTORS, Axis, weights
+from .predictors import FEWEST, PREDICTORS, Axis, weights
 from .protocols import Calibrator, Live, Passes
 from .region import Memory, Region
+from .verify import USUAL
 
 Forward = Callable[..., Any]
 Weigh = Callable[[int, Sequence[int]], Sequence[float]]
@@ -44,6 +45,7 @@ class CacheMethod(Method):
     predictor: str = Field("reuse", description="how a skipped value is made: " + " or ".join(PREDICTORS))
     order: int = Field(2, ge=1, le=6, description="computed values a prediction may use")
     coordinate: Axis = Field("timestep", description="axis on which predictions extrapolate")
+    damping: float = Field(1.0, ge=0, le=1, description="share of a forecast change that is taken; 0 reuses")
     lebesgue_max: float = Field(6.0, ge=1, description="drop the order while the weights amplify errors more than this")
     warmup_steps: int = Field(0, ge=0, description="computed steps at the start")
     cooldown_steps: int = Field(0, ge=0, description="computed steps at the end")
@@ -51,6 +53,12 @@ class CacheMethod(Method):
         None, ge=1, description="compute at the latest after so many cached steps"
     )
     max_cached_steps: int | None = Field(None, ge=0, description="most cached steps in a run")
+    guard: Literal["none", "verify"] = Field(
+        "none", description="verify: compare forecasts with computed steps; while they fail, compute all"
+    )
+    verify_bound: float | None = Field(
+        None, ge=0, description=f"relative error at which a forecast fails; empty: by the plan, {USUAL:g} without one"
+    )
 
     language: ClassVar[bool] = False  # whether the method is for language models, not for images and video
 
@@ -70,6 +78,26 @@ class CacheMethod(Method):
         if name not in PREDICTORS:
             raise ValueError(str(UnknownName("predictor", name, PREDICTORS)))
         return name
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Any:
+        least = FEWEST.get(self.predictor, 1)
+        if self.order < least:
+            raise ValueError(
+                f"order = {self.order}: {self.predictor} goes by {least} to 6 computed values; set order to one of them"
+            )
+        if self.guard == "verify" and (why := self.unverifiable) is not None:
+            raise ValueError(f'guard = "verify": {why}')
+        return self
+
+    @property
+    def unverifiable(self) -> str | None:
+        """Why the guard `verify` cannot check this method, and what can be done; None if it can."""
+        return None
+
+    def bounds(self, run: Run) -> Sequence[float]:
+        """For each step of a run, the relative error at which the guard `verify` takes a forecast of it for failed."""
+        return [USUAL if self.verify_bound is None else self.verify_bound] * run.total
 
     def regions(self, anatomy: Anatomy) -> list[Region]:
         """What a cached step leaves out. Raises UnsupportedModel, with the reason, where that is nothing."""
@@ -95,7 +123,8 @@ class CacheMethod(Method):
         axis = run.coordinates(self.coordinate)
 
         def weigh(index: int, anchors: Sequence[int]) -> list[float]:
-            return weights(self.predictor, self.order, self.lebesgue_max, axis[index], [axis[a] for a in anchors])
+            known = [axis[a] for a in anchors]
+            return weights(self.predictor, self.order, self.lebesgue_max, axis[index], known, self.damping)
 
         return weigh
 
@@ -133,9 +162,9 @@ class CacheMethod(Method):
 
     def guarded_mask(self, run: Run, region: Region) -> list[bool] | None:
         wished = self.mask(run, region)
-        return None if wished is None else self.guard(wished)
+        return None if wished is None else self.with_guards(wished)
 
-    def guard(self, wished: Sequence[bool]) -> list[bool]:
+    def with_guards(self, wished: Sequence[bool]) -> list[bool]:
         """A mask with the guards on it."""
         out: list[bool] = []
         for index, wanted in enumerate(wished):
@@ -153,6 +182,13 @@ class Gated(CacheMethod):
 
     threshold: float = Field(0.1, ge=0, description="relative change from which on a step is computed")
     lagged: bool = Field(False, description="decide on the change up to the step before: no wait for the device")
+
+    @property
+    def unverifiable(self) -> str | None:
+        return (
+            f"{self.method} decides at each step, by its threshold; verify checks what is planned before the run: "
+            'take static, ab_cache or dp, or leave guard at "none"'
+        )
 
     def change(self, step: Step, memory: Memory) -> Tensor:
         """How far this step is from the last computed one, a scalar on the device."""

@@ -141,7 +141,7 @@ class Shadow(Session):
         self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder,
         seen: Callable[[Step, int, list[Any], list[Any]], list[Any]],
     ) -> None:  # fmt: skip
-        super().__init__(method, anatomy, clock, recorder)
+        super().__init__(method.model_copy(update={"guard": "none"}), anatomy, clock, recorder)
         self.seen = seen
 
     def _decide(self, number: int, step: Step, memory: Memory, wanted: bool) -> None:

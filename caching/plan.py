@@ -99,6 +99,9 @@ class Schedule(Plan):
     compute: tuple[int, ...] = Field(min_length=1, max_length=10_000, description="steps to compute")
     weights: Mapping[int, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
     error: float | None = Field(None, ge=0, description="predicted relative error of what was traced")
+    forecasts: Mapping[int, NonNegativeFloat] = Field(
+        default_factory=dict, description="largest relative error traced of what would be forecast of computed steps"
+    )
 
     @field_validator("compute")
     @classmethod

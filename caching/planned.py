@@ -18,6 +18,8 @@ from .protocols import Calibrator
 from .region import Region
 from .schedule import Costs
 from .sites import Site, at
+from .trace import SiteTrace
+from .verify import bounds_of, forecast_errors
 
 S = TypeVar("S", bound=Schedule)
 
@@ -67,16 +69,25 @@ class Scheduled(Planned):
         steps = set(self.found.steps(run))
         return [i in steps for i in range(run.total)]
 
+    def bounds(self, run: Run) -> Sequence[float]:
+        seen = self.found.forecasts
+        if self.verify_bound is not None or not seen or not self.found.fits(run):
+            return super().bounds(run)
+        return bounds_of(seen, run.total)
+
     def forced(self, run: Run, steps: Sequence[int]) -> list[int]:
         """Places, among some steps of a run, of those that guards compute; the first is always one."""
         return sorted({0, *(k for k, step in enumerate(steps) if self.guarded(False, step, run.total))})
 
     def schedule(
         self, kind: type[S], calibrator: Calibrator, steps: Sequence[int], costs: Costs, chosen: Sequence[int],
-        **more: Any,
+        seen: SiteTrace, **more: Any,
     ) -> S:  # fmt: skip
         """A plan in which, of a denoiser's `steps` in the run, those at the places `chosen` are computed; those of
-        other denoisers are not its business."""
+        other denoisers are not its business. seen: what the site gave, for the guard `verify`."""
         run = calibrator.run
         computed = {steps[k] for k in chosen} | (set(range(run.total)) - set(steps))
+        if seen.runs is not None and seen.steps == tuple(steps):
+            found = forecast_errors(seen.runs, costs.predict, chosen)
+            more["forecasts"] = {steps[k]: error for k, error in found.items()}
         return kind(**calibrator.origin(run), compute=tuple(sorted(computed)), error=costs.error(chosen), **more)

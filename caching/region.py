@@ -108,3 +108,8 @@ def unread(known: Any) -> Any:
 def signature(args: tuple, kwargs: dict) -> Any:
     """Shape, dtype and device of the tensors that a call is given; a change makes what is remembered useless."""
     return [(t.shape, t.dtype, t.device) for t in tensors(pytree.tree_leaves((args, kwargs)))]
+
+
+def wants_gradients(args: tuple, kwargs: dict) -> bool:
+    """Whether somebody wants gradients of what a call is given."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors(pytree.tree_leaves((args, kwargs))))

@@ -20,7 +20,8 @@ from .holding import Holding, bytes_of
 from .predictors import combine
 from .readers import Readers
 from .reading import peak, unbounded
-from .region import Memory, Region, placeholder, signature, unread
+from .region import Memory, Region, placeholder, signature, unread, wants_gradients
+from .verify import Verify
 
 
 class Session:
@@ -44,6 +45,7 @@ class Session:
         self._branches: dict[int, list[Memory]] = {}
         self._shapes: dict[int, Any] = {}
         self._current: list[Memory] | None = None
+        self._verify: Verify | None = None  # of the present run, where the guard asks for it and steps are skipped
         self.holding = Holding(method, anatomy, self.regions, recorder)
         self._readers = Readers(unit for region in self.regions for unit in region.units)
         self._whole = self._read = False  # whether the present call, or all of the run, is computed in any case
@@ -73,7 +75,7 @@ class Session:
                 patches.wrap_forward(companion, self._at_key_steps)
 
     def _start(self, run: Run) -> None:
-        self._branches, self._shapes = {}, {}
+        self._branches, self._shapes, self._verify = {}, {}, None
         reason = self._readers.found()
         self._read = reason is not None
         if reason is not None:
@@ -84,6 +86,9 @@ class Session:
             masks = [mask and [True] * len(mask) for mask in masks]
         self.masks = [placed(mask, own, run.total) for mask in masks]
         self._needed = [placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
+        if self.method.guard == "verify" and not all(all(mask) for mask in self.masks if mask):
+            self._verify = Verify(self.method.bounds(run), self._combined, self.agree)
+            self._needed = [use if use is None or not any(use) else None for use in self._needed]  # all are checked
         self.holding.start(max((sum(mask) if mask else run.total for mask in self.masks), default=run.total))
         self._weigh = self.method.weigher(run)
         self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
@@ -92,6 +97,8 @@ class Session:
 
     def _end(self, run: Run) -> None:
         self._branches, self._current = {}, None
+        if self._verify is not None:
+            self._verify.tell(self.recorder.report.verified)
         report = self.recorder.report
         if report.steps == run.total and not report.cached and not report.partly:
             self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
@@ -104,7 +111,7 @@ class Session:
             step = self.clock.now
             if step is None:
                 return forward(*args, **kwargs)
-            differentiable = _differentiable(args, kwargs)
+            differentiable = wants_gradients(args, kwargs)
             if differentiable:
                 self.recorder.note("calls that gradients go through were computed")
             self._whole = self._read or differentiable
@@ -146,7 +153,7 @@ class Session:
             for memory in (first, *first.again):
                 memory.ready, memory.visits, memory.passed, memory.broken, memory.skipping = None, 0, 0, False, False
                 if mask is not None:
-                    self._decide(number, step, memory, mask[step.index])
+                    self._decide(number, step, memory, self._planned(number, step.index))
                     if self.ahead and memory.skipping:
                         self.recorder.skipped(predicted=self._extrapolates(number, memory))
                         memory.ready = self._combined(number, memory, step.index)
@@ -164,6 +171,11 @@ class Session:
             memory.keep = compute and any(use)
         else:
             memory.keep = compute and (use is None or use[step.index] or (not memory.values and any(use)))
+
+    def _planned(self, number: int, index: int) -> bool:
+        """Whether a region is computed at a step: by its mask, or since forecasts fail; a dynamic one may be."""
+        mask = self.masks[number]
+        return mask is None or mask[index] or (self._verify is not None and self._verify.fails(index))
 
     def _bounded(self, memory: Memory, step: Step) -> bool:
         """Whether the prediction is finite for certain: amplified values may leave what the dtype holds."""
@@ -275,6 +287,8 @@ class Session:
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
         grown = False
+        if self._verify is not None:
+            self._verify.check(index, self._current or ())
         for memory in self._all():
             memory.entry = []
             if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
@@ -370,7 +384,7 @@ class Session:
 
     def hidden(self, index: int) -> bool:
         """Whether every region is skipped at a step, which is known before it for static methods only."""
-        return bool(self.masks) and not self._read and not any(mask is None or mask[index] for mask in self.masks)
+        return bool(self.masks) and not self._read and not any(self._planned(k, index) for k in range(len(self.masks)))
 
 
 def _copied(leaf: Any) -> Any:
@@ -380,10 +394,3 @@ def _copied(leaf: Any) -> Any:
 def _own(leaves: list[Any]) -> list[Any]:
     """Values that nobody else can write into, and that keep no graph alive."""
     return [_copied(leaf) for leaf in leaves]
-
-
-def _differentiable(args: tuple, kwargs: dict) -> bool:
-    """Whether somebody wants gradients of what a call is given."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

@@ -31,6 +31,7 @@ class Gram:
     def __init__(self) -> None:
         self.images = 0
         self.matrix: NDArray[np.float64] | None = None
+        self._runs: list[NDArray[np.float64]] = []
         self._projection: tuple[Tensor, Tensor] | None = None
 
     def sketch(self, value: Tensor) -> Tensor:
@@ -51,10 +52,16 @@ class Gram:
     def add(self, rows: list[Tensor]) -> None:
         """The sketches of one run, a step each."""
         stacked = torch.stack(rows, 1)  # images, steps, numbers
-        total, count = (stacked @ stacked.mT).sum(0).numpy(), len(stacked)
+        self._runs.append((stacked @ stacked.mT).numpy())
+        total, count = self._runs[-1].sum(0), len(stacked)
         old = self.matrix
         self.matrix = total / count if old is None else (old * self.images + total) / (self.images + count)
         self.images += count
+
+    @property
+    def runs(self) -> NDArray[np.float64]:
+        """The matrix of each image, (images, steps, steps)."""
+        return np.concatenate(self._runs)
 
 
 class Trace:
@@ -82,6 +89,10 @@ class Trace:
     @property
     def images(self) -> int:
         return self._gram.images
+
+    @property
+    def runs(self) -> NDArray[np.float64]:
+        return self._gram.runs
 
     def _start(self, run: Run) -> None:
         self._rows, self._begun = {}, unheard(self.clock.scheduler)
@@ -133,6 +144,12 @@ class SiteTrace:
         if self._gram.matrix is None:
             raise ValueError("no complete run was traced")
         return self._gram.matrix
+
+    @property
+    def runs(self) -> NDArray[np.float64] | None:
+        """The matrix of each image and branch; None where no complete run was traced."""
+        self._close()
+        return self._gram.runs if self._gram.images else None
 
 
 def influence(solver: Any, run: Run) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ class RunReport:
     `branches` has one list a branch (`UNTOLD` for calls that nothing tells apart), with "computed", "cached" or
     "absent" (not called) for each step; `predicted` the steps in which a skipped value was made of several, or
     corrected, and not used as it was; `step_seconds` has one entry a step, in seconds of the device, `host_seconds`
-    what the host took to launch it; `cache_mb` the most that a cache held.
+    what the host took to launch it; `cache_mb` the most that a cache held; `verified` how many steps a guard checked,
+    found failed, and computed for it.
     """
 
     total: int = 0
@@ -33,6 +34,7 @@ class RunReport:
     host_seconds: list[float] = field(default_factory=list)
     peak_memory_mb: float = 0.0
     cache_mb: float = 0.0
+    verified: dict[str, int] = field(default_factory=dict)
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[Any] = field(default_factory=list)
@@ -98,6 +100,7 @@ class RunReport:
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "cache_mb": round(self.cache_mb, 3),
             "bytes_sent": self.bytes_sent,
+            "verified": dict(self.verified),
             "ranks": list(self.ranks),
             "branches": {names[b]: row for b, row in sorted(self.branches.items())},
             "notes": list(self.notes),
@@ -113,6 +116,8 @@ class RunReport:
         ]
         if saved := self.saved_seconds():
             parts.append(f"about {saved:.2f} s saved")
+        if self.verified:
+            parts.append("verify: " + ", ".join(f"{count} {what}" for what, count in self.verified.items()))
         if self.bytes_sent:
             parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
         cached = f", {self.cache_mb:.0f} of them cached values" if self.cache_mb >= 1 else ""

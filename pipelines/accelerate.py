@@ -154,7 +154,7 @@ class Accelerated:
             crew.shelve(anatomy, [u for r in (session.regions if session else ()) for u in r.units], patches)
         if session is not None:
             if isinstance(session.method, CacheQuant):
-                correct_fed_layers(session.method, anatomy, self.clock, patches)
+                correct_fed_layers(session, session.method, anatomy, self.clock, patches)
             session.attach(patches)
             if crew is not None:
                 session.agree = crew.agrees
@@ -201,6 +201,11 @@ class Accelerated:
 
     def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
         method = self._cached.get(anatomy.component)
+        if method is not None and method.guard == "verify" and self.crew is not None and self.crew.cycle is not None:
+            raise BadConfig(
+                'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
+                "cache.guard = none, or a parallel method that splits the picture or guidance"
+            )
         return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
 
     def __enter__(self) -> Accelerated:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.affine import corrected
 from fastdiff.caching.methods.cachequant import CacheQuant
+from fastdiff.caching.session import Session
 from fastdiff.clock import StepClock
 from fastdiff.patch import PatchSet
 from fastdiff.quant.activations import channels_of
@@ -23,18 +24,24 @@ from fastdiff.quant.layer import QLayer
 from .families import Anatomy
 
 
-def correct_fed_layers(method: CacheQuant, anatomy: Anatomy, clock: StepClock, patches: PatchSet) -> None:
-    """Install what the plan says of quantized layers; without quantization, or while a plan is made, nothing."""
+def correct_fed_layers(
+    session: Session, method: CacheQuant, anatomy: Anatomy, clock: StepClock, patches: PatchSet
+) -> None:  # fmt: skip
+    """Install what the plan says of quantized layers; without quantization, or while a plan is made, nothing.
+
+    A step that a guard computes has nothing to correct.
+    """
     if not method.correct or method.plan is None:
         return
     for path, table in method.found.layers.items():
         layer = anatomy.denoiser.get_submodule(path)
         if isinstance(layer, QLayer):
-            _correct(layer, {step: pair.tensors() for step, pair in table.items()}, method, clock, patches)
+            _correct(layer, {step: pair.tensors() for step, pair in table.items()}, session, method, clock, patches)
 
 
 def _correct(
-    layer: QLayer, table: dict[int, tuple[Tensor, Tensor]], method: CacheQuant, clock: StepClock, patches: PatchSet
+    layer: QLayer, table: dict[int, tuple[Tensor, Tensor]], session: Session, method: CacheQuant, clock: StepClock,
+    patches: PatchSet,
 ) -> None:  # fmt: skip
     folded: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -43,7 +50,8 @@ def _correct(
         def fed(*args: Any, **kwargs: Any) -> Tensor:
             y = forward(*args, **kwargs)
             step = clock.now
-            if step is None or step.index not in table or not method.found.fits(step.run):
+            planned = step is not None and step.index in table and method.found.fits(step.run)
+            if step is None or not planned or not session.skipping(0):
                 return y
             if step.index not in folded:
                 scale, shift = (t.to(y.device) for t in table[step.index])

@@ -1,13 +1,14 @@
-"""Many clients at once against `fastdiff serve`: does each get its own picture, is none lost, does memory stay flat?
+"""Many clients at once against `fastdiff serve`: does each get its own picture, is none lost, does memory stay flat,
+and how long do those wait who want little? Two servers: one draws in the order of arrival, the other in turns.
 
-python -c "from tests.tiny import make; make('sd15').save_pretrained('build/tiny-sd')"
-python scripts/load_serve.py -m build/tiny-sd --json benchmarks/serve.json
+python scripts/load_serve.py --json benchmarks/serve.json
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json as jsonlib
 import random
 import statistics
@@ -15,15 +16,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import openai
 import typer
+from PIL import Image
 
 from fastdiff import output
 from fastdiff.bench.row import command
@@ -31,19 +35,26 @@ from fastdiff.machine import cpu_name, package_version
 
 PROMPTS = ("a large red circle above a small blue square", "a green triangle", "two small yellow circles", "x " * 200)
 PRESETS = ("balanced", "lossless")
+SIZES = ("auto", "64x64", "48x64", "96x64")
+ORDERS = {"as they came": ("--in-progress", "1"), "in turns": ()}
+KINDS = ("short",) * 13 + ("long",) * 4 + ("edit",) * 2 + ("cancel",)  # of twenty
+Body = dict[str, Any]
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="write the result here; it is printed too")] = None,
-    requests: Annotated[int, typer.Option(min=1)] = 1000,
+    requests: Annotated[int, typer.Option(min=20, help="to each server")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="at the same time")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="in which the servers take turns")] = 10,
     model: Annotated[str, typer.Option("-m", "--model")] = "shapes-unet",
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     output.check([json], overwrite)
-    with serving(model) as (url, process):
-        result = measure(url, process, requests, clients)
-    packages = {name: package_version(name) for name in ("fastdiff", "torch", "diffusers", "fastapi", "uvicorn")}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serving(model, options)) for name, options in ORDERS.items()}
+        result = measure(servers, requests, clients, rounds)
+    names = ("fastdiff", "torch", "diffusers", "fastapi", "uvicorn", "openai")
+    packages = {name: package_version(name) for name in names}
     result = {"model": model, **result, "cpu": cpu_name(), "packages": packages, "command": command()}
     text = jsonlib.dumps(result, indent=2)
     if json is not None:
@@ -52,10 +63,10 @@ def main(
 
 
 @contextmanager
-def serving(model: str) -> Iterator[tuple[str, int]]:
+def serving(model: str, more: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """A server of its own process: its address and its number."""
     options = [word for name in PRESETS for word in ("--preset", name)]
-    words = [sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16", *options]
+    words = [sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16", *options, *more]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield (process.stdout.readline().strip() if process.stdout else ""), process.pid
@@ -64,92 +75,131 @@ def serving(model: str) -> Iterator[tuple[str, int]]:
             process.wait(60)
 
 
-def menu() -> list[dict[str, Any]]:
-    """Requests that differ in all that could leak from one into another."""
+def menu() -> list[tuple[str, Body]]:
+    """Requests by kind, that differ in all that could leak from one into another."""
     chosen, found = random.Random(0), []
-    for number in range(24):
-        body = {
-            "prompt": chosen.choice(PROMPTS), "seed": number % 5, "steps": chosen.choice((2, 3, 4)),
-            "size": chosen.choice(("auto", "64x64", "48x64", "96x64")), "preset": chosen.choice(PRESETS),
-            "n": chosen.choice((1, 1, 1, 2)), "guidance_scale": chosen.choice((1.0, 3.0)),
+    for number, kind in enumerate(KINDS * 3):
+        steps = {"short": chosen.choice((2, 3, 4)), "long": 50, "edit": 8, "cancel": 100}[kind]
+        body: Body = {
+            "prompt": chosen.choice(PROMPTS), "seed": number % 5, "steps": steps, "size": chosen.choice(SIZES),
+            "preset": chosen.choice(PRESETS), "n": chosen.choice((1, 1, 1, 2)) if kind == "short" else 1,
+            "guidance_scale": chosen.choice((1.0, 3.0)),
         }  # fmt: skip
-        found.append(body | ({"negative_prompt": "blue"} if number % 3 == 0 else {}))
+        body |= {"negative_prompt": "blue"} if number % 3 == 0 else {}
+        found.append((kind, body | ({"strength": 0.5} if kind == "edit" else {})))
+    chosen.shuffle(found)
     return found
 
 
-def measure(url: str, process: int, requests: int, clients: int) -> dict[str, Any]:
-    """What each request gives when it is alone, then all of them from many clients; some of those hang up."""
-    bodies = menu()
-    alone = [digest(ask(url, body)[1]) for body in bodies]
-    memory, statuses, seconds = [resident_mb(process)], Counter[str](), list[float]()
-    lock, wrong = threading.Lock(), 0
+@dataclass
+class Told:
+    """What one server did."""
 
-    def client(number: int) -> None:
-        nonlocal wrong
-        which = (number * 7) % len(bodies)
-        if number % 20 == 19:
-            hang_up(url, bodies[which] | {"steps": 100, "stream": number % 40 == 39})
+    url: str
+    process: int
+    alone: list[str] = field(default_factory=list)  # what each of the menu gives when nothing else is asked for
+    statuses: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    memory: list[float] = field(default_factory=list)
+    wrong: int = 0
+    took: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=600)
+        self.lock = threading.Lock()
+
+    def ask(self, kind: str, body: Body) -> tuple[str, str]:
+        """The status, and a digest of the pictures."""
+        own = {name: body[name] for name in ("prompt", "n", "size")}
+        more = {name: value for name, value in body.items() if name not in own}
+        try:
+            if kind == "edit":
+                reply = self.client.images.edit(**own, image=photo(), extra_body=more)
+            else:
+                reply = self.client.images.generate(**own, extra_body=more)
+        except openai.APIStatusError as error:
+            return str(error.status_code), ""
+        data = "".join(picture.b64_json or "" for picture in reply.data or ())
+        return "200", hashlib.sha256(data.encode()).hexdigest()
+
+    def one(self, number: int, kind: str, body: Body) -> None:
+        if kind == "cancel":
+            self.hang_up(body | {"stream": number % 2 == 1})
             status, same = "hung up", True
         else:
             began = time.perf_counter()
-            code, answer = ask(url, bodies[which])
-            status, same = str(code), code != 200 or digest(answer) == alone[which]
-            with lock:
-                seconds.append(time.perf_counter() - began)
-        with lock:
-            statuses[status] += 1
-            wrong += not same
-            if sum(statuses.values()) % max(1, requests // 20) == 0:
-                memory.append(resident_mb(process))
+            status, found = self.ask(kind, body)
+            same = status != "200" or found == self.alone[number]
+            with self.lock:
+                self.seconds[kind].append(time.perf_counter() - began)
+        with self.lock:
+            self.statuses[status] += 1
+            self.wrong += not same
 
-    began = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(requests)))
-    took = time.perf_counter() - began
-    burst = Counter(ThreadPoolExecutor(60).map(lambda _: str(ask(url, bodies[0])[0]), range(60)))
-    settled = memory[len(memory) // 4 :]
+    def hang_up(self, body: Body) -> None:
+        """Ask, wait a moment, and go away."""
+        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=600)
+        link.request("POST", "/v1/images/generations", jsonlib.dumps(body), {"content-type": "application/json"})
+        time.sleep(0.3)
+        link.close()
+
+    def get(self, path: str) -> bytes:
+        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=600)
+        link.request("GET", path)
+        return link.getresponse().read()
+
+    def summary(self, requests: int) -> dict[str, Any]:
+        settled = self.memory[len(self.memory) // 4 :]
+        return {
+            "statuses": dict(self.statuses), "lost": requests - sum(self.statuses.values()), "bytes_differ": self.wrong,
+            "seconds": round(self.took, 1), "requests_per_second": round(requests / self.took, 2),
+            "latency_s": {kind: spread(values) for kind, values in sorted(self.seconds.items())},
+            "memory_mb": [round(value, 1) for value in self.memory],
+            "memory_growth_mb": round(settled[-1] - settled[0], 1), "health": jsonlib.loads(self.get("/health")),
+        }  # fmt: skip
+
+
+def measure(servers: Mapping[str, tuple[str, int]], requests: int, clients: int, rounds: int) -> dict[str, Any]:
+    """What each request gives when it is alone, then all of them from many clients; some of those hang up. The servers
+    get the same requests in rounds, one after the other, so that what else the machine does is the same for them."""
+    asked = menu()[:requests]
+    told = {name: Told(*server) for name, server in servers.items()}
+    for server in told.values():
+        server.alone = ["" if kind == "cancel" else server.ask(kind, body)[1] for kind, body in asked]
+    for number in range(rounds):
+        for server in told.values():
+            server.memory.append(resident_mb(server.process))
+            part = range(requests * number // rounds, requests * (number + 1) // rounds)
+            began = time.perf_counter()
+            with ThreadPoolExecutor(clients) as pool:
+                list(pool.map(lambda n, server=server: server.one(n % len(asked), *asked[n % len(asked)]), part))
+            server.took += time.perf_counter() - began
+    ends = next(iter(told)), [*told][-1]
+    first = next(body for kind, body in asked if kind == "short")
+    last = told[ends[1]]
+    with ThreadPoolExecutor(60) as pool:
+        burst = Counter(pool.map(lambda _: last.ask("short", first)[0], range(60)))
+    for server in told.values():
+        server.memory.append(resident_mb(server.process))
+    short = [quantile(told[name].seconds["short"], 0.95) for name in ends]
     return {
-        "requests": requests, "clients": clients, "seconds": round(took, 1),
-        "requests_per_second": round(requests / took, 2), "statuses": dict(statuses),
-        "lost": requests - sum(statuses.values()), "bytes_differ": wrong,
-        "latency_s": {"median": round(statistics.median(seconds), 3), "p95": round(quantile(seconds, 0.95), 3)},
-        "burst_of_60": dict(burst), "memory_mb": [round(value, 1) for value in memory],
-        "memory_growth_mb": round(settled[-1] - settled[0], 1),
-        "still_working": ask(url, bodies[0])[0] == 200, "health": jsonlib.loads(get(url, "/health")),
+        "requests": requests, "clients": clients, "rounds": rounds,
+        "servers": {name: server.summary(requests) for name, server in told.items()},
+        "bytes_differ_between_servers": sum(a != b for a, b in zip(*(told[name].alone for name in ends), strict=True)),
+        "short_p95_ratio": round(short[0] / short[-1], 2), "burst_of_60": dict(burst),
+        "still_working": all(server.ask("short", first)[0] == "200" for server in told.values()),
     }  # fmt: skip
 
 
-def connection(url: str) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
+def photo() -> bytes:
+    """A picture to draw over."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(file, "PNG")
+    return file.getvalue()
 
 
-def send(link: http.client.HTTPConnection, body: dict[str, Any]) -> None:
-    link.request("POST", "/v1/images/generations", jsonlib.dumps(body), {"content-type": "application/json"})
-
-
-def ask(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    link = connection(url)
-    send(link, body)
-    answer = link.getresponse()
-    return answer.status, jsonlib.loads(answer.read())
-
-
-def get(url: str, path: str) -> bytes:
-    link = connection(url)
-    link.request("GET", path)
-    return link.getresponse().read()
-
-
-def hang_up(url: str, body: dict[str, Any]) -> None:
-    """Ask, wait a moment, and go away."""
-    link = connection(url)
-    send(link, body)
-    time.sleep(0.3)
-    link.close()
-
-
-def digest(answer: dict[str, Any]) -> str:
-    return hashlib.sha256("".join(picture["b64_json"] for picture in answer["data"]).encode()).hexdigest()
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 3), "p95": round(quantile(values, 0.95), 3)}
 
 
 def quantile(values: list[float], q: float) -> float:

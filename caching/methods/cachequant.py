@@ -86,7 +86,7 @@ class CacheQuant(Scheduled):
         forced = self.forced(run, steps)
         budget = len(forced) - 1 + math.ceil((len(steps) - len(forced) + 1) / self.interval)
         chosen = optimal_steps(costs.table(), budget, forced, shortest=math.ceil(self.interval / 2))
-        planned = self.with_plan(self.schedule(Corrected, calibrator, steps, costs, chosen))
+        planned = self.with_plan(self.schedule(Corrected, calibrator, steps, costs, chosen, trace))
         if not self.correct:
             return planned
         return (yield from planned._fitted())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.caching.base import Weigh
@@ -33,7 +33,8 @@ class DP(Scheduled):
 
     Formula: of all sets of `computed_steps` steps the one with the least sum over groups of |sum_i c_i (p_i -
     v_i)|^2; a group is the skipped steps between two computed ones, p_i the prediction from the steps computed
-    before i, c_i how much the solver makes of an error at step i in the final latents (its impulse response).
+    before i, c_i how much the solver makes of an error at step i in the final latents (its impulse response). With
+    `minimax` the largest of these, over groups and traced images, takes the place of the sum of their means.
     """
 
     method: Literal["dp"] = "dp"
@@ -42,11 +43,27 @@ class DP(Scheduled):
     computed_steps: int = Field(20, ge=1, description="steps to compute; what calibrate plans for")
     site: Site = Field("output", description="what a skipped step leaves out and predicts")
     live_blocks: int = Field(1, ge=0, description="blocks that always run (site stack)")
+    objective: Literal["sum", "minimax"] = Field(
+        "sum",
+        description="what calibrate makes least: the sum of groups' errors, or the worst group of the worst image",
+    )
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
     ridge: float | None = Field(
         None, ge=0, description="fit weights to the trace, pulled this much to the predictor's; None: the predictor's"
     )
+    fit_damping: bool = Field(
+        False, description="take of each forecast change the share that is best for the trace, in closed form"
+    )
     plan: Annotated[Schedule | Each[Schedule] | None, from_file(Schedule)] = Field(None, description=PLAN)
+
+    @model_validator(mode="after")
+    def _damps_something(self) -> DP:
+        if self.fit_damping and self.predictor == "reuse":
+            raise ValueError(
+                "fit_damping = true: reuse forecasts no change to take a share of; set predictor to adams_bashforth or "
+                "spectrum, or fit_damping = false"
+            )
+        return self
 
     @property
     def history(self) -> int:
@@ -76,52 +93,53 @@ class DP(Scheduled):
 
     def calibrated(self, calibrator: Calibrator) -> Passes:
         traces: list[Trace] = []
-        inside = None if self.site == "output" else SiteTrace()
+        seen = SiteTrace()
 
-        def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session | None:
+        def install(anatomy: Anatomy, clock: StepClock, recorder: Recorder) -> Session:
             traces.append(Trace(clock, calibrator.heard))
             clock.on_end.append(check)
-            if inside is None:
-                return None
-            return Recording(self, anatomy, clock, recorder, inside.seen, [self.region(anatomy)])
+            return Recording(self, anatomy, clock, recorder, seen.seen, [self.region(anatomy)])
 
         def check(run: Run) -> None:
             if traces[0].run is run:
                 self.check(run, [*calibrator.parts(run).values()])
 
         yield install
-        return self.planned(traces[0], calibrator, inside)
+        return self.planned(traces[0], calibrator, seen)
 
-    def planned(self, trace: Trace, calibrator: Calibrator, inside: SiteTrace | None = None) -> DP:
-        """This method with the plan of least predicted error, of what is cached `inside`, or else of the outputs.
+    def planned(self, trace: Trace, calibrator: Calibrator, seen: SiteTrace) -> DP:
+        """This method with the plan of least predicted error, of the outputs, or of what was `seen` of another site.
 
         Denoisers that share a run share its computed steps; how many each has is chosen on the outputs. The dynamic
         program predicts from the last two computed steps; a higher order takes part in the weights of the plan. An
         error inside counts as much for the final latents as the output of its step would. Raises ValueError where no
         plan is possible.
         """
-        run, gram = trace.run, trace.gram
+        run, gram, inside = trace.run, trace.gram, self.site != "output"
         if run is None or gram is None:
             raise ValueError("no complete run was traced")
-        if not np.isfinite(gram if inside is None else inside.gram).all():
+        if not np.isfinite(seen.gram if inside else gram).all():
             raise ValueError("the model's outputs are not finite numbers; try another dtype or guidance scale")
         parts = [*calibrator.parts(run).values()]
         self.check(run, parts)
-        moves = influence(trace.solver, run)
+        moves, minimax = influence(trace.solver, run), self.objective == "minimax"
 
-        def costs_of(steps: Sequence[int], own: Floats) -> Costs:
-            part = run.only(steps)
-            return Costs(own, super(DP, self).weigher(part), moves[[*steps]], ridge=self.ridge, longest=self._longest)
+        def costs_of(steps: Sequence[int], own: Floats, runs: Floats | None) -> Costs:
+            return Costs(
+                own, super(DP, self).weigher(run.only(steps)), moves[[*steps]], ridge=self.ridge,
+                damp=self.fit_damping, longest=self._longest, runs=runs if minimax else None,
+            )  # fmt: skip
 
         forced = [self.forced(run, own) for own in parts]
-        outputs = [costs_of(own, gram[np.ix_(own, own)]) for own in parts]
-        steps, costs, chosen = parts[0], outputs[0], shared_steps(outputs, self.computed_steps, forced)[0]
-        if inside is not None:
-            steps, costs = [*inside.steps], costs_of(inside.steps, inside.gram)
-            chosen = optimal_steps(costs.table(), len(chosen), self.forced(run, steps))
+        outputs = [costs_of(own, gram[np.ix_(own, own)], trace.runs[:, own][:, :, own]) for own in parts]
+        steps, costs = parts[0], outputs[0]
+        chosen = shared_steps(outputs, self.computed_steps, forced, minimax=minimax)[0]
+        if inside:
+            steps, costs = [*seen.steps], costs_of(seen.steps, seen.gram, seen.runs)
+            chosen = optimal_steps(costs.table(), len(chosen), self.forced(run, steps), minimax=minimax)
         skipped = [(k, known) for known, end in spans(chosen, len(steps)) for k in range(known[-1] + 1, end)]
         weights = {steps[k]: tuple((steps[j], f) for j, f in costs.weights(k, known)) for k, known in skipped}
-        return self.with_plan(self.schedule(Schedule, calibrator, steps, costs, chosen, weights=weights))
+        return self.with_plan(self.schedule(Schedule, calibrator, steps, costs, chosen, seen, weights=weights))
 
     @property
     def _longest(self) -> int:

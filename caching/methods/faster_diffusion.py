@@ -42,6 +42,13 @@ class FasterDiffusion(CacheMethod):
     def predicts_inside(self) -> bool:
         return self.max_parallel > 1
 
+    @property
+    def unverifiable(self) -> str | None:
+        """Steps that are decoded ahead are made before anything of them could be checked."""
+        if self.max_parallel == 1:
+            return None
+        return f"max_parallel = {self.max_parallel} decodes steps before they could be checked; set max_parallel = 1"
+
     def regions(self, anatomy: Anatomy) -> list[Region]:
         found = unet_encoder(anatomy) if anatomy.family.kind == "unet" else first_half(anatomy)
         return found if self.control_at_key_steps else [replace(region, hides_control=False) for region in found]

@@ -52,7 +52,7 @@ class Joint(CacheMethod):
 
     def halved(self, run: Run, index: int) -> bool:
         """Whether a step is asked for the conditional output alone."""
-        return self.fits(run) and not self.guard([kind != "conditional" for kind in self.kinds])[index]
+        return self.fits(run) and not self.with_guards([kind != "conditional" for kind in self.kinds])[index]
 
     def weigher(self, run: Run) -> Weigh:
         usual = super().weigher(run)

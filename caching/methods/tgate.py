@@ -58,7 +58,7 @@ class TGate(CacheMethod):
     def gated(self, run: Run, index: int) -> bool:
         """Whether guidance is left out at a step."""
         gate = self.closes(run)
-        return not self.guard([i < gate for i in range(run.total)])[index]
+        return not self.with_guards([i < gate for i in range(run.total)])[index]
 
     def around(self, forward: Forward, session: Live) -> Forward:
         return (

@@ -23,6 +23,11 @@ Configs = Annotated[
     list[Path] | None, typer.Option("--config", help="A config file that clients may choose by its name; repeatable.")
 ]
 Keys = Annotated[Path | None, typer.Option(help="Let only those in who have one of the keys in this file.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA that clients may ask for by its name; repeatable."),
+]
+Aliases = Annotated[list[str] | None, typer.Option("--alias", help="Another name of the model; repeatable.")]
 Engine = Annotated[str, typer.Option(help="local, or ray: replicas on a Ray cluster (extra: ray).")]
 
 
@@ -37,6 +42,9 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Images a request.")] = 4,
     max_side: Annotated[int, typer.Option(min=8, help="Pixels.")] = 2048,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 200,
+    alias: Aliases = None,
+    lora: Loras = None,
+    in_progress: Annotated[int, typer.Option(min=1, help="Requests drawn in turns; 1: in order of arrival.")] = 4,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused (429).")] = 16,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take, with waiting.")] = 300.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish requests when the server stops.")] = 30.0,
@@ -55,6 +63,7 @@ def serve(
     _require(engine)
     from fastdiff.serve import host as hosts
     from fastdiff.serve.app import Options
+    from fastdiff.serve.asked import named
     from fastdiff.serve.door import read_keys
     from fastdiff.serve.protocol import Limits
 
@@ -62,9 +71,14 @@ def serve(
     local = host in _LOCAL
     if not local and not keys:
         warn(f"anybody who reaches {host}:{port} can draw; ask for a key with --api-key-file")
-    limits = Limits(images=max_images, side=max_side, steps=max_steps, queue=queue, timeout=timeout, grace=grace)
+    limits = Limits(
+        images=max_images, side=max_side, steps=max_steps, queue=queue, timeout=timeout, grace=grace,
+        in_progress=in_progress,
+    )  # fmt: skip
     names = (*_LOCAL, "[::1]") if local else ("*",)
-    options = Options(model, shelf(preset or [], config or [], sets or []), dtype, limits, keys, names)
+    options = Options(
+        model, shelf(preset or [], config or [], sets or []), dtype, limits, keys, names, alias or (), named(lora or [])
+    )
 
     out = sys.stdout
 
@@ -96,7 +110,10 @@ def shelf(presets: list[str], configs: list[Path], sets: list[str]) -> dict[str,
 def _require(engine: str) -> None:
     from fastdiff.errors import BackendUnavailable
 
-    for extra, packages in (("serve", ("fastapi", "uvicorn", "prometheus_client")), ("ray", ("ray",))):
+    for extra, packages in (
+        ("serve", ("fastapi", "uvicorn", "prometheus_client", "python_multipart")),
+        ("ray", ("ray",)),
+    ):
         missing = [name for name in packages if find_spec(name) is None]
         if missing and extra in ("serve", engine):
             raise BackendUnavailable(f"serve needs {' and '.join(missing)}: pip install 'fastdiff[{extra}]'")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -13,37 +12,37 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import fastdiff
 from fastdiff.config import Layer
-from fastdiff.errors import FastdiffError
-from fastdiff.images import Sampling, sentence
+from fastdiff.pipelines.outfit import Outfit
 from fastdiff.studio.drawing import Studio
 
-from .desk import Desk, Ticket
+from .asked import Asked
+from .bodies import ImageRequest
+from .desk import Desk
 from .door import Door
 from .meters import Meters
 from .protocol import (
     ErrorReply,
     Health,
-    ImageRequest,
     ImagesReply,
     Limits,
     Model,
     ModelList,
     Problem,
-    request_within,
 )  # fmt: skip
+from .tickets import Ticket
+from .uploads import EditRequest, documented, received
+from .videos import add_videos
+from .written import usage
 
 _PING = 15.0  # seconds of silence after which a stream says that it is alive
 _ANSWERS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
-_HINTS = {
-    "size": ": auto, or WIDTHxHEIGHT in pixels, such as 512x512",
-    "response_format": "; this server keeps no files that a url could point to",
-}
+_HINTS = {"size": ": auto, or WIDTHxHEIGHT in pixels, such as 512x512"}
+_DRAWS = ("/v1/images/generations", "/v1/images/edits")
 _GONE = Problem(499, "gone", "the client went away")
 
 
@@ -57,16 +56,20 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     keys: Collection[bytes] = ()
     hosts: Sequence[str] = ("*",)  # what a browser may think this server is called
+    aliases: Sequence[str] = ()  # other names that clients may have for the model
+    loras: Mapping[str, str] = field(default_factory=dict)  # FILE[:scale] by the name that clients have for it
 
 
 def build(options: Options) -> FastAPI:
     """Load the model and make the application; its queue is `app.state.desk`."""
+    Outfit(tuple(options.loras.values())).check("cpu")
     studio = Studio(options.model, next(iter(options.shelf.values())), options.dtype)
-    studio.only_pictures()
+    if studio.kind == "sound":
+        studio.only_pictures()
     studio.check([], None)
-    studio.pipe.set_progress_bar_config(disable=True)
     meters = Meters()
-    desk = Desk(studio, options.shelf, options.limits, meters)
+    desk = Desk(studio, options.shelf, options.limits, meters, options.loras)
+    asked = Asked(desk, [desk.studio.model.removeprefix("./"), *options.aliases])
     meters.watch(lambda: desk.waiting, lambda: desk.drawing)
 
     @asynccontextmanager
@@ -83,48 +86,45 @@ def build(options: Options) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
     app.add_middleware(Door, keys=options.keys)
     _add_errors(app, meters)
-    _add_images(app, desk, request_within(options.limits, list(options.shelf)))
-    _add_state(app, desk, meters)
+    _add_images(app, asked)
+    add_videos(app, asked, _ANSWERS)
+    _add_state(app, asked, meters)
     return app
 
 
-def _add_images(app: FastAPI, desk: Desk, asked: type[ImageRequest]) -> None:
+def _add_images(app: FastAPI, asked: Asked) -> None:
     answers = {200: {"content": {"text/event-stream": {}}}, **_ANSWERS}
+    plain, edit = asked.within(ImageRequest), asked.within(EditRequest)
 
     @app.post("/v1/images/generations", responses=answers, response_model=ImagesReply)
-    async def generations(body: asked, request: Request) -> Any:  # type: ignore[valid-type]
+    async def generations(body: plain, request: Request) -> Any:  # type: ignore[valid-type]
         """Draw images. With `stream`, the answer is a stream of events, the last of each image with the image."""
-        ticket = _ticket(desk, body)
-        desk.submit(ticket)
-        if body.stream:  # type: ignore[attr-defined]
-            return StreamingResponse(_events(desk, ticket), media_type="text/event-stream")
-        gone = asyncio.create_task(_until_gone(request, ticket))
-        try:
-            pictures = await ticket.result
-        finally:
-            gone.cancel()
-        desk.meters.answers.labels(200).inc()
-        return JSONResponse({"created": int(time.time()), "data": pictures, "output_format": "png",
-                             "size": pictures[0]["size"]})  # fmt: skip
+        asks: ImageRequest = body
+        return await _answer(asked.desk, await asked.submitted(asks, **asked.image(asks)), request, asks.stream)
+
+    form = documented(edit, {"image": True, "mask": False})
+
+    @app.post("/v1/images/edits", responses=answers, response_model=ImagesReply, openapi_extra=form)
+    async def edits(request: Request) -> Any:
+        """Draw over an image, everywhere or where the mask is transparent; or from several, where the model can."""
+        body, files = await received(request, edit, ("image", "mask"))
+        if not files.get("image"):
+            raise Problem(400, "invalid", "image: field required", "image")
+        ticket = await asked.submitted(body, files, body.given, kind="image_edit", **asked.image(body))
+        return await _answer(asked.desk, ticket, request, body.stream)
 
 
-def _ticket(desk: Desk, body: ImageRequest) -> Ticket:
-    """Raises Problem for what this model or server does not draw."""
-    served, limits = desk.studio.model.removeprefix("./"), desk.limits
-    if body.model is not None and body.model != served:
-        raise Problem(404, "model_not_found", f"this server has no model {body.model!r}, only {served!r}", "model")
-    if max(body.sides.values(), default=0) > limits.side:
-        raise Problem(400, "too_large", f"size {body.size}: at most {limits.side} pixels a side", "size")
-    first = secrets.randbelow(2**32) if body.seed is None else body.seed
-    same = body.model_dump(include={"prompt", "negative_prompt", "steps", "guidance_scale"}) | body.sides
+async def _answer(desk: Desk, ticket: Ticket, request: Request, stream: bool) -> Response:
+    if stream:
+        return StreamingResponse(_events(desk, ticket), media_type="text/event-stream")
+    gone = asyncio.create_task(_until_gone(request, ticket))
     try:
-        jobs = [Sampling(**same, seed=first + k) for k in range(body.n)]
-        desk.studio.check(jobs, 1 if body.partial_images else None)
-    except ValidationError as error:
-        raise Problem(400, "refused", sentence(error)) from None
-    except FastdiffError as error:
-        raise Problem(400, "refused", str(error)) from None
-    return Ticket(jobs, body.preset or next(iter(desk.shelf)), body.partial_images if body.stream else 0)
+        made = await ticket.result
+    finally:
+        gone.cancel()
+    desk.meters.answers.labels(200).inc()
+    said = {"created": int(time.time()), "data": made, "usage": usage([one.pop("tokens") for one in made])}
+    return JSONResponse(said | ticket.form.about(made[0]["size"]))
 
 
 async def _until_gone(request: Request, ticket: Ticket) -> None:
@@ -146,8 +146,8 @@ async def _events(desk: Desk, ticket: Ticket) -> AsyncIterator[str]:
                 continue
             if event is None:
                 break
-            about = {"created_at": int(time.time()), "output_format": "png"}
-            yield f"event: {event['type']}\ndata: {json.dumps(event | about)}\n\n"
+            event["created_at"] = int(time.time())
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
         problem = ticket.result.exception()
         status = problem.status if isinstance(problem, Problem) else 200
         if isinstance(problem, Problem):
@@ -158,25 +158,25 @@ async def _events(desk: Desk, ticket: Ticket) -> AsyncIterator[str]:
         desk.meters.answers.labels(status).inc()
 
 
-def _add_state(app: FastAPI, desk: Desk, meters: Meters) -> None:
-    served = Model(id=desk.studio.model.removeprefix("./"), created=int(time.time()))
+def _add_state(app: FastAPI, asked: Asked, meters: Meters) -> None:
+    desk, began = asked.desk, int(time.time())
+    served = {name: Model(id=name, created=began) for name in asked.names}
 
     @app.get("/v1/models", response_model=ModelList, responses=_ANSWERS)
     async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[served])
+        """The one model that is served, by each of its names."""
+        return ModelList(data=list(served.values()))
 
     @app.get("/v1/models/{name:path}", response_model=Model, responses=_ANSWERS)
     async def model(name: str) -> Model:
-        if name != served.id:
-            raise Problem(404, "model_not_found", f"this server has no model {name!r}, only {served.id!r}", "model")
-        return served
+        asked.check_model(name)
+        return served[name]
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """200 as long as requests are taken."""
         status = "closing" if desk.closing else "ok"
-        state = Health(status=status, model=served.id, drawing=desk.drawing, waiting=desk.waiting)
+        state = Health(status=status, model=asked.names[0], drawing=desk.drawing, waiting=desk.waiting)
         return JSONResponse(state.model_dump(), 503 if desk.closing else 200)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_ANSWERS}, response_class=Response)
@@ -188,7 +188,7 @@ def _add_errors(app: FastAPI, meters: Meters) -> None:
     """Every error has the shape that clients of OpenAI's API know."""
 
     def answer(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
-        if request.url.path == "/v1/images/generations":
+        if request.method == "POST" and request.url.path in _DRAWS:
             meters.answers.labels(problem.status).inc()
         retry = {"retry-after": "1"} if problem.status == 429 else {}
         return JSONResponse(problem.body(), problem.status, {**(headers or {}), **retry})

@@ -1,29 +1,34 @@
-"""The queue in front of one pipeline: requests wait their turn, and are drawn one after the other in one thread."""
+"""The queue in front of one model: requests are drawn in turns, which change between two steps."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from fastdiff.clock import Step
+from PIL import Image
+
 from fastdiff.config import Layer
 from fastdiff.errors import BadConfig, FastdiffError
-from fastdiff.images import Sampling, encode
+from fastdiff.images import Sampling
+from fastdiff.pipelines.inputs import fitting
 from fastdiff.pipelines.loading import call_defaults
-from fastdiff.studio.drawing import Drawn, Studio
+from fastdiff.studio.drawing import Studio
 from fastdiff.studio.previews import Palette
 
 from .meters import Meters
+from .places import Place, places
 from .protocol import Limits, Problem
+from .tickets import Ticket
+from .turns import Turns
+from .written import tokens, usage
 
-_SAME_EACH_TIME = ("steps", "computed", "cached", "partly")  # of a report; seconds and memory are not
+_FRESH = 0.2  # share of the newest step in what a preset's steps take
 _log = logging.getLogger(__name__)
 
 
@@ -31,66 +36,66 @@ class _Stopped(Exception):
     """Raised inside the denoising loop when nobody wants the picture any more."""
 
 
-class Ticket:
-    """One request: what to draw, what has become of it, and whether it is still wanted.
-
-    `events` gets a dict for each step, preview and picture, and at last None. `result` is the list of pictures, or the
-    Problem that ended it. Both belong to the event loop; the drawing thread only looks at `stopped`.
-    """
-
-    def __init__(self, jobs: Sequence[Sampling], preset: str, previews: int = 0) -> None:
-        self.jobs, self.preset, self.previews = jobs, preset, previews
-        self.stopped = False
-        self.asked = time.monotonic()
-        self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self.result: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
-        self.result.add_done_callback(lambda _: self.events.put_nowait(None))
-
-    def stop(self, why: Problem) -> None:
-        """End it, in the queue or in the middle of denoising; does nothing once it is done."""
-        self.stopped = True
-        if not self.result.done():
-            self.result.set_exception(why)
-            self.result.exception()  # a client that is gone reads no answer; that is no news for the log
-
-
 class Desk:
-    """Takes tickets up to a limit and serves them in turn. One model, one thread that draws."""
+    """Takes tickets up to a limit and serves them in turns. One model, one thread that computes at a time."""
 
-    def __init__(self, studio: Studio, shelf: Mapping[str, Sequence[Layer]], limits: Limits, meters: Meters) -> None:
+    def __init__(
+        self, studio: Studio, shelf: Mapping[str, Sequence[Layer]], limits: Limits, meters: Meters,
+        loras: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.studio, self.shelf, self.limits, self.meters = studio, shelf, limits, meters
+        self.loras = loras or {}
         self.closing = False
-        self._waiting: deque[Ticket] = deque()
-        self._current: Ticket | None = None
-        self._preset: str | None = None
-        self._thread = ThreadPoolExecutor(1, "draw")
+        self.places = places(studio, limits.in_progress)
+        self._able: dict[frozenset[str], Studio] = {}
+        self._alone: set[str] = set()
+        self._paces: dict[str, float] = {}
+        self._turns: Turns[Ticket] = Turns(
+            len(self.places), self._serve, lambda one, n: self.places[n].suits(one.inputs, one.preset, one.loras)
+        )
         for name in reversed(list(shelf)):  # a preset that cannot work is found before anybody is served
-            self._switch(name)
+            self._suit(self.places[0], frozenset(), name, {})
+            config = self.places[0].studio.fast.config
+            if config.quant is not None or config.parallel is not None or config.compile.enabled:
+                self._alone.add(name)  # what it makes of the layers is too much to have several times
+        for name, file in self.loras.items():
+            self._suit(self.places[0], frozenset(), next(iter(shelf)), {name: file})
+        self._suit(self.places[0], frozenset(), next(iter(shelf)), {})
 
     @property
     def drawing(self) -> bool:
-        return self._current is not None
+        return bool(self._turns.begun)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._turns.waiting)
+
+    def able(self, inputs: frozenset[str]) -> Studio:
+        """What checks requests that are drawn from these inputs. Raises UnsupportedModel where the model takes none."""
+        if inputs not in self._able:
+            self._able[inputs] = self.studio.over(fitting(self.studio.pipe, inputs))
+        return self._able[inputs]
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a ticket. Raises Problem 429 when the queue is full, 503 when the server is closing."""
         if self.closing:
             raise Problem(503, "closing", "the server is shutting down; ask another one")
-        if len(self._waiting) >= self.limits.queue:
-            raise Problem(429, "queue_full", f"{len(self._waiting)} requests are waiting already; try again later")
-        self._waiting.append(ticket)
-        late = Problem(504, "timeout", f"not done within {self.limits.timeout:g} s; ask for fewer steps or images")
-        timer = self._loop.call_later(self.limits.timeout, ticket.stop, late)
-        ticket.result.add_done_callback(lambda _: self._done(ticket, timer))
-        self._wake.set()
+        if self.waiting >= self.limits.queue:
+            raise Problem(429, "queue_full", f"{self.waiting} requests are waiting already; try again later")
+        ticket.weigh(self.able(ticket.inputs).pipe, self._paces)
+        ticket.alone = ticket.preset in self._alone
+        timers: list[asyncio.TimerHandle] = []
+        if not ticket.lasting:
+            late = Problem(504, "timeout", f"not done within {self.limits.timeout:g} s; ask for fewer steps or images")
+            timers.append(self._loop.call_later(self.limits.timeout, ticket.stop, late))
+        ticket.result.add_done_callback(lambda _: self._done(ticket, timers))
+        self._turns.add(ticket)
 
-    def _done(self, ticket: Ticket, timer: asyncio.TimerHandle) -> None:
-        timer.cancel()
-        with contextlib.suppress(ValueError):
-            self._waiting.remove(ticket)  # its place in the queue is free at once
+    def _done(self, ticket: Ticket, timers: Sequence[asyncio.TimerHandle]) -> None:
+        for timer in timers:
+            timer.cancel()
+        if self._turns.drop(ticket):  # its place in the queue is free at once
+            ticket.forget()
 
     def close(self) -> None:
         """Take nothing more; what is not done after the grace fails. A second call ends the grace."""
@@ -99,115 +104,114 @@ class Desk:
         self._loop.call_later(delay, self._fail_all)
 
     def _fail_all(self) -> None:
-        for ticket in [*self._waiting, *([self._current] if self._current else [])]:
+        for ticket in [*self._turns.waiting, *self._turns.begun]:
             ticket.stop(Problem(503, "closing", "the server is shutting down; ask another one"))
 
     @contextlib.asynccontextmanager
     async def open(self) -> Any:
         """Serve tickets inside this context, on the event loop that enters it."""
-        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        serving = asyncio.create_task(self._serve())
+        self._loop = asyncio.get_running_loop()
         try:
             yield self
         finally:
             self.closing = True
             self._fail_all()
-            serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
-            await asyncio.to_thread(self._thread.shutdown)
+            await asyncio.to_thread(self._turns.close)
 
-    async def _serve(self) -> None:
-        while True:
-            await self._wake.wait()
-            while self._waiting:
-                ticket = self._current = self._waiting.popleft()
-                try:
-                    await self._answer(ticket)
-                finally:
-                    self._current = None
-            self._wake.clear()
+    # from here on: the threads that draw, of which one computes at a time
 
-    async def _answer(self, ticket: Ticket) -> None:
+    def _serve(self, ticket: Ticket, number: int) -> None:
+        place = self.places[number]
+        made: list[dict[str, Any]] | Problem | None = None
         self.meters.waited.observe(time.monotonic() - ticket.asked)
+        place.ticket, ticket.begun = ticket, True
         try:
-            pictures = await self._loop.run_in_executor(self._thread, self._draw, ticket)
+            made = self._draw(ticket, place)
         except _Stopped:
-            return
+            pass
         except BadConfig as error:
-            ticket.stop(Problem(400, "refused", str(error)))
+            made = Problem(400, "refused", str(error))
         except FastdiffError as error:
-            ticket.stop(Problem(500, "failed", str(error)))
+            made = Problem(500, "failed", str(error))
         except Exception:
             _log.exception("a request failed")
-            ticket.stop(Problem(500, "failed", "drawing failed; the server's log says why"))
-        else:
-            if not ticket.result.done():
-                ticket.result.set_result(pictures)
+            made = Problem(500, "failed", "drawing failed; the server's log says why")
+        finally:
+            place.ticket = None
+            ticket.forget()
+        if made is not None:
+            self._loop.call_soon_threadsafe(ticket.finish, made)
 
-    # from here on: the drawing thread
+    def _draw(self, ticket: Ticket, place: Place) -> list[dict[str, Any]]:
+        self._heed(ticket)
+        self._suit(place, ticket.inputs, ticket.preset, ticket.loras)
+        ticket.since = time.monotonic()
+        return [self._picture(ticket, place, index, job) for index, job in enumerate(ticket.jobs)]
 
-    def _draw(self, ticket: Ticket) -> list[dict[str, Any]]:
-        self._heed()
-        self._switch(ticket.preset)
-        return [self._picture(ticket, index, job) for index, job in enumerate(ticket.jobs)]
+    def _suit(self, place: Place, inputs: frozenset[str], preset: str, loras: Mapping[str, str]) -> None:
+        if place.suit(inputs, preset, self.shelf[preset], loras):
+            clock = place.studio.fast.clock
+            clock.on_call.append(lambda _: self._heed(place.ticket))
+            clock.on_tick.append(partial(self._stepped, place))
 
-    def _picture(self, ticket: Ticket, index: int, job: Sampling) -> dict[str, Any]:
-        self._index = index
-        shown = self._previewer(ticket) if ticket.previews and not index else None
-        drawn = self.studio.draw(job, shown)
+    def _picture(self, ticket: Ticket, place: Place, index: int, job: Sampling) -> dict[str, Any]:
+        ticket.index = index
+        drawn = place.studio.draw(job, self._previewer(ticket, place) if ticket.previews and not index else None)
         self.meters.drew(drawn)
-        made = {
-            "b64_json": _png(drawn),
+        data = ticket.form.written(drawn)
+        made: dict[str, Any] = {
             "seed": drawn.made.seed,
             "seconds": round(drawn.seconds, 4),
-            "prompt_cut": self.studio.too_long(job.prompt),
+            "prompt_cut": place.studio.too_long(job.prompt),
             "report": drawn.made.report,
         }
-        size = f"{drawn.image.width}x{drawn.image.height}"
-        self._tell(ticket, {"type": "image_generation.completed", "index": index, "size": size} | made)
-        return made | {"size": size}
+        width, height = drawn.image.size
+        size = f"{width}x{height}"
+        if not isinstance(drawn.image, Image.Image):
+            return made | {"size": size, "clip": drawn.image, "data": data}
+        counts, shown = tokens(place.studio, job, (width, height)), b64encode(data).decode()
+        event = {"type": f"{ticket.kind}.completed", "index": index, "b64_json": shown, "usage": usage([counts])}
+        self._tell(ticket, event | made | ticket.form.event(size))
+        return made | ticket.form.shown(shown) | {"size": size, "tokens": counts}
 
-    def _switch(self, name: str) -> None:
-        if name != self._preset:
-            self.studio.use(self.shelf[name])
-            self._preset = name
-            clock = self.studio.fast.clock
-            clock.on_call.append(self._heed)
-            clock.on_tick.append(self._progress)
-
-    def _heed(self, step: Step | None = None) -> None:
+    def _heed(self, ticket: Ticket | None) -> None:
         """Before every call of the denoiser."""
-        if self._current is not None and self._current.stopped:
+        if ticket is not None and ticket.stopped:
             raise _Stopped
 
-    def _progress(self, step: int) -> None:
-        ticket, run = self._current, self.studio.fast.clock.run
-        if ticket is not None and run is not None:
-            self._tell(ticket, {"type": "image_generation.progress", "index": self._index, "step": step + 1,
-                                "steps": run.total})  # fmt: skip
+    def _stepped(self, place: Place, step: int) -> None:
+        """Between two steps: what is more urgent goes first."""
+        ticket, run = place.ticket, place.studio.fast.clock.run
+        if ticket is None or run is None:
+            return
+        if step:  # the first has the text in it
+            pace = (time.monotonic() - ticket.since) / ticket.pixels
+            known = self._paces.get(ticket.preset, pace)
+            self._paces[ticket.preset] = known + _FRESH * (pace - known)
+        later = len(ticket.jobs) - ticket.index - 1
+        ticket.todo = ticket.pixels * (run.total - step + later * (run.total + 1))
+        if ticket.progress:
+            told = {"type": f"{ticket.kind}.progress", "index": ticket.index, "step": step + 1, "steps": run.total}
+            self._tell(ticket, told)
+        self._turns.pause(ticket)
+        self._heed(ticket)
+        ticket.since = time.monotonic()
 
     def _tell(self, ticket: Ticket, event: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(ticket.events.put_nowait, event)
 
-    def _previewer(self, ticket: Ticket) -> Any:
+    def _previewer(self, ticket: Ticket, place: Place) -> Callable[..., Any]:
         """A `callback_on_step_end` that tells of evenly spread previews."""
-        palette = Palette(self.studio.pipe.vae)
-        steps = ticket.jobs[0].steps or call_defaults(self.studio.pipe)["num_inference_steps"]
+        palette, job = Palette(place.studio.pipe.vae), ticket.jobs[0]
+        steps = job.steps or call_defaults(place.studio.pipe)["num_inference_steps"]
         due = [round((k + 1) * steps / (ticket.previews + 1)) for k in range(ticket.previews)]
+        about = ticket.form.event(f"{job.width}x{job.height}" if job.width else "auto")
 
         def show(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             if step + 1 in due:
-                shown = base64.b64encode(encode(palette.picture(values["latents"]))).decode()
-                self._tell(ticket, {"type": "image_generation.partial_image", "b64_json": shown,
-                                    "partial_image_index": due.index(step + 1)})  # fmt: skip
+                shown = b64encode(ticket.form.encode(palette.picture(values["latents"]))).decode()
+                event = {"type": f"{ticket.kind}.partial_image", "b64_json": shown}
+                self._tell(ticket, event | about | {"partial_image_index": due.index(step + 1)})
             return values
 
         return show
-
-
-def _png(drawn: Drawn) -> str:
-    """The same bytes each time: with the settings, without the seconds of this run."""
-    report = {name: drawn.made.report[name] for name in _SAME_EACH_TIME}
-    made = drawn.made.model_copy(update={"report": report})
-    return base64.b64encode(encode(drawn.image, made)).decode()

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastdiff.errors import BadConfig
 
-from .protocol import MAX_BODY, Problem
+from .protocol import MAX_BODY, MAX_UPLOAD, Problem
 
+_FORMS = ("/v1/images/edits", "/v1/videos")  # which bring pictures
 _OPEN = ("/health", "/openapi.json")  # no key needed
 _SLOW = 30.0  # seconds that a body may take
 _MIN_KEY = 16  # characters
@@ -31,10 +32,11 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        most = MAX_UPLOAD if scope["path"] in _FORMS else MAX_BODY
         try:
             if self.keys and scope["path"] not in _OPEN:
                 self._check_key(Headers(scope=scope))
-            body = await asyncio.wait_for(_read(receive), _SLOW)
+            body = await asyncio.wait_for(_read(receive, most), _SLOW)
         except asyncio.TimeoutError:
             problem = Problem(408, "slow", f"the body did not arrive within {_SLOW:g} s")
         except Problem as found:
@@ -53,7 +55,7 @@ class Door:
             raise Problem(401, "invalid_api_key", "this server wants a key: Authorization: Bearer KEY")
 
 
-async def _read(receive: Receive) -> bytes | None:
+async def _read(receive: Receive, most: int) -> bytes | None:
     """The whole body; None if the client went away. Raises Problem 413 for one that is too long."""
     body = bytearray()
     while True:
@@ -61,8 +63,8 @@ async def _read(receive: Receive) -> bytes | None:
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            raise Problem(413, "too_large", f"the body is over {MAX_BODY >> 20} MiB")
+        if len(body) > most:
+            raise Problem(413, "too_large", f"the body is over {most >> 20} MiB")
         if not message.get("more_body", False):
             return bytes(body)
 

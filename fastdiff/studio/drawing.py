@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -150,6 +151,13 @@ class Studio:
         resolved = resolve(layers, anatomies(self.pipe)[0].family, embedded_name(self.pipe))
         self.fast = accelerate(self.pipe, resolved.config)
 
+    def over(self, pipe: Any) -> Studio:
+        """The same with another pipeline of this model, which is not accelerated yet."""
+        made = copy.copy(self)
+        made.pipe, made.known = pipe, inspect.signature(pipe.__call__).parameters
+        pipe.set_progress_bar_config(disable=True)
+        return made
+
     def only_pictures(self) -> None:
         """Raises FastdiffError for a model that makes something else; for front doors that show pictures alone."""
         if self.kind != "picture":
@@ -180,6 +188,8 @@ class Studio:
                 if value is not None and name not in self.known:
                     raise BadConfig(f"{kind} takes no {name}; leave it out")
             pictures.check(self.pipe, job, self.kind)
+            if self.fast.config.solver is None:
+                pictures.check_strength(self.pipe, job)
 
     def compare(self, made: Replay) -> None:
         """Say why a replay may not be identical."""

@@ -14,6 +14,7 @@ from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.images import Sampling
 from fastdiff.pipelines.families import denoisers
 from fastdiff.pipelines.inputs import needed, roles
+from fastdiff.pipelines.loading import call_defaults
 
 _FPS = {"Wan": 16, "CogVideoX": 8, "AnimateDiff": 8, "Hunyuan": 15, "Mochi": 30, "TextToVideo": 8, "SkyReels": 24}
 _LENGTHS = {"num_frames", "video_length", "frames"}
@@ -70,6 +71,14 @@ def check(pipe: Any, job: Sampling, makes: str) -> None:
         raise BadConfig(f"{name} takes no width and height; leave them out")
     for _, path in job.pictures:
         opened(path)
+
+
+def check_strength(pipe: Any, job: Sampling) -> None:
+    """Raises BadConfig for a strength that leaves no step; a solver's plan always leaves one."""
+    steps = job.steps or call_defaults(pipe).get("num_inference_steps") or 50
+    if job.strength is not None and int(steps * job.strength) < 1:
+        least = math.ceil(100 / steps) / 100
+        raise BadConfig(f"strength {job.strength:g} of {steps} steps draws none of them; give {least:g} or more")
 
 
 def arguments(pipe: Any, job: Sampling) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 import fastdiff
 from fastdiff.caching.predictors import PREDICTORS
+from fastdiff.errors import BadConfig
 from fastdiff.registry import registry
 from tests import tiny
 from tests.caching.fakes import answering, did, draw, outputs_of
@@ -102,6 +103,39 @@ def test_halfway_is_between_reuse_and_the_polynomial():
     assert torch.allclose(halfway, (reuse + line) / 2) and not torch.allclose(reuse, line)
 
 
+def test_damping_is_a_share_of_the_change_in_a_run():
+    reuse, part, line = (
+        torch.tensor(predicted({"method": "static", "compute_steps": [0, 1], "of_steps": STEPS, "lebesgue_max": FAR,
+                                "predictor": "adams_bashforth", "damping": share}, lambda t: t / 1000)[0])
+        for share in (0.0, 0.3, 1.0)
+    )  # fmt: skip
+    assert torch.allclose(part, 0.7 * reuse + 0.3 * line) and len(set(reuse[1:].tolist())) == 1
+
+
+def test_spectrum_follows_a_line_through_more_values_than_two_in_a_run():
+    cache = {
+        "method": "static", "compute_steps": [0, 1, 3, 6], "of_steps": STEPS, "predictor": "spectrum", "order": 4,
+        "lebesgue_max": FAR,
+    }  # fmt: skip
+    outputs, times, _ = predicted(cache, lambda timestep: timestep / 1000)
+    assert outputs[2:] == pytest.approx([t / 1000 for t in times[2:]], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"predictor": "spectrum"}, "order = 2: spectrum goes by 3 to 6 computed values; set order to one of them"),
+        ({"predictor": "adams_bashforth", "damping": 1.5}, "damping"),
+        ({"method": "dp", "predictor": "reuse", "fit_damping": True}, "fit_damping = true: reuse forecasts no change"),
+        ({"method": "dp", "objective": "worst"}, "objective"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_with_what_to_do(settings, said):
+    with pytest.raises(BadConfig, match=said) as told:
+        fastdiff.Config(cache={"method": "ab_cache", **settings})
+    assert "\n" not in str(told.value)
+
+
 ON_PIXART = {
     "static": {"compute_steps": [0], "of_steps": 12},
     "ab_cache": {"interval": 6},
@@ -151,6 +185,7 @@ def test_guards_hold_for_every_policy(method, guard):
 def test_any_predictor_may_be_put_into_any_method(method, predictor):
     pipe = tiny.make("pixart")
     chosen = {"predictor": predictor, "warmup_steps": 3, "max_consecutive_cached": 1, "cooldown_steps": 0}
+    chosen |= {"order": 4} if predictor == "spectrum" else {}
     handle = fastdiff.accelerate(pipe, cache={"method": method, **ON_PIXART[method], **chosen})
     cached = tiny.run(pipe, "pixart", steps=12)
     plain = tiny.run(tiny.make("pixart"), "pixart", steps=12)

@@ -94,6 +94,54 @@ def test_groups_of_a_least_length_are_as_good_as_the_best_of_all(problem, shorte
     assert cost_of(table, chosen) <= best + 1e-9 * (1 + best)
 
 
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(1, 3))
+def test_minimax_has_the_least_worst_group_and_then_the_least_sum(problem, count):
+    """Over all groups and all traced runs."""
+    seed, total, budget, forced, longest, ridge = problem
+    several = [traced(seed + k, total)[0] for k in range(count)]
+    runs = np.stack([outputs @ outputs.T for outputs in several])
+    costs = traced(seed, total, ridge=ridge, longest=longest)[-1]
+    costs = Costs(runs.mean(0), costs.predict, costs.influence, ridge=ridge, longest=longest, runs=runs)
+    every = list(allowed(total, budget, forced, longest))
+    if not every:
+        return
+    table = costs.table()
+    chosen = optimal_steps(table, budget, forced, minimax=True)
+
+    def worst(steps) -> float:
+        """By the definition: summed, weighted errors of each group in each run."""
+        found = 0.0
+        for known, end in spans(list(steps), total):
+            pairs = [(at, costs.weights(at, known[-2:])) for at in range(known[-1] + 1, end)]
+            for outputs in several:
+                shift = sum(
+                    costs.influence[at] * (sum(f * outputs[k] for k, f in own) - outputs[at]) for at, own in pairs
+                )
+                found = max(found, float(np.sum(np.square(shift))))
+        return found
+
+    least = min(map(worst, every))
+    assert chosen in every and worst(chosen) <= least * (1 + 1e-9) + 1e-12
+    ties = [cost_of(table, steps) for steps in every if worst(steps) <= least * (1 + 1e-9) + 1e-12]
+    assert cost_of(table, chosen) <= min(ties) * (1 + 1e-9) + 1e-9
+    assert costs.peak(chosen) <= worst(chosen) * (1 + 1e-9) + 1e-9 or len(chosen) > 2
+
+
+def test_minimax_spreads_an_error_that_the_sum_puts_in_one_place():
+    """Groups cost 0, 0 and 9, or 5 and 5 and 0: the sum takes the first, minimax others."""
+    table = np.full((6, 4, 4), 5.0)
+    table[0, 0, 2], table[2, 2, 2] = 0.0, 0.0
+    table[4, 2, 2] = 9.0
+    assert optimal_steps(table, 3) == [0, 2, 4]
+    assert max(cost for cost in _groups(table, optimal_steps(table, 3, minimax=True))) == 5.0
+
+
+def _groups(table, steps):
+    for known, end in spans(steps, len(table)):
+        yield table[known[-1], known[-1] - known[-2] if len(known) > 1 else 0, end - known[-1]]
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(0, 8), max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_the_fewest_steps_that_keep_the_rules(total, longest, forced):
@@ -138,6 +186,21 @@ def test_a_fit_is_the_least_squares_one_and_a_strong_pull_gives_the_predictors_w
     assert (w0, w1) == pytest.approx(tuple(best), rel=1e-6)
     pulled, plain = (traced(6, 8, ridge=ridge, lebesgue_max=1e9)[-1] for ridge in (1e9, None))
     assert np.allclose(pulled.weights(5, [1, 3]), plain.weights(5, [1, 3]), rtol=1e-6)
+
+
+def test_a_fitted_damping_is_never_further_off_than_reuse_or_the_predictor():
+    outputs, _, _, plain = traced(6, 8, lebesgue_max=1e9)
+    fitted = Costs(plain.gram, plain.predict, damp=True)
+    reuse = Costs(plain.gram, lambda at, known: [1.0])
+    for at, known in [(5, [1, 3]), (2, [0, 1]), (7, [2, 6])]:
+        errors = [
+            np.linalg.norm(sum(f * outputs[k] for k, f in costs.weights(at, known)) - outputs[at])
+            for costs in (fitted, reuse, plain)
+        ]
+        assert errors[0] <= min(errors[1:]) + 1e-12
+    known, part = [0, 1], fitted.weights(3, [0, 1])
+    ridged = Costs(plain.gram, plain.predict, damp=True, ridge=1e9).weights(3, known)
+    assert len(part) == 2 and np.allclose(ridged, part, rtol=1e-6), "a ridge pulls to the damped weights"
 
 
 def test_a_predictor_of_lower_order_uses_the_newest_value_alone():

@@ -128,6 +128,7 @@ REFUSED = {
     "a text": (["--image", "a.txt"], 1, "'a.txt' is no picture"),
     "a mask alone": (["--mask", "photo.png"], 2, "--mask photo.png says where a picture is drawn anew"),
     "strength alone": (["--strength", "0.5"], 2, "StableDiffusionPipeline takes no strength; it goes with --image"),
+    "no step": (["--image", "photo.png", "--strength", "0.2", "--steps", "4"], 2, "strength 0.2 of 4 steps draws none"),
     "much strength": (["--image", "photo.png", "--strength", "2"], 2, "strength = 2.0: "),
     "two pictures": (["--image", "photo.png", "--image", "photo.png"], 2, "draws over one picture; give one --image"),
     "frames": (["--frames", "3"], 2, "makes no video; leave --frames and --fps out"),

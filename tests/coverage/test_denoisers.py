@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import diffusers.models.transformers
@@ -191,15 +192,22 @@ def row(name: str, pipelines: dict[str, list[str]]) -> str:
     return f"| {name} | {family.name} | {inside} | {family.guidance} | {tried} |"
 
 
+@cache
+def classes_of_the_zoo() -> list[tuple[str, str]]:
+    """Of each pipeline in it, and of its denoiser."""
+    made = [(entry, entry.make()) for entry in ZOO.values()]
+    return [(type(pipe).__name__, type(entry.denoiser(pipe)).__name__) for entry, pipe in made]
+
+
 def rows() -> list[str]:
     pipelines: dict[str, list[str]] = {}
-    for entry in ZOO.values():
-        pipe = entry.make()
-        names = pipelines.setdefault(type(entry.denoiser(pipe)).__name__, [])
-        names += [own for own in [type(pipe).__name__.removesuffix("Pipeline")] if own not in names]
+    for pipe, denoiser in classes_of_the_zoo():
+        names = pipelines.setdefault(denoiser, [])
+        names += [own for own in [pipe.removesuffix("Pipeline")] if own not in names]
     return [row(name, pipelines) for name in KNOWN]
 
 
+@pytest.mark.xdist_group("zoo")  # where another test asks for the same classes
 def test_the_docs_list_every_description_as_it_is():
     page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     listed = [line for line in page.splitlines() if line.startswith("| ") and line.split(" | ")[0][2:] in KNOWN]

@@ -18,6 +18,9 @@ from tests.laws.rows import ROWS, SCHEMES, STEPS
 # given another memory layout than the rest, so that there are two whatever is cached.
 TABLE = {
     "static": ("pixart", "denoiser", 1),
+    "static spectrum": ("pixart", "denoiser", 1),
+    "static damped": ("pixart", "denoiser", 1),
+    "static verify": ("pixart", "denoiser", 1),
     "static inner": ("sd15_one_layer", "denoiser", 2),
     "static stack": ("pixart", "denoiser", 2),
     "deepcache": ("sd15_one_layer", "denoiser", 2),

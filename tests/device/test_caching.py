@@ -37,12 +37,21 @@ CACHES: dict[str, dict[str, Any]] = {
     "easycache": {"method": "easycache", "threshold": 0.5, "warmup_steps": 2},
     "seacache": {"method": "seacache", "threshold": 0.5, "warmup_steps": 1},
     "taylorseer": {"method": "taylorseer", "interval": 2, "warmup_steps": 2},
+    "verify": {
+        "method": "static",
+        "compute_steps": [0, 1, 3],
+        "of_steps": STEPS,
+        "guard": "verify",
+        "predictor": "adams_bashforth",
+    },
+    "spectrum": {"method": "ab_cache", "interval": 2, "warmup_steps": 3, "predictor": "spectrum", "order": 3},
     "adams_bashforth": {"method": "ab_cache", "interval": 2, "warmup_steps": 2},
 }
 DECIDES = "caching/reading.py:__float__"
 READS = {  # the most reads of one denoiser call, by place: thresholds look once, predictors at the peaks they amplify
     "first_block": {DECIDES: 1}, "dbcache": {DECIDES: 1}, "teacache": {DECIDES: 1}, "easycache": {DECIDES: 1},
     "seacache": {DECIDES: 1},
+    "verify": {DECIDES: 1},  # of a check two steps before
     "faster_diffusion": {"caching/decoding.py:_share": 1},
 }  # fmt: skip
 
@@ -84,7 +93,8 @@ def replayed(name: str, **levers: Any) -> tuple[fastdiff.Accelerated, Replay, li
             with torch.no_grad(), mode:
                 denoiser(*args, **kwargs)
             reads.append(mode.reads - before)
-        pipe.scheduler.step(zeros, t, zeros)
+        with mode:  # the guard's last numbers are read when the run is over
+            pipe.scheduler.step(zeros, t, zeros)
     return handle, mode, reads
 
 

@@ -162,6 +162,8 @@ _EACH, _THIRD = {"interval": 1}, {"interval": 3, "warmup_steps": 1}
 _NEVER, _ALWAYS = {"threshold": 0, "cooldown_steps": 0}, {"threshold": 1e9, "cooldown_steps": 0}
 _GATE, _NO_GATE = {"gate": 0.5}, {"gate": 1.0}
 _ATTENTION = {"leaf": last_attention}
+_SPECTRUM = {"predictor": "spectrum", "order": 4}
+_DAMPED = {"predictor": "adams_bashforth", "damping": 0.4}
 _FEW = {"max_consecutive_cached": 99}  # more than there are steps; TOML, in which rows are written too, has no None
 
 ROWS: dict[str, Row | PlannedRow] = {
@@ -171,6 +173,15 @@ ROWS: dict[str, Row | PlannedRow] = {
     ),
     "static stack": _row(
         "static", {**_ALL, "site": "stack"}, {**_TWO, "site": "stack"}, 2, TRANSFORMERS, _NO_STACK
+    ),
+    # predictors do not know families: those that stand for the others
+    "static spectrum": _row(
+        "static", {**_ALL, **_SPECTRUM}, {"compute_steps": [0, 1, 2, 4], **_SPECTRUM}, 4, KINDS
+    ),
+    "static damped": _row("static", {**_ALL, **_DAMPED}, {"compute_steps": [0, 1, 3], **_DAMPED}, 3, KINDS),
+    # with a bound of 0 all that the plan skips is computed, with one that nothing reaches nothing of it
+    "static verify": _row(
+        "static", {**_TWO, "guard": "verify", "verify_bound": 0}, {**_TWO, "guard": "verify", "verify_bound": 1e9}, 2
     ),
     "deepcache": _row("deepcache", _EACH, {"interval": 3}, 2, UNETS, _NO_UNET),
     "first_block": _row("first_block", {"threshold": 0}, {"threshold": 1e9}, 1, TRANSFORMERS, _NO_STACK),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -17,6 +18,9 @@ from fastdiff.caching.methods.deepcache import DeepCache
 from fastdiff.caching.methods.first_block import FirstBlock
 from fastdiff.caching.methods.static import Static
 from fastdiff.caching.predictors import PREDICTORS, combine, weights
+from fastdiff.caching.predictors.damped import best_share, damped
+from fastdiff.caching.predictors.polynomial import adams_bashforth
+from fastdiff.caching.predictors.spectrum import spectrum
 from fastdiff.caching.region import Memory, Region
 from fastdiff.clock import Run, Step
 from fastdiff.errors import BadConfig
@@ -27,6 +31,7 @@ DEGREE = {
     "adams_bashforth": lambda order: order - 1,
     "taylor": lambda order: order - 1,
     "halfway": lambda order: 0,
+    "spectrum": lambda order: min(order - 1, 1),
 }
 gaps = st.lists(st.floats(0.2, 5), min_size=2, max_size=9)
 coefficients = st.lists(st.floats(-3, 3), min_size=6, max_size=6)
@@ -68,6 +73,119 @@ def test_a_predictor_is_not_exact_beyond_its_degree(order, steps):
     truth = (anchors[-1] + 1 - known[0]) ** len(found)
     error = math.prod(anchors[-1] + 1 - x for x in known)  # of the leading term, exactly
     assert math.isclose(truth - predicted, error, rel_tol=1e-6)
+
+
+many = st.lists(st.floats(0.2, 5), min_size=3, max_size=6)
+
+
+def grid_of(steps: list[float], ahead: float) -> tuple[list[float], float]:
+    anchors = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
+    return anchors, anchors[-1] + ahead
+
+
+@given(many, st.floats(0.1, 3), st.floats(0, 1e3))
+def test_spectrum_reproduces_constants_and_lines_whatever_its_ridge(steps, ahead, ridge):
+    """The authors' ridge pulls the constant, too: on their own grid the weights add up to 0.73 to 0.94."""
+    anchors, at = grid_of(steps, ahead)
+    found = spectrum(at, anchors, ridge=ridge)
+    scale = math.fsum(map(abs, found))
+    assert abs(math.fsum(found) - 1) <= 1e-11 * scale
+    assert abs(math.fsum(w * x for w, x in zip(found, anchors, strict=True)) - at) <= 1e-11 * scale * at
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=2, max_size=5), st.floats(0.1, 3))
+def test_spectrum_without_a_ridge_is_lagranges_polynomial_where_it_has_as_many_coefficients(steps, ahead):
+    anchors, at = grid_of(steps, ahead)
+    wanted = adams_bashforth(at, anchors)
+    assert np.allclose(spectrum(at, anchors, len(anchors) - 1, 0.0), wanted, rtol=0, atol=1e-9 * sum(map(abs, wanted)))
+
+
+@given(many, st.floats(0.1, 3))
+def test_spectrum_with_an_infinite_ridge_is_the_least_squares_line(steps, ahead):
+    anchors, at = grid_of(steps, ahead)
+    mean = math.fsum(anchors) / len(anchors)
+    spread = math.fsum((x - mean) ** 2 for x in anchors)
+    line = [1 / len(anchors) + (at - mean) * (x - mean) / spread for x in anchors]
+    assert np.allclose(spectrum(at, anchors, ridge=1e12), line, rtol=0, atol=1e-9)
+
+
+@given(many, st.floats(0.1, 3), st.sampled_from([-1.0, -1000.0, 0.01]), st.floats(-50, 50))
+def test_spectrum_knows_no_direction_and_no_unit_of_the_axis(steps, ahead, factor, shift):
+    anchors, at = grid_of(steps, ahead)
+    moved = spectrum(factor * at + shift, [factor * x + shift for x in anchors])
+    assert np.allclose(moved, spectrum(at, anchors), rtol=0, atol=1e-8)
+
+
+@given(many, st.floats(0.1, 3), st.floats(1e-3, 10))
+def test_spectrum_balances_what_noise_and_what_bends_do_to_the_forecast(steps, ahead, ridge):
+    """Its weights are those of least |w|^2 + sum_(k > 1) (sum_j w_j T_k(s_j) - T_k(s))^2 / ridge that are exact for
+    lines (Woodbury); so they amplify noise no more than any that are exact for all of T_0 to T_M."""
+    anchors, at = grid_of(steps, ahead)
+    found = np.asarray(spectrum(at, anchors, ridge=ridge))
+    places = 2 * (np.asarray([*anchors, at]) - anchors[0]) / (at - anchors[0]) - 1
+    basis = np.cos(np.outer(np.arccos(np.clip(places, -1, 1)), np.arange(min(5, len(anchors)))))  # T_k(cos x) = cos kx
+    gradient = found + basis[:-1, 2:] @ (found @ basis[:-1, 2:] - basis[-1, 2:]) / ridge
+    free = np.linalg.svd(basis[:-1, :2].T)[2][2:]  # directions that keep lines exact
+    assert np.abs(free @ gradient).max(initial=0) <= 1e-6 * (1 + np.abs(found).sum()) / min(1, ridge)
+    exact = np.linalg.pinv(basis[:-1].T) @ basis[-1]
+    assert np.linalg.norm(found) <= np.linalg.norm(exact) * (1 + 1e-9)
+
+
+@given(st.sampled_from(sorted(PREDICTORS)), st.integers(1, 6), gaps, st.floats(0, 1), st.floats(0.1, 3))
+def test_damping_takes_its_share_of_the_forecast_change(name, order, steps, share, ahead):
+    anchors, at = grid_of(steps, ahead)
+    whole = weights(name, order, math.inf, at, anchors)
+    found = weights(name, order, math.inf, at, anchors, share)
+    values = np.sin(anchors[-len(found) :])
+    scale = sum(map(abs, whole))
+    taken, change = found @ values - values[-1], whole @ values - values[-1]
+    assert math.isclose(taken, share * change, rel_tol=0, abs_tol=1e-12 * scale)
+    assert weights(name, order, math.inf, at, anchors, 1.0) == whole, "to the bit"
+    assert weights(name, order, math.inf, at, anchors, 0.0) == [0.0] * (len(found) - 1) + [1.0], "reuse, to the bit"
+
+
+def test_halfway_is_a_damping_of_a_half():
+    assert weights("adams_bashforth", 3, 6, 4.5, [0, 1, 3], 0.5) == weights("halfway", 3, 6, 4.5, [0, 1, 3])
+
+
+@given(many, st.floats(0.1, 3), st.sampled_from([-1.0, 1.0]))
+def test_the_best_share_of_a_line_is_all_of_it(steps, ahead, direction):
+    anchors, at = grid_of([direction * step for step in steps], direction * ahead)
+    values = np.outer([*anchors, at], [1.0, -2.0]) + np.array([3.0, 0.5])
+    gram = values @ values.T
+    for factors in (adams_bashforth(at, anchors), spectrum(at, anchors)):
+        assert best_share(gram[:-1, :-1], gram[:-1, -1], factors) == pytest.approx(1, abs=1e-6)
+
+
+@given(st.floats(0.1, 5), st.floats(0, 20), st.floats(0.1, 4))
+def test_the_best_share_of_a_noisy_line_is_the_closed_form(change, noise, gaps_ahead):
+    """Two anchors a gap apart on a line, each with noise of energy v, k gaps ahead, true change of energy D:
+    e = change - n_a, p = change + k (n_a - n_b), so <e, p> = D - k v and |p|^2 = D + 2 k^2 v in the mean."""
+    slope = change / gaps_ahead**2  # energy of the change in one gap
+    block = np.array([[slope + noise, 0.0], [0.0, noise]])  # the newest anchor lies in the origin, but for its noise
+    wanted = np.array([-gaps_ahead * slope, 0.0])
+    expected = (change - gaps_ahead * noise) / (change + 2 * gaps_ahead**2 * noise)
+    found = best_share(block, wanted, [-gaps_ahead, 1 + gaps_ahead])
+    assert found == pytest.approx(max(0.0, expected), rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_no_other_share_is_nearer_to_the_truth(seed, count):
+    values = np.random.default_rng(seed).normal(size=(count + 1, 7))
+    gram, factors = values @ values.T, np.random.default_rng(seed + 1).normal(size=count).tolist()
+    share = best_share(gram[:-1, :-1], gram[:-1, -1], factors)
+
+    def error(g: float) -> float:
+        return float(np.linalg.norm(damped(factors, g) @ values[:-1] - values[-1]))
+
+    assert 0 <= share <= 1
+    assert all(error(share) <= error(g) + 1e-9 for g in np.linspace(0, 1, 21))
+
+
+def test_no_forecast_change_is_no_damping():
+    values = np.ones((3, 4))
+    gram = values @ values.T
+    assert best_share(gram[:2, :2], gram[:2, 2], [-1.0, 2.0]) == 0.0
 
 
 @given(st.integers(1, 6), gaps, st.floats(0.1, 20), st.floats(1, 10))

@@ -6,12 +6,13 @@ import hashlib
 import math
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
-from fastdiff.errors import FastdiffError, PeerLost
+from fastdiff.errors import BadConfig, FastdiffError, PeerLost
 from fastdiff.parallel.attention import Intercept
 from fastdiff.parallel.unet import rows_of
 from fastdiff.pipelines import accelerate as installing
@@ -326,11 +327,13 @@ CACHES = {
     "deepcache": {"method": "deepcache", "interval": 2},
     "first_block": {"method": "first_block", "threshold": 1e9, "max_consecutive_cached": 1},
     "ab_cache": {"method": "ab_cache", "interval": 2},
+    "verify": {"method": "ab_cache", "interval": 2, "guard": "verify", "verify_bound": 0.5},
     "ab_cache stack": {"method": "ab_cache", "interval": 2, "site": "stack"},
     "easycache": {"method": "easycache", "warmup_steps": 1, "threshold": 1e9, "max_consecutive_cached": 1},
 }
 PAIRS = [(SMALL, "deepcache"), (SMALL, "ab_cache"), (SMALL, "easycache"), ("sd3", "first_block"),
-         ("sd3", "ab_cache stack"), ("flux", "ab_cache"), ("flux", "first_block"), ("wan", "first_block")]  # fmt: skip
+         ("sd3", "ab_cache stack"), ("flux", "ab_cache"), ("flux", "first_block"), ("wan", "first_block"),
+         (SMALL, "verify"), ("flux", "verify")]  # fmt: skip
 
 
 def cached(rank: int, ranks: int) -> dict[str, list[int]]:
@@ -346,6 +349,10 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
             if (method == "ulysses" and name == SMALL) or (method == "cfg" and ranks != 2):
                 continue
             parallel = {"method": method} | ({"warmup_steps": 1} if method not in ("patch", "cfg", "ulysses") else {})
+            if (method, cache) == ("parastep", "verify"):
+                with pytest.raises(BadConfig, match=r"needs all steps of a run on each rank.*set cache.guard = none"):
+                    fastdiff.accelerate(pipe, cache=CACHES[cache], parallel=parallel)
+                continue
             handle = fastdiff.accelerate(pipe, cache=CACHES[cache], parallel=parallel)
             result, report = latents(pipe, name, 6), handle.report
             found[f"{name} {cache} {method}"] = [report.cached, report.ranks[rank]["oldest"]]

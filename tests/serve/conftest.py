@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
 from fastdiff.cli.serve import shelf
+from fastdiff.pipelines.accelerate import restore
 from fastdiff.serve.app import Options, build
 from fastdiff.serve.desk import Desk
 from fastdiff.serve.protocol import Limits
@@ -23,6 +25,7 @@ from tests.clusters import cluster
 
 __all__ = ["cli", "cluster", "model"]
 
+CACHED = shelf(["lossless"], [], ["cache.method=deepcache", "cache.interval=2"])["lossless"]
 LIMITS = Limits(images=2, side=64, steps=400, queue=2, timeout=600, grace=5)
 
 
@@ -47,6 +50,21 @@ class Server:
             return status, json.loads(text)
         except ValueError:
             return status, text.decode()
+
+    def edit(self, files: dict[str, Any], **fields: Any) -> tuple[int, Any]:
+        """The same of a form with pictures."""
+        sent = [(name, (f"{name}.png", data)) for name, given in files.items()
+                for data in (given if isinstance(given, list) else [given])]  # fmt: skip
+        body = {"prompt": "a cat", "steps": 1, "seed": 1} | fields
+        answer = httpx.post(f"{self.url}/v1/images/edits", data=body, files=sent or {"mask": b""}, timeout=900)
+        return answer.status_code, answer.json()
+
+    def clocks(self) -> list[Any]:
+        """Of each place, with the first preset; listeners stay as long as that does."""
+        self.idle()
+        for place in self.desk.places:
+            self.desk._suit(place, frozenset(), next(iter(self.desk.shelf)), {})
+        return [place.studio.fast.clock for place in self.desk.places]
 
     def draw(self, **body: Any) -> tuple[int, Any]:
         return self.call("/v1/images/generations", {"prompt": "a cat", "steps": 1, "seed": 1} | body)
@@ -80,13 +98,13 @@ def serving(options: Options) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
-        app.state.desk.studio.fast.restore()
+        for place in app.state.desk.places:
+            restore(place.studio.pipe)
 
 
 @pytest.fixture(scope="package")
 def server(model: str) -> Iterator[Server]:
-    sets = ["cache.method=deepcache", "cache.interval=2"]
-    presets = {"lossless": shelf(["lossless"], [], [])["lossless"], "cached": shelf(["lossless"], [], sets)["lossless"]}
+    presets = {"lossless": shelf(["lossless"], [], [])["lossless"], "cached": CACHED}
     with serving(Options(model, presets, limits=LIMITS, hosts=("127.0.0.1", "localhost"))) as found:
         yield found
 
@@ -95,16 +113,17 @@ def server(model: str) -> Iterator[Server]:
 def gate(server: Server) -> Iterator[threading.Event]:
     """As long as it is not set, the denoiser waits before every call."""
     opened = threading.Event()
-    server.draw()  # another preset, left by the test before, would be replaced by the first request, clock and all
-    server.idle()
-    listeners = server.desk.studio.fast.clock.on_call
+    clocks = server.clocks()
 
     def wait(step: object) -> None:
-        while not opened.wait(0.005) and not (server.desk._current and server.desk._current.stopped):
+        begun = server.desk._turns.begun
+        while not opened.wait(0.005) and not any(ticket.stopped for ticket in begun):
             pass
 
-    listeners.append(wait)
+    for clock in clocks:
+        clock.on_call.append(wait)
     yield opened
     opened.set()
     server.idle()
-    listeners.remove(wait)
+    for clock in clocks:
+        clock.on_call.remove(wait)

@@ -87,6 +87,7 @@ def test_models(client) -> None:
 def test_stream(client) -> None:
     asked = {"prompt": "a cat", "extra_body": {"seed": 3, "steps": 6}}
     plain = client.images.generate(**asked).data[0]
+    asked["extra_body"] |= {"progress": True}
     events = list(client.images.generate(**asked, stream=True, partial_images=2))
     kinds = [event.type.removeprefix("image_generation.") for event in events]
     assert kinds.count("progress") == 6
@@ -135,7 +136,8 @@ BAD = {
     "seed overflows": ({"seed": 2**63 - 1, "n": 2}, 400, "seed = 9223372036854775808"),
     "guidance": ({"guidance_scale": -1}, 400, "guidance_scale = -1"),
     "truth": ({"n": True}, 400, "n = True"),
-    "url": ({"response_format": "url"}, 400, "this server keeps no files that a url could point to"),
+    "svg": ({"output_format": "svg"}, 400, "output_format = svg: input should be 'png', 'webp' or 'jpeg'"),
+    "compression": ({"output_compression": 101}, 400, "output_compression = 101"),
     "unknown key": ({"sampler": "x"}, 400, "sampler = x: extra inputs are not permitted"),
     "control characters": ({"size": "8x8\x00"}, 400, "size = 8x8"),
 }  # fmt: skip
@@ -173,7 +175,7 @@ def test_what_a_prompt_may_hold(server: Server) -> None:
 
 
 def test_other_routes(server: Server) -> None:
-    assert server.call("/v1/images/edits", {})[0] == 404
+    assert server.call("/v1/images/variations", {})[0] == 404
     assert server.call("/v1/images/generations")[0] == 405
     assert server.call("/docs")[0] == 404  # would load scripts from elsewhere
     assert server.call("/v1/models", host="evil.example")[0] == 400  # DNS rebinding

@@ -73,8 +73,9 @@ def test_a_client_that_goes_away_stops_the_drawing(server: Server, stream: bool)
     server.idle()
     expected = server.draw(steps=3)[1]["data"][0]["b64_json"]
     images, calls = server.metric("images_total"), []
-    clock = server.desk.studio.fast.clock
-    clock.on_call.append(calls.append)
+    clocks = server.clocks()
+    for clock in clocks:
+        clock.on_call.append(calls.append)
     try:
         link = ask(server, stream=stream)
         wait_for(lambda: len(calls) >= 3)
@@ -85,7 +86,8 @@ def test_a_client_that_goes_away_stops_the_drawing(server: Server, stream: bool)
         time.sleep(0.2)
         assert len(calls) == stopped_at
     finally:
-        clock.on_call.remove(calls.append)
+        for clock in clocks:
+            clock.on_call.remove(calls.append)
     assert server.metric("images_total") == images
     assert server.draw(steps=3)[1]["data"][0]["b64_json"] == expected
 
@@ -117,14 +119,15 @@ def test_failures(server: Server, monkeypatch, error: Exception, status: int, me
     def fail(step: object) -> None:
         raise error
 
-    server.idle()
-    clock = server.desk.studio.fast.clock
-    clock.on_call.append(fail)
+    clocks = server.clocks()
+    for clock in clocks:
+        clock.on_call.append(fail)
     try:
         found, reply = server.draw(steps=3)
         streamed = server.draw(steps=3, stream=True)
     finally:
-        clock.on_call.remove(fail)
+        for clock in clocks:
+            clock.on_call.remove(fail)
     assert (found, reply["error"]["message"]) == (status, message)
     assert (streamed[0], message in streamed[1]) == (200, True)
     assert server.draw(steps=3)[1]["data"][0]["b64_json"] == expected["data"][0]["b64_json"]

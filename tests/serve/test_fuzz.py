@@ -28,7 +28,14 @@ def document(server: Server):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/v1/images/generations"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health")],
+    [
+        ("POST", "/v1/images/generations"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/{name}"),
+        ("GET", "/health"),
+        ("GET", "/v1/videos"),
+        ("GET", "/v1/videos/{name}"),
+    ],
 )
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_made_up_requests(server: Server, document, method: str, path: str, mode: str) -> None:

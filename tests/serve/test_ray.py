@@ -63,7 +63,7 @@ def test_replicas(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: p
             seen["replaced"] = set(running("ServeReplica")) - set(seen["replicas"])
             seen["bad"] = server.draw(n=7)
             seen["again"] = server.draw(seed=0, steps=4)
-            seen["stream"] = server.draw(seed=0, steps=4, stream=True)
+            seen["stream"] = server.draw(seed=0, steps=4, stream=True, progress=True)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
