@@ -52,6 +52,9 @@ def search(pipe, file, goal, said):
     return Tuning(pipe, goal, settings, Prompts(TEXTS[:4]), TEXTS, file, 5.0, said.append)
 
 
+pytestmark = pytest.mark.xdist_group("tune")  # the search is made once
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A whole search on a tiny pipeline, for speed, and what came of it."""

@@ -37,7 +37,7 @@ def test_a_window_must_be_one():
 
 
 def names(**settings) -> list[str]:
-    return [region.name for region in ASDM(**settings).regions(anatomies(tiny.make("sd15"))[0])]
+    return [region.name for region in ASDM(**settings).regions(anatomies(tiny.make("sd15_two_layers"))[0])]
 
 
 def test_sites_are_paths_with_wildcards():

@@ -191,7 +191,7 @@ def test_guards_that_compute_more_than_the_plan_fall_back_to_the_predictors_weig
 
 def test_the_fingerprint_tells_models_apart_and_survives_saving(tmp_path):
     (anatomy,) = anatomies(tiny.make("sd15"))
-    other = anatomies(tiny.make("sd15"))[0]
+    other = anatomies(tiny.make("sd15_two_layers"))[0]
     assert fingerprint(anatomy) == fingerprint(anatomies(tiny.make("sd15"))[0]) != fingerprint(other)
     anatomy.denoiser.save_pretrained(tmp_path)
     again = type(anatomy.denoiser).from_pretrained(tmp_path)
@@ -207,7 +207,7 @@ def test_adapters_do_not_change_the_fingerprint(sd15):
 
 
 def test_a_plan_of_another_model_is_refused(sd15):
-    pipe = tiny.make("sd15")
+    pipe = tiny.make("sd15_two_layers")
     before = snapshot(pipe)
     with pytest.raises(BadConfig, match=r"made for UNet2DConditionModel \w+, this model is UNet2DConditionModel \w+"):
         fastdiff.accelerate(pipe, sd15)

@@ -51,7 +51,7 @@ def seeded(pipe: LLaDA2Pipeline, ids: torch.Tensor | None = None, **call: Any) -
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("ids", PROMPTS)
-@pytest.mark.parametrize("model", ["block-causal", "llama"])
+@pytest.mark.parametrize("model", ["block-causal", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_tokens_are_those_of_the_plain_pipeline(model, ids, call):
     plain = seeded(make(model), PROMPTS[ids], **CALLS[call])
     pipe, handle = fast(model)

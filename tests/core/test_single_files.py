@@ -18,7 +18,7 @@ from tests import layouts, tiny
 def folders(tmp_path_factory):
     """Whole pipelines, and their configuration without any weights."""
     root = tmp_path_factory.mktemp("models")
-    for name in ("sd15", "wan"):
+    for name in ("sd15_two_layers", "wan"):
         tiny.make(name).save_pretrained(root / name)
         shutil.copytree(root / name, root / f"{name}-config", ignore=shutil.ignore_patterns("*.safetensors"))
     return root
@@ -50,12 +50,12 @@ def refused(model, **given) -> str:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    save_file(layouts.stable_diffusion(tiny.make("sd15")), tmp_path / "model.safetensors")
+    save_file(layouts.stable_diffusion(tiny.make("sd15_two_layers")), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
 def test_a_checkpoint_in_the_layout_of_stable_diffusion_with_a_configuration_alone(checkpoint, folders):
-    pipe, original = fastdiff.load(checkpoint, base=folders / "sd15-config"), tiny.make("sd15")
+    pipe, original = fastdiff.load(checkpoint, base=folders / "sd15_two_layers-config"), tiny.make("sd15_two_layers")
     assert same(pipe, original, "unet", "vae", "text_encoder")
     latents = tiny.run(pipe, "sd15", steps=2)
     assert torch.allclose(latents, tiny.run(original, "sd15", steps=2), rtol=1e-4, atol=1e-5)
@@ -66,18 +66,23 @@ def test_a_checkpoint_in_the_layout_of_stable_diffusion_with_a_configuration_alo
 
 @pytest.mark.parametrize("place", ["in the directory", "beside a directory of its name"])
 def test_the_configuration_that_lies_beside_a_file_is_found(checkpoint, folders, tmp_path, place):
-    shutil.copytree(folders / "sd15-config", tmp_path / "model", dirs_exist_ok=True)
+    shutil.copytree(folders / "sd15_two_layers-config", tmp_path / "model", dirs_exist_ok=True)
     if place == "in the directory":
         checkpoint = checkpoint.rename(tmp_path / "model" / "v1-5-pruned.safetensors")
-    assert same(fastdiff.load(checkpoint), tiny.make("sd15"), "unet")
+    assert same(fastdiff.load(checkpoint), tiny.make("sd15_two_layers"), "unet")
 
 
 def test_what_a_checkpoint_lacks_is_the_bases(folders, tmp_path):
-    tensors = layouts.stable_diffusion(tiny.make("sd15"))
+    tensors = layouts.stable_diffusion(tiny.make("sd15_two_layers"))
     kept = {key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}
     save_file(kept, tmp_path / "no-vae.safetensors")
-    assert same(fastdiff.load(tmp_path / "no-vae.safetensors", base=folders / "sd15"), tiny.make("sd15"), "unet", "vae")
-    told = refused(tmp_path / "no-vae.safetensors", base=folders / "sd15-config")
+    assert same(
+        fastdiff.load(tmp_path / "no-vae.safetensors", base=folders / "sd15_two_layers"),
+        tiny.make("sd15_two_layers"),
+        "unet",
+        "vae",
+    )
+    told = refused(tmp_path / "no-vae.safetensors", base=folders / "sd15_two_layers-config")
     assert "has no vae" in told and "--base" in told
 
 
@@ -127,7 +132,7 @@ def test_what_is_no_gguf(folders, tmp_path):
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth"])
 def test_pickles_are_refused_and_not_read(folders, tmp_path, suffix):
     (tmp_path / f"model{suffix}").write_bytes(b"not even a pickle")
-    assert "is a pickle, which can run code" in refused(tmp_path / f"model{suffix}", base=folders / "sd15")
+    assert "is a pickle, which can run code" in refused(tmp_path / f"model{suffix}", base=folders / "sd15_two_layers")
 
 
 def test_a_lora_is_no_model(tmp_path):
@@ -142,13 +147,13 @@ def test_a_configuration_that_cannot_be_fetched_asks_for_a_base(checkpoint):
 
 def test_a_base_is_for_a_file(folders):
     with pytest.raises(BadConfig, match="base is for a single file"):
-        fastdiff.load(folders / "sd15", base=folders / "sd15")
+        fastdiff.load(folders / "sd15_two_layers", base=folders / "sd15_two_layers")
 
 
 def test_a_file_is_not_quantized_layer_by_layer(checkpoint, folders):
     with pytest.raises(BadConfig, match="load it, then quantize"):
         fastdiff.load(checkpoint, quant="w8a16")
-    pipe = fastdiff.load(checkpoint, base=folders / "sd15-config")
+    pipe = fastdiff.load(checkpoint, base=folders / "sd15_two_layers-config")
     plain = tiny.run(pipe, "sd15", steps=2)
     with fastdiff.accelerate(pipe, quant="w8a16"):
         assert not torch.equal(tiny.run(pipe, "sd15", steps=2), plain)

@@ -328,7 +328,8 @@ def test_restore_leaves_nothing_of_the_compiler_behind(scope):
     assert differences(before, snapshot(pipe)) == []
 
 
-@pytest.mark.parametrize("scope", [pytest.param("blocks", marks=SLOW), "denoiser"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["blocks", "denoiser"])
 def test_settings_tried_one_after_the_other_do_not_use_up_torch_s_graphs(scope, graphs):
     pipe = SHORT["pixart"].make()
     made = []

@@ -51,7 +51,7 @@ TABLE = {
 # Written as text for a language model, which no scheme here is for; the same method on another family.
 NOT_HERE = {"tgate flux"} | {row for row in ROWS if row.split()[0] in ("dp", "cachequant", "magcache")} - {*TABLE}
 # Static ranges are looked up by a tensor of the bucket, dynamic ones found in the graph: both have to hold.
-QUICK = {("fora", "w8a8"), ("ab_cache stack", "w4a16"), ("static", "fp8"), ("first_block", "w8a16")}
+QUICK = {("fora", "w8a8"), ("static", "fp8"), ("first_block", "w8a16")}
 CASES = [
     pytest.param(row, scheme, id=f"{row}-{scheme}", marks=() if (row, scheme) in QUICK else pytest.mark.slow)
     for row in TABLE

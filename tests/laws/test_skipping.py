@@ -154,7 +154,7 @@ def test_a_branch_that_the_unet_does_not_have_is_refused(name, beyond):
         fastdiff.accelerate(pipe, cache={"method": "deepcache", "branch": SKIPS[name] - 1 + beyond})
 
 
-@pytest.mark.parametrize("branch", [0, 3, 7])
+@pytest.mark.parametrize("branch", [0, 3, 6])
 def test_deepcache_keeps_obeying_a_controlnet_at_cached_steps(branch):
     pipe = controlled()
     plain = tiny.run(pipe, "sd15", steps=4, image=control_image(1))
@@ -170,7 +170,7 @@ def test_deepcache_keeps_obeying_a_controlnet_at_cached_steps(branch):
 @pytest.mark.parametrize("branch", [0, 4, 9])
 def test_deepcache_works_with_freeu(branch):
     """FreeU writes into hidden states in place, also where a cached step holds none."""
-    pipe = tiny.make("sd15")
+    pipe = tiny.make("sd15_two_layers")
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2, "branch": branch})
     assert torch.isfinite(tiny.run(pipe, "sd15", steps=4)).all()
@@ -183,7 +183,7 @@ def test_deepcache_works_with_a_t2i_adapter(branch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = diffusers.T2IAdapter(channels=[8, 16, 16, 16], num_res_blocks=2, downscale_factor=8).eval()
-    components = {k: v for k, v in tiny.make("sd15").components.items() if k != "image_encoder"}
+    components = {k: v for k, v in tiny.make("sd15_two_layers").components.items() if k != "image_encoder"}
     pipe = diffusers.StableDiffusionAdapterPipeline(**components, adapter=adapter, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     handle = fastdiff.accelerate(pipe, cache={"method": "deepcache", "interval": 2, "branch": branch})

@@ -75,7 +75,9 @@ SOME = {"shapes-unet": ["down_blocks*", "up_blocks*"], "shapes-dit": ["transform
     ("model", "dtype", "scheme"),
     [
         ("shapes-unet", torch.float32, {"method": "w8a8"}),
-        ("shapes-unet", torch.bfloat16, {"method": "w8a8", "split": True, "low_rank": 4}),
+        pytest.param(
+            "shapes-unet", torch.bfloat16, {"method": "w8a8", "split": True, "low_rank": 4}, marks=pytest.mark.slow
+        ),
         ("shapes-dit", torch.float32, {"method": "w8a8", "smooth": 0.5}),
         ("shapes-dit", torch.float32, {"method": "w4a8"}),
         ("shapes-unet", torch.float32, {"method": "w4a16", "grid": "normal"}),

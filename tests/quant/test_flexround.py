@@ -73,6 +73,7 @@ def test_second_moments_are_those_of_the_rows_a_layer_multiplies(layer):
     assert float(((weight @ moment) * weight).sum()) == pytest.approx(float(energy), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_quantized_with_less_output_error():
     call = arguments("sd3")
     errors = {}
