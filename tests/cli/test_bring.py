@@ -52,11 +52,13 @@ def moving(path: str) -> np.ndarray:
         return np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
-def test_a_single_file_with_a_base(cli, model: str) -> None:
-    save_file(layouts.stable_diffusion(make("sd15")), "style.safetensors")
-    done = cli("generate", "a cat", "-m", "style.safetensors", "--base", model, "--steps", 2, "--seed", 1)
+def test_a_single_file_with_a_base(cli) -> None:
+    whole = make("sd15_two_layers")
+    whole.save_pretrained("whole")
+    save_file(layouts.stable_diffusion(whole), "style.safetensors")
+    done = cli("generate", "a cat", "-m", "style.safetensors", "--base", "whole", "--steps", 2, "--seed", 1)
     assert (done.code, read(Path("out.png")).model) == (0, "./style.safetensors")
-    cli("generate", "a cat", "-m", model, "--steps", 2, "--seed", 1, "-o", "whole.png")
+    cli("generate", "a cat", "-m", "whole", "--steps", 2, "--seed", 1, "-o", "whole.png")
     assert np.abs(pixels("out.png").astype(int) - pixels("whole.png")).max() <= 2
 
 
