@@ -173,15 +173,15 @@ class Shelf:
 
     def take(self) -> None:
         for number, own in enumerate(_ranges(self.blocks, self.root)):
-            total = sum(aligned(count) for _, count, _ in own)
-            size, begin = aligned(-(-total // self.keeper.parts)), 0
+            total = sum(_aligned(count) for _, count, _ in own)
+            size, begin = share_of(total, self.keeper.parts), 0
             kept = Kept(number, self.device, size, torch.empty(0))
             self.home = own[0][2][0].device if own else self.device
             for address, count, found in own:
                 for tensor in found:
                     at = begin + tensor.data_ptr() - address
                     kept.views.append(View(tensor, at, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-                begin += aligned(count)
+                begin += _aligned(count)
             if not self.keeper.stays(number):
                 kept.share = self.keeper.keep(kept.packed(self.keeper.parts), size)
                 kept.empty()
@@ -265,8 +265,12 @@ def units(anatomy: Anatomy) -> list[nn.Module]:
     return anatomy.blocks
 
 
-def aligned(count: int) -> int:
-    """Bytes that so many take, with what is left free before the next."""
+def share_of(total: int, parts: int) -> int:
+    """Bytes of each of so many equal shares."""
+    return _aligned(-(-total // parts))
+
+
+def _aligned(count: int) -> int:
     return -(-count // _ALIGN) * _ALIGN
 
 

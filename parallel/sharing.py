@@ -13,7 +13,7 @@ from fastdiff.weights import nbytes
 from .base import ParallelMethod
 from .mesh import Topology
 from .prediction import Prediction
-from .shards import aligned, units
+from .shards import share_of, units
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Blocks:
 
     @classmethod
     def of(cls, anatomy: Anatomy, calls: Sequence[Any]) -> Blocks:
-        """None where the blocks of the model are not known."""
+        """Empty where the blocks of the model are not known."""
         try:
             return cls(tuple(map(nbytes, units(anatomy))), len(calls))
         except UnsupportedModel:
@@ -37,12 +37,12 @@ class Blocks:
 
     def spared(self, ranks: int) -> int:
         """Bytes that are not on a rank: all but its shares, the block that computes, and the next, on its way."""
-        here = sum(self._share(size, ranks) for size in self.sizes) + sum(sorted(self.sizes)[-2:])
+        here = sum(share_of(size, ranks) for size in self.sizes) + sum(sorted(self.sizes)[-2:])
         return max(0, sum(self.sizes) - here)
 
     def sent(self, mesh: Topology) -> int:
         """Bytes a step that a rank sends: its share of each block to all others, in each call that it computes."""
-        once = sum(self._share(size, mesh.size) * (mesh.size - 1) for size in self.sizes)
+        once = sum(share_of(size, mesh.size) * (mesh.size - 1) for size in self.sizes)
         return once * max(1, self.calls // mesh.cfg)
 
     def shared_out(self, found: Prediction, mesh: Topology, link: float, steps: int) -> Prediction:
@@ -59,10 +59,6 @@ class Blocks:
             predicted_speedup=found.predicted_speedup * found.predicted_seconds / total,
             predicted_memory=found.predicted_memory - self.spared(mesh.size),
         )  # fmt: skip
-
-    @staticmethod
-    def _share(size: int, ranks: int) -> int:
-        return aligned(-(-size // ranks))
 
 
 NO_BLOCKS = Blocks()
