@@ -5,6 +5,8 @@ They are for exactness only. On random weights caching looks far better than on 
 
 from __future__ import annotations
 
+import collections
+import copy
 import string
 from collections.abc import Callable
 from functools import cache, wraps
@@ -27,11 +29,35 @@ SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end":
 
 def make(name: str) -> DiffusionPipeline:
     """A fresh pipeline; the same weights each time. Text encoders and VAEs are shared, denoiser and scheduler not."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe = _MAKERS[name]()
+    made = _made(name)
+    pipe = copy.copy(made)
+    part = "unet" if hasattr(made, "unet") else "transformer"
+    setattr(pipe, part, _twin(getattr(made, part)))
+    pipe.scheduler = copy.deepcopy(made.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@cache
+def _made(name: str) -> DiffusionPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _MAKERS[name]()
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module with weights, children and hooks of its own: in a tenth of the time of a deep copy or a new one."""
+    twin = object.__new__(type(module))
+    vars(twin).update({k: value.copy() if type(value) in _PLAIN else value for k, value in vars(module).items()})
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            twin._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    twin._buffers.update({name: value.clone() for name, value in module._buffers.items() if value is not None})
+    twin._modules.update({name: _twin(child) for name, child in module._modules.items() if child is not None})
+    return twin
+
+
+_PLAIN = {dict, collections.OrderedDict, list, set}
 
 
 def shared(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -166,12 +192,12 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _sd15(layers_per_block: int = 1) -> DiffusionPipeline:
+def _sd15(levels: int = 3, layers_per_block: int = 1) -> DiffusionPipeline:
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16, 16, 16), layers_per_block=layers_per_block, cross_attention_dim=32,
-        attention_head_dim=2, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        sample_size=8, block_out_channels=(8, 16, 16, 16)[:levels], layers_per_block=layers_per_block,
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
     ).eval()  # fmt: skip
     return diffusers.StableDiffusionPipeline(
         unet=unet, vae=image_vae(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
@@ -182,7 +208,7 @@ def _sd15(layers_per_block: int = 1) -> DiffusionPipeline:
 
 def _sdxl() -> DiffusionPipeline:
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16, 32), layers_per_block=2, cross_attention_dim=64,
+        sample_size=8, block_out_channels=(8, 16, 32), layers_per_block=1, cross_attention_dim=64,
         attention_head_dim=(1, 2, 4), norm_num_groups=4, use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -272,5 +298,5 @@ def _cogvideox() -> DiffusionPipeline:
 
 _MAKERS: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": _sd15, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "pixart": _pixart, "wan": _wan, "cogvideox": _cogvideox,
-    "sd15_two_layers": lambda: _sd15(layers_per_block=2),
+    "sd15_two_layers": lambda: _sd15(levels=4, layers_per_block=2),
 }  # fmt: skip

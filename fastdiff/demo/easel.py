@@ -121,7 +121,7 @@ class Easel:
             tell(Progress(f"Loading {model}"))
             self._studio = self._palette = self._plain = self._warm = None  # never two models in memory
             self._studio = Studio(model, [], None)
-            self._studio.only_pictures()
+            self._studio.only("picture", "video")
             self._loaded = model
             self._studio.pipe.set_progress_bar_config(disable=True)
             vae = getattr(self._studio.pipe, "vae", None)

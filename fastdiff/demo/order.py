@@ -31,18 +31,22 @@ class Order:
     def layers(self) -> list[Layer]:
         return layers_of(self.choice)
 
-    def python(self, made: Replay) -> str:
-        """A program that draws the picture again."""
+    def python(self, made: Replay, fps: float | None = None) -> str:
+        """A program that draws the picture again, or the video of so many frames a second."""
         call: dict[str, Any] = {"num_inference_steps": made.steps, "guidance_scale": made.guidance_scale}
         call |= {"width": made.width, "height": made.height, "negative_prompt": made.negative_prompt}
+        call["num_frames"] = made.frames
         given = "".join(f"    {name}={value!r},\n" for name, value in call.items() if value is not None)
         config = self.choice["preset"] if set(self.choice) == {"preset"} else dict(self.choice)
+        what, kept = "image", 'images[0]\nimage.save("out.png")'
+        if fps is not None:
+            what, kept = "frames", f'frames[0]\nexport_to_video(frames, "out.mp4", fps={fps:g})'
         return (
-            "import fastdiff\nimport torch\n\n"
-            f"pipe = fastdiff.load({self.model!r})\nfast = fastdiff.accelerate(pipe, {config!r})\n"
-            f"image = pipe(\n    {made.prompt!r},\n{given}"
-            f'    generator=torch.Generator("cpu").manual_seed({made.seed}),\n).images[0]\n'
-            'image.save("out.png")\nprint(fast.report)\n'
+            "import fastdiff\nimport torch\n"
+            + ("from diffusers.utils import export_to_video\n\n" if fps is not None else "\n")
+            + f"pipe = fastdiff.load({self.model!r})\nfast = fastdiff.accelerate(pipe, {config!r})\n"
+            f"{what} = pipe(\n    prompt={made.prompt!r},\n{given}"
+            f'    generator=torch.Generator("cpu").manual_seed({made.seed}),\n).{kept}\nprint(fast.report)\n'
         )
 
     def command(self, made: Replay) -> str:
@@ -54,6 +58,8 @@ class Order:
                 words += [w for key, value in items.items() for w in ("--set", f"{key}={_text(value)}")]
         words += ["--seed", str(made.seed), "--steps", str(made.steps)]
         words += ["--width", str(made.width), "--height", str(made.height)]
+        for option, value in (("--frames", made.frames), ("--fps", made.fps)):
+            words += [] if value is None else [option, f"{value:g}"]
         if made.guidance_scale is not None:
             words += ["--guidance-scale", str(made.guidance_scale)]
         if made.negative_prompt is not None:

@@ -17,7 +17,7 @@ import gradio as gr
 
 from fastdiff.config import METHOD_KINDS, OFF, PATH_KEYS, Attention, Compile, presets
 from fastdiff.errors import FastdiffError
-from fastdiff.images import save
+from fastdiff.media import Clip, can_mp4, save, suffix
 from fastdiff.pipelines.loading import CALL_DEFAULTS
 from fastdiff.registry import registry
 
@@ -32,8 +32,22 @@ PROMPT = "a large red circle above a small blue square"
 CROWDED = "Too many people draw here at the moment; try again later."
 HEARD = "() => ({__type__: 'update', interactive: document.querySelector('#cancel').disabled})"
 SECTIONS: Mapping[str, Any] = {"attention": Attention, "compile": Compile}
-OUTPUTS = ("status", "preview", "slider", "numbers", "copy", "python", "command", "seed", "run", "cancel")
-SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height")
+OUTPUTS = (
+    "status",
+    "preview",
+    "slider",
+    "films",
+    "left",
+    "right",
+    "numbers",
+    "copy",
+    "python",
+    "command",
+    "seed",
+    "run",
+    "cancel",
+)
+SAMPLED = ("prompt", "negative_prompt", "steps", "guidance_scale", "width", "height", "frames", "fps")
 KINDS = {"cache": "Caching", "parallel": "Parallel", "quant": "Quantization", "solver": "Solver"}
 THEME = gr.themes.Default(  # fonts that are at hand, text dark enough to read
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -137,6 +151,8 @@ class Page:
                            visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
         slider = gr.ImageSlider(label="Left: without, right: accelerated", format="png", type="filepath",
                                 interactive=False, visible=False, elem_id="result", max_height=420)  # fmt: skip
+        with gr.Row(visible=False, elem_id="films") as films:
+            sides = [self._film(name) for name in ("without", "accelerated")]
         numbers = gr.HTML("", elem_id="explain")
         with gr.Accordion("Copy", open=False, visible=False, elem_id="copy") as copy:
             python = gr.Code(
@@ -144,8 +160,15 @@ class Page:
             )
             command = gr.Code(label="Copy as command", language="shell", interactive=False, wrap_lines=True,
                               lines=2, max_lines=8, elem_id="as-command")  # fmt: skip
-        self.out.update(status=status, preview=preview, slider=slider, numbers=numbers, copy=copy, python=python,
-                        command=command, seed=self.inputs["seed"])  # fmt: skip
+        self.out.update(status=status, preview=preview, slider=slider, films=films, left=sides[0], right=sides[1])
+        self.out.update(numbers=numbers, copy=copy, python=python, command=command, seed=self.inputs["seed"])
+
+    @staticmethod
+    def _film(name: str) -> Any:
+        """A place for a video; for an animated WebP, which browsers show as a picture, where no MP4 can be written."""
+        if not can_mp4():
+            return gr.Image(label=name.capitalize(), type="filepath", interactive=False, elem_id=name)
+        return gr.Video(label=name.capitalize(), interactive=False, autoplay=True, loop=True, elem_id=name)
 
     def _asked(self) -> dict[str, Any]:
         steps_now, guidance_now = _defaults(self.models[0])
@@ -166,10 +189,14 @@ class Page:
                 1, label="Seed", info="the same seed, the same picture", elem_id="seed", **LIVE, min_width=160
             )
             randomise = gr.Checkbox(False, label="Randomise the seed", elem_id="randomise", **LIVE, min_width=160)
-        negative = gr.Textbox("", label="Negative prompt", elem_id="negative", **LIVE, max_lines=4)
+        with gr.Row():
+            frames = gr.Textbox("", label="Frames", elem_id="frames", **hint | {"info": "of a video"})
+            fps = gr.Textbox("", label="Frames a second", elem_id="fps", **hint | {"info": "of a video"})
+            negative = gr.Textbox("", label="Negative prompt", elem_id="negative", **LIVE, max_lines=4, scale=2)
         model.change(_defaults, model, [steps, guidance], show_progress="hidden", api_visibility="private")
         return {"model": model, "steps": steps, "guidance_scale": guidance, "seed": seed, "randomise": randomise,
-                "width": width, "height": height, "negative_prompt": negative}  # fmt: skip
+                "width": width, "height": height, "frames": frames, "fps": fps,
+                "negative_prompt": negative}  # fmt: skip
 
     def _levers(self) -> dict[str, Any]:
         """The preset, and a method of each kind that there is."""
@@ -252,8 +279,8 @@ class Page:
         try:
             with told():
                 order, seed = self.order(given, entered)
-                yield self.shows(seed=seed, status=progress(Progress("Starting")), slider=gr.update(visible=False),
-                                 **buttons(drawing=True))  # fmt: skip
+                hidden = {name: gr.update(visible=False) for name in ("slider", "films")}
+                yield self.shows(seed=seed, status=progress(Progress("Starting")), **hidden, **buttons(drawing=True))
                 with closing(self.easel.draw(order, stop)) as running:
                     for said in running:
                         if isinstance(said, Pair):
@@ -284,19 +311,23 @@ class Page:
         return Order(ground.model, ground.chosen(levers, values), asked), asked.seed or 0
 
     def _pair(self, order: Order, pair: Pair) -> Iterator[dict[Any, Any]]:
-        """The pictures go to the browser as PNG files with their settings in them."""
+        """What was made goes to the browser as files with their settings in them: pictures as PNG, for the slider."""
         for text in pair.warnings:
             gr.Warning(escape(text))
         made = pair.fast.drawn.made
         with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
             files = tuple(
-                str(save(shot.drawn.image, Path(folder) / f"{name}.png", shot.drawn.made))
+                str(save(shot.drawn.image, Path(folder) / f"{name}{suffix(shot.drawn.image)}", shot.drawn.made))
                 for name, shot in (("without", pair.plain), ("accelerated", pair.fast))
             )
+            seen, clip = {"slider": gr.update(value=files, visible=True)}, pair.fast.drawn.image
+            fps = clip.fps if isinstance(clip, Clip) else None
+            if fps is not None:
+                seen = {"films": gr.update(visible=True), "left": files[0], "right": files[1]}
             yield self.shows(
-                status=captions(pair), preview=gr.update(value=None, visible=False),
-                slider=gr.update(value=files, visible=True), numbers=explanation(pair), copy=gr.update(visible=True),
-                python=order.python(made), command=order.command(made), **buttons(),
+                status=captions(pair), preview=gr.update(value=None, visible=False), **seen,
+                numbers=explanation(pair), copy=gr.update(visible=True),
+                python=order.python(made, fps), command=order.command(made), **buttons(),
             )  # fmt: skip
 
     def cancel(self, request: gr.Request) -> None:

@@ -65,7 +65,7 @@ def build(options: Options) -> FastAPI:
     Outfit(tuple(options.loras.values())).check("cpu")
     studio = Studio(options.model, next(iter(options.shelf.values())), options.dtype)
     if studio.kind == "sound":
-        studio.only_pictures()
+        studio.only("picture")
     studio.check([], None)
     meters = Meters()
     desk = Desk(studio, options.shelf, options.limits, meters, options.loras)

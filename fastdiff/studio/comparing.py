@@ -66,12 +66,13 @@ def paint(studio: Any, order: Any, job: Sampling, target: Path) -> None:
 
 def psnr(plain: Any, fast: Any) -> float:
     """Decibels between two results; infinite where they are identical."""
-    a, b = _values(plain), _values(fast)
+    a, b = values(plain), values(fast)
     error = float(((a - b) ** 2).mean())
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def _values(made: Any) -> Any:
+def values(made: Any) -> Any:
+    """Frames x height x width x 3 in [0, 1] (a picture is one frame), or half of a sound's samples, -0.5 to 0.5."""
     if isinstance(made, Sound):
         return made.samples.astype(np.float64) / 2
     frames = made.frames if isinstance(made, Clip) else [made]

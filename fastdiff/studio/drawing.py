@@ -158,9 +158,9 @@ class Studio:
         pipe.set_progress_bar_config(disable=True)
         return made
 
-    def only_pictures(self) -> None:
-        """Raises FastdiffError for a model that makes something else; for front doors that show pictures alone."""
-        if self.kind != "picture":
+    def only(self, *kinds: str) -> None:
+        """Raises FastdiffError for a model that makes something else than a front door can show."""
+        if self.kind not in kinds:
             raise FastdiffError(f"{type(self.pipe).__name__} makes a {self.kind}; generate writes it, this cannot")
 
     def told(self, what: Any) -> Any:

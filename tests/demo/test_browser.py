@@ -152,6 +152,31 @@ def test_draw_with_live_previews_then_move_the_slider(screen, tmp_path):
     assert "num_inference_steps=12" in screen.text("#as-python")
 
 
+def test_videos_play_side_by_side(screen, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    from tests import tiny
+
+    tiny.make("wan").save_pretrained(tmp_path / "wan")
+    screen.advanced()
+    screen.write("model", str(tmp_path / "wan"))
+    screen.one("#model input").send_keys(Keys.ENTER)
+    for name, value in {"guidance": "4", "width": "32", "height": "32", "frames": "9", "fps": "8"}.items():
+        screen.write(name, value)
+    screen.run(6)
+    screen.drawn()
+    until(lambda: not screen.all("#result img"), "no slider")
+    plain, fast = (screen.one(f"#{name} video") for name in ("without", "accelerated"))
+    assert plain.get_attribute("src") != fast.get_attribute("src")
+    until(lambda: all(video.get_property("readyState") == 4 for video in (plain, fast)), "the videos to be read")
+    assert fast.get_property("videoWidth") == 32 and abs(fast.get_property("duration") - 9 / 8) < 0.2
+    assert "dB" in screen.text("#explain") or "identical" in screen.text("#explain")
+    screen.chrome.execute_script("arguments[0].scrollIntoView({block: 'center'})", fast)
+    screen.chrome.save_screenshot(str(tmp_path / "films.png"))
+    screen.one("#copy button").click()
+    until(lambda: "--frames 9 --fps 8" in screen.text("#as-command"), "the command")
+
+
 def test_a_preset_sets_the_methods_and_a_method_brings_its_fields(screen):
     screen.advanced()
     assert screen.one("#cache-interval input").get_attribute("value") == "2"

@@ -14,7 +14,7 @@ from tests.caching.control import control_image, controlled
 from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
 
 UNETS = ("sd15", "sdxl", "sd15_two_layers")
-SKIPS = {"sd15": 8, "sdxl": 9, "sd15_two_layers": 12}
+SKIPS = {"sd15": 6, "sdxl": 6, "sd15_two_layers": 12}
 
 
 class Executions:
@@ -154,7 +154,7 @@ def test_a_branch_that_the_unet_does_not_have_is_refused(name, beyond):
         fastdiff.accelerate(pipe, cache={"method": "deepcache", "branch": SKIPS[name] - 1 + beyond})
 
 
-@pytest.mark.parametrize("branch", [0, 3, 6])
+@pytest.mark.parametrize("branch", [0, 2, 4])
 def test_deepcache_keeps_obeying_a_controlnet_at_cached_steps(branch):
     pipe = controlled()
     plain = tiny.run(pipe, "sd15", steps=4, image=control_image(1))
