@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from tests import tiny
 
 Arguments = Callable[[], dict[str, Any]]
 
@@ -32,11 +35,7 @@ class Entry:
 
     def make(self) -> DiffusionPipeline:
         """A fresh pipeline; the same weights each time."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            pipe = self.build()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return tiny.twin(_built(self.build))
 
     def run(self, pipe: DiffusionPipeline, steps: int, **overrides: Any) -> Tensor:
         """The result of one call that executes `steps` steps."""
@@ -48,6 +47,13 @@ class Entry:
 
     def deepest_leaf(self, pipe: DiffusionPipeline) -> nn.Module:
         return self.denoiser(pipe).get_submodule(self.deep.partition(".")[2])
+
+
+@cache
+def _built(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
