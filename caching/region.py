@@ -54,7 +54,7 @@ class Memory:
     indices: list[int] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
-    peaks: list[Reading] = field(default_factory=list)
+    peaks: list[Callable[[], float]] = field(default_factory=list)
     placeholders: list[Any] = field(default_factory=list)
     spec: Any = None
     entry: list[Tensor] = field(default_factory=list)

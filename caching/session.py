@@ -19,7 +19,7 @@ from .base import CacheMethod, Gated, needed, placed
 from .holding import Holding, bytes_of
 from .predictors import combine
 from .readers import Readers
-from .reading import peak, unbounded
+from .reading import Peaks, Reading, unbounded
 from .region import Memory, Region, placeholder, signature, unread, wants_gradients
 from .verify import Verify
 
@@ -184,7 +184,7 @@ class Session:
             return True
         dtypes = [leaf.dtype for leaf in memory.values[-1] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         limit = min(torch.finfo(dtype).max for dtype in dtypes)
-        fits = all(gain * float(top) <= limit for top in memory.peaks[-len(memory.factors) :])
+        fits = all(gain * top() <= limit for top in memory.peaks[-len(memory.factors) :])
         if self.agree is not None:
             fits = bool(self.agree(torch.tensor(float(fits))) == 1)
         if fits:
@@ -203,7 +203,7 @@ class Session:
         if not compute:
             change = method.change(step, memory)
             change = change if self.agree is None else self.agree(change)
-            reading = peak([change])
+            reading = Reading(change)
             known = memory.change if method.lagged and memory.change is not None else reading
             memory.change = reading
             compute = not float(known) < method.threshold  # also where it is not a number
@@ -286,9 +286,11 @@ class Session:
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
-        grown = False
+        grown, peaks = False, Peaks()
         if self._verify is not None:
             self._verify.check(index, self._current or ())
+        if self.ahead and self.clock.now is not None:  # what a graph took is seen when it is over
+            self.holding.take_all(self.clock.now.branch, self._current or ())
         for memory in self._all():
             memory.entry = []
             if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
@@ -300,12 +302,13 @@ class Session:
             memory.indices.append(index)
             memory.values.append(memory.taken)
             if self.method.predictor != "reuse" and not unbounded(memory.taken):
-                memory.peaks.append(peak(memory.taken))
+                memory.peaks.append(peaks.add(memory.taken))
             if memory.probe is not None:
                 memory.probes.append(memory.probe)
             for history in (memory.indices, memory.values, memory.peaks, memory.probes):
                 del history[: -self.method.history]
             memory.taken, grown = None, True
+        peaks.leave()
         if grown:
             self.holding.count(
                 own for rows in self._branches.values() for first in rows for own in (first, *first.again)
