@@ -211,9 +211,9 @@ class QLayer(nn.Module):
     def levels(self, x: Tensor, top: int, how: Quantize = quantized) -> Levels:
         """The input as 8-bit levels 0 .. top. how: the code that finds them where values are at hand."""
         picture = isinstance(self, nn.Conv2d)
-        if self._ranges and torch.compiler.is_compiling():
-            assert self._at is not None and self.low is not None and self.high is not None
-            now = self._at % len(self._ranges)
+        if torch.compiler.is_compiling() and self.low is not None:  # the numbers would be a graph's for each layer
+            assert self._at is not None and self.high is not None
+            now = self._at % len(self.low)
             return quantized(rows_of(x, self), top, self._inverse, between(self.low[now][0], self.high[now][0], top))
         edges = self._ranges[-1 if self.present.bucket is None else self.present.bucket] if self._ranges else None
 
@@ -233,7 +233,7 @@ class QLayer(nn.Module):
     def finite(self, x: Tensor) -> bool:
         """Whether static ranges may be used; they would hide NaN and infinity. Not asked where it would be a wait, nor
         in a graph, which cannot branch on it."""
-        if not self._ranges or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._ranges or x.device.type != "cpu":
             return True
         return math.isfinite(float(x.sum()))
 
