@@ -38,8 +38,29 @@ LAYERS = {
 RECIPES: dict[str, tuple[Recipe, Any]] = {
     "w8a8": (Recipe("int8", "int8"), IntMM()), "fp8": (Recipe("float8", "fp8"), ScaledMM()),
     "w8a16": (Recipe("int8"), None), "w4a16": (Recipe("int4"), None), "normal": (Recipe("normal4"), None),
-    "w4a8": (Recipe("dual4", "int8"), IntMM()),
+    "w4a8": (Recipe("dual4", "int8"), IntMM()), "w4a16 low rank": (Recipe("int4", low_rank=4), None),
 }  # fmt: skip
+RECIPES |= {name: (Recipe(name), None) for name in FORMATS if name not in {r.format for r, _ in RECIPES.values()}}
+
+
+@pytest.mark.parametrize("kind", ["linear", "1x1", "3x3"])
+def test_static_ranges_are_numbers_that_nothing_waits_for(kind):
+    """In every bucket, and smoothed: what a calibration gives, brought there when the layer is packed."""
+    make, shape = LAYERS[kind]
+    channels, edges, present = shape[1 if len(shape) > 3 else -1], torch.tensor([1.0, 2.0, 3.0]), Present()
+    there = {"smooth": torch.ones(channels, device="meta")}
+    with Replay():
+        layer = build(make().requires_grad_(False), RECIPES["w8a8"][0], present, low=-edges, high=edges, **there)
+    layer._ranges = [(-float(edge), float(edge)) for edge in edges]
+    layer._inverse = 1 / there["smooth"]
+    x, kernel = torch.empty(shape, device="meta", dtype=torch.bfloat16), IntConv() if kind == "3x3" else IntMM()
+    packed = kernel.pack(layer)
+    with Replay() as mode:
+        for bucket in (0, 1, None):
+            present.bucket = bucket
+            kernel(layer, packed, x)
+            reference(layer, x)
+    assert not mode.wrong and not mode.copies and not mode.reads
 
 
 @pytest.mark.parametrize("kind", LAYERS)
