@@ -184,7 +184,7 @@ def test_two_calls_are_two_halves() -> None:
 
 
 def test_shares_that_differ_are_played_by_the_longest_too() -> None:
-    anatomy, calls, _ = observe(tiny.make("sd15"), 256)
+    anatomy, calls, _ = observe(tiny.make("sd15_two_layers"), 256)
     one = Rehearsed(Part(), Part(), 0)
     even, odd = (attempt(anatomy, calls, method("patch"), devices, one) for devices in (4, 3))
     assert (len(even.played), len(odd.played)) == (1, 2)
