@@ -289,6 +289,7 @@ ONE_A_KIND = [(row, name) for row, name in SUPPORTED if name in KINDS or ROWS[ro
 # and that cost many runs.
 _CHEAPEST_FIRST = sorted(ONE_A_KIND, key=lambda pair: ("sd3", "wan", "flux", "sd15").index(pair[1]))
 ONCE = list({row.removesuffix(f" {name}"): (row, name) for row, name in reversed(_CHEAPEST_FIRST)}.values())
+ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
 
 # Two families are built like another one: a larger sd15, and a video transformer beside wan.
 UNLIKE = [(row, name) for row, name in SUPPORTED if name not in ("sdxl", "cogvideox")]

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.laws.rows import (
     ONCE,
     ONE_A_KIND,
+    ONE_ROW_A_FAMILY,
     QUANTIZED_KINDS,
     QUANTIZED_ONCE,
     ROWS,
@@ -26,8 +27,6 @@ from tests.laws.rows import (
     used,
 )  # fmt: skip
 from tests.state import differences, snapshot
-
-ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
 
 
 class Broken(Exception):

@@ -30,7 +30,11 @@ from .ranks import start
 
 PREDICTED = Path(__file__).parents[2] / "benchmarks" / "parallel-predictions.json"
 TABLE = json.loads(PUBLISHED.read_text())[0]
-POINTS = [(pixels, devices) for pixels in TABLE["seconds"] for devices in ("2", "4", "8")]
+POINTS = [
+    pytest.param(pixels, devices, marks=() if k == at else pytest.mark.slow)
+    for k, pixels in enumerate(TABLE["seconds"])
+    for at, devices in enumerate(("2", "4", "8"))
+]
 
 
 def method(name: str, **fields: Any) -> Any:
