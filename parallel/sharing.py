@@ -11,9 +11,10 @@ from fastdiff.errors import UnsupportedModel
 from fastdiff.weights import nbytes
 
 from .base import ParallelMethod
+from .kept import share_of
 from .mesh import Topology
 from .prediction import Prediction
-from .shards import share_of, units
+from .shards import units
 
 
 @dataclass(frozen=True)
