@@ -66,7 +66,7 @@ def portion(root: nn.Module) -> Portion | None:
 def require_shard(root: nn.Module, method: Any) -> None:
     """Raises BadConfig where a denoiser has shares, and the parallel method, if any, gathers none."""
     own = portion(root)
-    if own is not None and (method is None or not method.shard or method.leave is not None):
+    if own is not None and (method is None or not method.shard):
         raise BadConfig(_alone(root, own))
 
 

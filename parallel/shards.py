@@ -119,8 +119,8 @@ class Shelf:
             patches.wrap_forward(block, partial(self._around, number))
 
     def take(self) -> None:
-        if (own := portion(self.root)) is not None:
-            self.kept = own.lend(self.keeper.place, self.keeper.parts)
+        if (loaded := portion(self.root)) is not None:
+            self.kept = loaded.lend(self.keeper.place, self.keeper.parts)
             return
         for number, pieces in enumerate(_ranges(self.blocks, self.root)):
             total = sum(aligned(count) for _, count, _ in pieces)
@@ -138,8 +138,8 @@ class Shelf:
             self.kept.append(kept)
 
     def give_back(self) -> None:
-        if (own := portion(self.root)) is not None:
-            own.take_back()
+        if (loaded := portion(self.root)) is not None:
+            loaded.take_back()
             self.kept = []
             return
         try:

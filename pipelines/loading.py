@@ -20,11 +20,11 @@ from fastdiff.quant.install import QuantReport
 
 from . import portioned, single_files
 from .outfit import Outfit
-from .portioned import variant
 from .quantized_parts import align, is_quantized, load_components
 from .quantizing import method_of
 from .sources import DTYPE, embedded, first_line, source
 from .sources import EMBEDDED as EMBEDDED
+from .stored import variant
 from .streamed import rest, streamed, structures
 
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -70,10 +70,10 @@ def load(
     UnsupportedModel for what this model cannot do.
     """
     outfit = Outfit(tuple(lora), scheduler, frozenset(inputs), controlnet, offload, vae_tiling)
-    shared = portioned.asked(parallel, quantizes=quant is not None, offload=offload, model=str(model))
+    shared = portioned.asked(parallel, portioned.obstacle(str(model), quant is not None, offload))
     if quant is not None:
         return load_quantized(model, quant, dtype=dtype, device=device, outfit=outfit)[0]
-    device, dtype = _where(device, dtype)
+    device, dtype = where(device, dtype)
     outfit.check(device)
     if single_files.is_file(str(model)):
         pipe = single_files.read(Path(model).expanduser(), None if base is None else str(base), dtype)
@@ -97,7 +97,7 @@ def load_quantized(
     """`load` with `quant`, and what was done to each layer."""
     if single_files.is_file(str(model)):
         raise BadConfig(f"{str(model)!r} is one file, which is not read layer by layer; load it, then quantize")
-    folder, device, dtype = source(str(model)), *_where(device, dtype)
+    folder, device, dtype = source(str(model)), *where(device, dtype)
     if is_quantized(Path(folder)):
         raise BadConfig(f"{str(model)!r} is quantized already; leave out quant, or load the float model")
     folder = _here(model, folder)
@@ -120,7 +120,7 @@ def _here(model: str | Path, folder: str) -> str:
         raise BadModel(f"model {str(model)!r} cannot be loaded: {first_line(error)}") from error
 
 
-def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+def where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
     if device is None:
         own_device()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +24,33 @@ from fastdiff.parallel.shards import units
 
 from .quantized_parts import is_quantized, type_of
 from .single_files import is_file
+from .sources import first_line
+from .stored import Stored, stored, variant
 from .streamed import structures
 
 WHOLE = "each rank reads the whole model, and keeps its share then: "
-_WEIGHTS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's file
-_VARIANT = re.compile(r"^\w+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors$")
 _SAMPLE = 16  # values of a tensor that tell whether two ranks read the same model
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its shape, and its type in the words of safetensors."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def variant(folder: Path) -> str | None:
-    """`fp16` where some component of a directory has its weights as `*.fp16.safetensors` alone."""
-    for part in sorted(folder.glob("*/")):
-        names = [_VARIANT.search(file.name) for file in part.glob("*.safetensors")]
-        if names and all(name is not None and name[1] for name in names):
-            return str(next(name for name in names if name)[1])
-    return None
-
-
-def stored(folder: Path, kind: str | None) -> dict[str, Stored]:
-    """The tensors that diffusers reads of a component, by name, from the heads of its files; {} where it has none."""
-    found: dict[str, Stored] = {}
-    for file in _files(folder, kind):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  it is no dict
-                there = opened.get_slice(name)
-                found[name] = Stored(file, tuple(there.get_shape()), there.get_dtype())
-    return found
-
-
-def _files(folder: Path, kind: str | None) -> list[Path]:
-    """In the order in which diffusers looks for them: of the variant first, and in shards first."""
-    for own in (kind, None):
-        for stem in _WEIGHTS:
-            dotted = "" if own is None else f".{own}"
-            index, single = f"{stem}.safetensors.index{dotted}.json", folder / f"{stem}{dotted}.safetensors"
-            if (folder / index).is_file():
-                named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-                return [folder / name for name in sorted({*named.values()})]
-            if single.is_file():
-                return [single]
-    return []
-
-
-def asked(parallel: Any, *, quantizes: bool, offload: str, model: str) -> ParallelMethod | None:
-    """The parallel method of a config's table, or of a name, where it lets ranks read shares; a warning says why not.
-
-    Raises BadConfig.
-    """
+def asked(parallel: Any, because: str | None) -> ParallelMethod | None:
+    """The parallel method of a config's table, or of a name, where it lets ranks read shares, and nothing speaks
+    against it, which a warning says. Raises BadConfig."""
     method: Any = Config(parallel=parallel).parallel
-    if method is None or not method.shard or method.leave is not None:
+    if method is None or not method.shard:
         return None
-    why = {
-        "it is quantized while it is read": quantizes,
+    if because is not None:
+        warnings.warn(WHOLE + because, stacklevel=3)
+    return None if because else method
+
+
+def obstacle(model: str, quantizes: bool, offload: str) -> str | None:
+    """What of an order to load speaks against reading shares, whatever the model is."""
+    found = {
+        "it is quantized while it is read, or once it is": quantizes,
         f"offload = {offload} moves weights of its own": offload != "none",
         "it is a single file": is_file(model),
     }
-    if reason := next((reason for reason, holds in why.items() if holds), None):
-        warnings.warn(WHOLE + reason, stacklevel=3)
-        return None
-    return method  # type: ignore[no-any-return]
+    return next((reason for reason, holds in found.items() if holds), None)
 
 
 def parts(folder: Path, method: ParallelMethod, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
@@ -114,13 +69,15 @@ def parts(folder: Path, method: ParallelMethod, dtype: torch.dtype, device: str)
     return {anatomy.component: read(anatomy, there, mesh, dtype, target) for anatomy, there in found}
 
 
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """diffusers makes a model in the type that it is loaded in: buffers that no file holds are of it."""
+def empties(folder: Path, dtype: torch.dtype) -> list[Anatomy]:
+    """The denoisers of a directory without weights, made with a default type as diffusers does it: buffers that no file
+    holds are of that type. Raises UnsupportedModel for what is none of a known library, or broken."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        return structures(folder)
+    except Exception as error:  # whatever classes of others raise for their configuration
+        raise UnsupportedModel(f"its structure cannot be told: {first_line(error)}") from error
     finally:
         torch.set_default_dtype(before)
 
@@ -132,12 +89,10 @@ def readable(folder: Path, dtype: torch.dtype) -> list[tuple[Anatomy, dict[str, 
     """
     if is_quantized(folder):
         raise UnsupportedModel("it is quantized, and layers are packed when all of one is here")
-    with _default(dtype):
-        found = structures(folder)
     told = []
-    for anatomy in found:
+    for anatomy in empties(folder, dtype):
         module, there = anatomy.denoiser, stored(folder / anatomy.component, variant(folder))
-        if not isinstance(module, ModelMixin) or "quantization_config" in module.config:
+        if not isinstance(module, ModelMixin) or "quantization_config" in dict(module.config):
             raise UnsupportedModel(f"its {anatomy.component} is read by another library")
         units(anatomy)  # it has blocks
         for part, name, path, tensor in _parameters(module):
