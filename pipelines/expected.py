@@ -52,7 +52,7 @@ def expect(
         raise BackendUnavailable(f"{room}, and has {gib(have)}: {_instead(sizes, method, ranks, have)}")
     said = [str(room)] + ([WHOLE + reason] if reason else [])
     if _SLACK * room.peak > have:
-        said.append(f"it has {gib(have)}, which is likely too little: {_instead(sizes, method, ranks, have)}")
+        said.append(f"warning: it has {gib(have)}, likely too little: {_instead(sizes, method, ranks, have)}")
     return said if rank == 0 else []
 
 

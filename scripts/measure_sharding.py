@@ -3,8 +3,8 @@
 A Flux of random weights, 1 GB as float32 (its pictures say nothing), is loaded and run by real processes over gloo:
 all of it; all of it, of which a rank keeps its share then; and its share alone. Memory is what of a process is resident
 beyond what was before it loaded, with the pages of files that it looks at; the most is what the system saw. Then one
-process runs it plainly, streamed by `fastdiff.stream`, and by diffusers' group offloading, in turns. On a CPU nothing is
-gained by streaming: what is measured is its overhead.
+process runs it plainly, streamed by `fastdiff.stream`, and by diffusers' group offloading, in turns. On a CPU nothing
+is gained by streaming: what is measured is its overhead.
 
     python scripts/measure_sharding.py [--json benchmarks/parallel-sharding.json]
 """

@@ -10,12 +10,13 @@ import torch
 
 import fastdiff
 from fastdiff import memory
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BackendUnavailable, BadConfig
 from fastdiff.parallel.bus import Bus
 from fastdiff.parallel.mesh import Topology
 from fastdiff.parallel.portions import Portion
 from fastdiff.parallel.shards import Peers, Shelf, units
 from fastdiff.pipelines import portioned as reading
+from fastdiff.pipelines.expected import foresee
 from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.room import Sizes
 from fastdiff.weights import nbytes
@@ -75,13 +76,25 @@ def test_ranks_say_what_they_will_hold_and_refuse_what_cannot_be() -> None:
     held = "each of 2 ranks will hold"
     for plenty, full, short in (first[k : k + 3] for k in (0, 3, 6)):
         assert plenty[0].startswith(held) and plenty[1:] == ["went through"]
-        assert "which is likely too little: what would fit is" in full[1] and full[2] == "went through"
+        assert "likely too little: what would fit is" in full[1] and full[2] == "went through"
         (refused,) = short
         assert refused.startswith(f"BackendUnavailable: {held}") and "what would fit is" in refused
     assert [one[-1] for one in second] == [one[-1] for one in first] and all(len(one) == 1 for one in second)
     (_, plain, _), (_, shared, _) = first[:3], first[3:6]
     assert "what would fit is 4 devices with as much each, and parallel.shard = blocks or quant" in plain[1]
     assert "its shares of blocks), " in shared[0] and "what would fit is 4 devices" in shared[1]
+
+
+def test_a_plan_says_what_ranks_would_hold_and_loads_nothing_that_cannot_fit(tmp_path, monkeypatch) -> None:
+    tiny.make("flux").save_pretrained(tmp_path)
+    whole, shared = foresee(str(tmp_path), 2, None, None)
+    assert whole.startswith("each of 2 ranks will hold") and shared.endswith("with parallel.shard = blocks")
+    with pytest.raises(BackendUnavailable, match=r"and has 9.31e-07 GiB: what would fit is a device with more memory"):
+        foresee(str(tmp_path), 2, None, 1000)
+    monkeypatch.setattr(memory, "free", lambda _: 1000.0)
+    with pytest.raises(BackendUnavailable, match="fastdiff advise counts and measures nothing"):
+        foresee(str(tmp_path), 2, None, 2**40)
+    assert foresee("org/model", 2, None, 1000) == [], "it takes the hub to know"
 
 
 @pytest.mark.parametrize(
