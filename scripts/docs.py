@@ -297,7 +297,7 @@ def sharding() -> str:
     alone = [(row["name"], f"{row['seconds_a_step']:.2f}") for row in told["one_process"]]
     weights, block = (f"{told[key] / 1e6:,.0f} MB" for key in ("weights", "largest_block"))
     return (
-        f"Resident memory of the rank with the most, in parts of the weights, {weights} (the largest block: {block}).\n\n"
+        f"Resident memory of the rank with the most, in parts of all weights, {weights}; largest block {block}.\n\n"
         f"{readme.table(head, rows)}\n\n{readme.table(('one process', 's a step'), alone)}"
     )
 
