@@ -91,8 +91,9 @@ def readable(folder: Path, dtype: torch.dtype) -> list[tuple[Anatomy, dict[str, 
         raise UnsupportedModel("it is quantized, and layers are packed when all of one is here")
     told = []
     for anatomy in empties(folder, dtype):
-        module, there = anatomy.denoiser, stored(folder / anatomy.component, variant(folder))
-        if not isinstance(module, ModelMixin) or "quantization_config" in dict(module.config):
+        module: Any = anatomy.denoiser
+        there = stored(folder / anatomy.component, variant(folder))
+        if not isinstance(module, ModelMixin) or "quantization_config" in module.config:
             raise UnsupportedModel(f"its {anatomy.component} is read by another library")
         units(anatomy)  # it has blocks
         for part, name, path, tensor in _parameters(module):
