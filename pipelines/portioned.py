@@ -93,7 +93,7 @@ def readable(folder: Path, dtype: torch.dtype) -> list[tuple[Anatomy, dict[str, 
     for anatomy in empties(folder, dtype):
         module: Any = anatomy.denoiser
         there = stored(folder / anatomy.component, variant(folder))
-        if not isinstance(module, ModelMixin) or "quantization_config" in module.config:
+        if not isinstance(anatomy.denoiser, ModelMixin) or "quantization_config" in module.config:
             raise UnsupportedModel(f"its {anatomy.component} is read by another library")
         units(anatomy)  # it has blocks
         for part, name, path, tensor in _parameters(module):
