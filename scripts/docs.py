@@ -287,13 +287,13 @@ def parted(kind: str, name: str) -> str:
 def sharding() -> str:
     """What ranks hold of a model that is shared out, the most of all ranks, and what streaming costs one process."""
     told = json.loads((BENCHMARKS / "parallel-sharding.json").read_text(encoding="utf-8"))
-    keys = ("resident_most_while_loading", "resident_between_steps", "resident_at_blocks", "seconds_to_load")
+    keys = ("resident_most_while_loading", "resident_between_steps", "resident_most_of_a_run")
     rows = []
     for ranks, measured in told["ranks"].items():
         for name in dict.fromkeys(row["name"] for row in measured):
             most = [max(row[key] for row in measured if row["name"] == name) for key in keys]
-            rows.append((ranks, name, *(f"{size / told['weights']:.2f}" for size in most[:3]), f"{most[3]:.1f}"))
-    head = ("ranks", "run", "most while loading", "between steps", "while a block computes", "s to load")
+            rows.append((ranks, name, *(f"{size / told['weights']:.2f}" for size in most)))
+    head = ("ranks", "run", "most while loading", "between steps", "most of a run")
     alone = [(row["name"], f"{row['seconds_a_step']:.2f}") for row in told["one_process"]]
     weights, block = (f"{told[key] / 1e6:,.0f} MB" for key in ("weights", "largest_block"))
     return (
