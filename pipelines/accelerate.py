@@ -17,6 +17,7 @@ from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
+from fastdiff.parallel.portions import require_shard
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
@@ -173,7 +174,9 @@ class Accelerated:
 
     def _meet(self, found: list[Anatomy]) -> Crew | None:
         """The other ranks of a parallel run, who must have the same model and config."""
-        method = self.config.parallel
+        method: Any = self.config.parallel
+        for anatomy in found:
+            require_shard(anatomy.denoiser, method)
         if method is None:
             return None
         from fastdiff.parallel.crew import Crew, fingerprint
@@ -188,7 +191,7 @@ class Accelerated:
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
             "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {__version__}",
         }
-        return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
+        return Crew(method, self.clock, self._recorder, self.pipe.device, alike)
 
     def _refuse_graphs(self, anatomy: Anatomy, session: Session | None) -> None:
         """Blocks that were compiled already keep their graphs, where nothing in them is patched."""

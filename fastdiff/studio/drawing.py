@@ -23,6 +23,7 @@ from fastdiff.config import Layer, Source, resolve
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost, UnknownName
 from fastdiff.images import Replay, Sampling
 from fastdiff.pipelines.accelerate import accelerate
+from fastdiff.pipelines.expected import expect, foresee
 from fastdiff.pipelines.families import FAMILIES, anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 from fastdiff.pipelines.quantized_parts import is_quantized
@@ -57,6 +58,13 @@ def opened(model: str, dtype: torch.dtype | None = None, quant: Source = None, *
     quiet()
     with waiting(f"loading {model}"):
         return load(model, dtype=dtype, quant=quant, **outfit)
+
+
+def foretold(model: str, devices: int, dtype: torch.dtype | None, memory: float | None) -> Any:
+    """A plain pipeline, after it is said what each of so many devices with `memory` bytes would hold of it."""
+    for text in foresee(model, devices, dtype, memory):
+        say(text)
+    return opened(model, dtype)
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,13 @@ class Studio:
         quant: Any = resolved.config.quant if once and resolved is not None else None
         small = quant is not None and quant.speed == "smallest" and not is_quantized(Path(model))
         asked = resolved.config if resolved is not None and small else None
-        self.outfit = dict(outfit or {})
-        self.pipe = opened(model, getattr(torch, dtype) if dtype else None, asked, **self.outfit)
+        self.outfit, loaded = dict(outfit or {}), getattr(torch, dtype) if dtype else None
+        parallel: Any = resolved.config.parallel if once and resolved is not None else None
+        if parallel is not None:
+            for text in expect(model, parallel, loaded, quant is not None, self.outfit.get("offload", "none")):
+                say(text)
+            parallel = None if quant is not None else parallel
+        self.pipe = opened(model, loaded, asked, parallel=parallel, **self.outfit)
         layers = [*layers, ("quantized while it was read", {"quant": None})] if small else layers
         self.model = f"./{Path(model).resolve().name}" if Path(model).exists() and model not in embedded() else model
         self.use(layers)
