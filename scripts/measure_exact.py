@@ -1,4 +1,4 @@
-"""What costs no bit: seconds of a whole call with each part of the preset `lossless`, and whether the bits are the same.
+"""What costs no bit: seconds of a whole call with each part of the preset `lossless`, and whether bits are the same.
 
 python scripts/measure_exact.py -o benchmarks/exact.json    about 5 minutes on one core
 """
