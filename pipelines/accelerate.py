@@ -206,7 +206,12 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
-        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
+        if method is None:
+            return None
+        session = Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
+        if self.crew is not None or self.config.compile.enabled:
+            session.undivided = "ranks and compiled graphs are for whole batches"
+        return session
 
     def __enter__(self) -> Accelerated:
         return self
