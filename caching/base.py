@@ -182,9 +182,7 @@ class Gated(CacheMethod):
 
     threshold: float = Field(0.1, ge=0, description="relative change from which on a step is computed")
     lagged: bool = Field(False, description="decide on the change up to the step before: no wait for the device")
-    pictures: Literal["each", "strictest"] = Field(
-        "each", description="in a batch: each decides for itself, or all are computed where one is"
-    )
+    pictures: Literal["each", "strictest"] = Field("each", description="whose change decides for a picture of a batch")
 
     @property
     def unverifiable(self) -> str | None:

@@ -43,17 +43,18 @@ def wishes(
 
 
 def read_probe(
-    module: nn.Module, read: Callable[..., Tensor], memory: Callable[[], Memory | None], patches: PatchSet
-) -> None:
-    """Wrap a live module, so that what `read` makes of its inputs and output becomes the probe of the memory."""
+    module: nn.Module, read: Callable[..., Tensor], current: Callable[[], list[Memory] | None], number: int,
+    patches: PatchSet,
+) -> None:  # fmt: skip
+    """Wrap a live module: what `read` makes of its inputs and output is the probe of region `number` in the call."""
     by_name = named(module)
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def probed(*args: Any, **kwargs: Any) -> Any:
-            output, own = forward(*args, **kwargs), memory()
-            if own is not None:
-                own.probe = read(by_name(args, kwargs), output).detach()
+            output, memories = forward(*args, **kwargs), current()
+            if memories is not None:
+                memories[number].probe = read(by_name(args, kwargs), output).detach()
             return output
 
         return probed

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastdiff.batches import Batches, is_plain, is_table
+from fastdiff.recorder import Recorder
 
 from .reading import peak
 from .region import Memory
@@ -60,10 +61,24 @@ class Pictures:
         return Pictures(self.rows // self.count * len(chosen), len(chosen))
 
 
-def divide(memory: Memory, pictures: Pictures) -> None:
-    """From now on each picture has a memory of its own, in `parts`; where it is known which rows are whose."""
+def each(memory: Memory) -> list[Memory]:
+    """The memories of all visits of a region in a call, and of all pictures where these have their own."""
+    return [own for visit in (memory, *memory.again) for own in (visit.parts or (visit,))]
+
+
+def parts_of(memory: Memory, rows: int, count: int) -> list[Memory]:
+    """The memories of the pictures in a batch of `rows`, of which the solver is given `count`, each with its probe; the
+    one memory of all of them where it is not known, or not yet, which rows are whose."""
+    if not memory.parts and memory.values and count > 1 and rows >= count and rows % count == 0:
+        _divide(memory, Pictures(rows, count))
+    for picture, part in enumerate(memory.parts):
+        (part.probe,) = memory.pictures.one([memory.probe], picture)
+    return memory.parts or [memory]
+
+
+def _divide(memory: Memory, pictures: Pictures) -> None:
     kept = [leaf for value in memory.values for leaf in value] + [*memory.probes, memory.probe, memory.previous]
-    if pictures.count < 2 or not all(pictures.fits(leaf) for leaf in kept if isinstance(leaf, Tensor)):
+    if not all(pictures.fits(leaf) for leaf in kept if isinstance(leaf, Tensor)):
         return
     for picture in range(pictures.count):
         values = [pictures.one(value, picture) for value in memory.values]
@@ -77,22 +92,57 @@ def divide(memory: Memory, pictures: Pictures) -> None:
     memory.pictures, memory.values = pictures, []
 
 
+def settle(memory: Memory, branch: int, recorder: Recorder) -> None:
+    """All pictures have decided."""
+    memory.chosen = [picture for picture, part in enumerate(memory.parts) if not part.skipping]
+    memory.skipping, memory.keep = not memory.chosen, bool(memory.chosen)
+    recorder.pictures(branch, memory.chosen, len(memory.parts))
+
+
+def assembled(
+    memory: Memory, leaves: list[Any], entries: list[Any], served: Callable[[Memory, list[Any]], list[Any]]
+) -> list[Any]:  # fmt: skip
+    """The leaves that leave a region, of `leaves` for the chosen pictures and of what is remembered of the others.
+
+    entries: what entered the region. served: the leaves of one picture, of its memory and its part of the entries.
+    """
+    if not memory.parts:
+        return served(memory, entries)
+    pictures: Pictures = memory.pictures
+    return pictures.joined([
+        served(part, pictures.one(entries, k)) if part.skipping else pictures.one(leaves, k)
+        for k, part in enumerate(memory.parts)
+    ])  # fmt: skip
+
+
 def run_some(
-    pictures: Pictures, chosen: Sequence[int], batches: Batches, forward: Callable[..., Any], args: tuple, kwargs: dict
-) -> tuple[Any, str | None]:
-    """What a module gives for the rows of some pictures, with anything for the others; or for all, and why."""
-    given = batches.named(args, kwargs)
-    why = batches.unknown(args, kwargs)
-    for name, value in given.items():  # places that each image has of its own
+    memory: Memory, batches: Batches, recorder: Recorder, undivided: str | None, forward: Callable[..., Any],
+    args: tuple, kwargs: dict,
+) -> Any:  # fmt: skip
+    """What a module gives for the rows of the chosen pictures, with anything for the others.
+
+    All rows run where `undivided` says why, or nobody knows what holds the batch; the report is told.
+    """
+    why = undivided
+    if why is None:
+        unknown = _unknown(memory.pictures, batches, args, kwargs)
+        if unknown is None:
+            own, options = batches.change(args, kwargs, lambda rows: memory.pictures.of(rows, memory.chosen))
+            output = forward(*own, **options)
+            leaves, form = pytree.tree_flatten(output)
+            some = memory.pictures.only(memory.chosen)
+            if all(some.fits(leaf) if isinstance(leaf, Tensor) else is_plain(leaf) for leaf in leaves):
+                return pytree.tree_unflatten(memory.pictures.spread(leaves, memory.chosen), form)
+        why = f"it is not known how {unknown or 'an output'} holds the batch"
+    recorder.note(f"pictures of the batch that the cache could leave out ran with the others: {why}")
+    return forward(*args, **kwargs)
+
+
+def _unknown(pictures: Pictures, batches: Batches, args: tuple, kwargs: dict) -> str | None:
+    """The first argument of a module of which it is not known how it holds the batch."""
+    for name, value in batches.named(args, kwargs).items():
         leaves = pytree.tree_leaves(value) if is_table(name) else []
-        if any(isinstance(leaf, Tensor) and leaf.ndim and pictures.fits(leaf) for leaf in leaves):
-            why = why or name
-    if why is None and not batches.size(args, kwargs) % pictures.rows:
-        own, options = batches.change(args, kwargs, lambda rows: pictures.of(rows, chosen))
-        output = forward(*own, **options)
-        leaves, form = pytree.tree_flatten(output)
-        some = pictures.only(chosen)
-        if all(some.fits(leaf) if isinstance(leaf, Tensor) else is_plain(leaf) for leaf in leaves):
-            return pytree.tree_unflatten(pictures.spread(leaves, chosen), form), None
-        why = "its output"
-    return forward(*args, **kwargs), why or batches.names[0]
+        if any(isinstance(leaf, Tensor) and pictures.fits(leaf) for leaf in leaves):
+            return name  # places that each image may have of its own
+    known = batches.unknown(args, kwargs)
+    return batches.names[0] if known is None and batches.size(args, kwargs) % pictures.rows else known

@@ -48,8 +48,8 @@ class Memory:
     `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of `at`, the
     step before, computed or not; `drift` what an accumulating policy has gathered since the last computed step;
     `placeholders` what each module of the region gives where it is left out. `passed` counts its modules that were
-    called so far in the present call, `broken` says that one was passed over. Where a dynamic method decides for each
-    of the `pictures` of a batch, `parts` has a memory for each, and `chosen` those that the present call computes.
+    called so far in the present call, `broken` says that one was passed over. `parts` are of single `pictures`, where
+    a dynamic method decides for each, and `chosen` those that the present call computes.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -85,11 +85,6 @@ class Memory:
         self.broken |= position != self.passed
         self.passed += 1
         return not self.broken
-
-    @property
-    def each(self) -> list[Memory]:
-        """The memories of all visits, and of all pictures where these have their own."""
-        return [own for visit in (self, *self.again) for own in (visit.parts or (visit,))]
 
     @property
     def partial(self) -> bool:
@@ -141,11 +136,5 @@ def wants_gradients(args: tuple, kwargs: dict) -> bool:
 
 def entries_of(region: Region, memory: Memory) -> list[Any]:
     """What entered the streams that leave a region, in their order; nothing where its output is kept as it is."""
-    entry = dict(zip(region.takes, memory.entry, strict=True)) if region.store == "residual" else {}
-    return [entry[stream] for stream in region.returns] if entry else []
-
-
-def minus(leaves: Sequence[Any], entries: Sequence[Any]) -> list[Any]:
-    """What a region added to its streams: leaves less what entered them."""
-    pairs = zip(leaves, entries, strict=True)
-    return [(leaf - entry).detach() if isinstance(leaf, Tensor) else leaf for leaf, entry in pairs]
+    entry = dict(zip(region.takes, memory.entry, strict=True))
+    return [entry[stream] for stream in region.returns]

@@ -16,15 +16,15 @@ from fastdiff.clock import Run, Step, StepClock
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
-from .base import CacheMethod, Forward, Gated, needed, placed
+from .base import CacheMethod, Gated, needed, placed
 from .companions import at_key_steps
 from .gate import read_probe, wishes
 from .holding import Holding, bytes_of
-from .pictures import Pictures, divide, run_some
+from .pictures import assembled, each, parts_of, run_some, settle
 from .predictors import combine
 from .readers import Readers
 from .reading import peak, unbounded
-from .region import Memory, Region, entries_of, minus, owned, placeholder, signature, unread, wants_gradients
+from .region import Memory, Region, entries_of, owned, placeholder, signature, unread, wants_gradients
 from .verify import Verify
 
 
@@ -38,13 +38,13 @@ class Session:
 
     def __init__(
         self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False,
-        regions: Sequence[Region] = (),
+        regions: Sequence[Region] = (), whole: str | None = None,
     ) -> None:  # fmt: skip
         self.method, self.anatomy, self.clock, self.recorder = method, anatomy, clock, recorder
         self.regions, self.ahead = list(regions) or method.places(anatomy), ahead
         self._batches = Batches(anatomy)
         self._rows = self._solved = 0  # of the present call, and of what the solver was given last
-        self.undivided: str | None = None  # why modules are to be given whole batches, if they are
+        self.undivided = whole  # why modules are to be given whole batches, if they are
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
         self.agree: Callable[[Tensor], Tensor] | None = None  # makes a reading the same on all ranks
@@ -66,7 +66,7 @@ class Session:
         for number, region in enumerate(self.regions):
             probe = region.probe if isinstance(self.method, Gated) else None
             if probe is not None and probe.module not in (None, self.anatomy.denoiser):
-                read_probe(probe.module, probe.read, partial(self._first, number), patches)
+                read_probe(probe.module, probe.read, lambda: self._current, number, patches)
             for position, unit in enumerate(region.units):
                 if unit is not self.anatomy.denoiser:
                     self._wrap_unit(number, region, position, unit, patches)
@@ -111,8 +111,8 @@ class Session:
         if self._verify is not None:
             self._verify.tell(self.recorder.report.verified)
         report = self.recorder.report
-        by_picture = [count for counts in report.pictures.values() for count in counts]
-        if report.steps == run.total == min([run.total, *by_picture]) and not report.cached and not report.partly:
+        some = any(min(counts) < run.total for counts in report.pictures.values())
+        if report.steps == run.total and not (report.cached or report.partly or some):
             self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
 
     def _stepped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,6 +166,7 @@ class Session:
                 first.probe = probe.read(self._batches.named(args, kwargs), None).detach()
             for memory in (first, *first.again):
                 memory.ready, memory.visits, memory.passed, memory.broken, memory.skipping = None, 0, 0, False, False
+                memory.chosen = ()
                 if mask is not None:
                     self._decide(number, step, memory, self._planned(number, step.index))
                     if self.ahead and memory.skipping:
@@ -214,23 +215,14 @@ class Session:
             memory.probe = region.probe.read(inputs, None).detach()
         elif self._current is not None:  # a region that runs several times in a call has one probe
             memory.probe = self._current[number].probe
-        if not memory.parts and memory.values and self._rows >= self._solved > 0 == self._rows % self._solved:
-            divide(memory, Pictures(self._rows, self._solved))
-        parts = memory.parts or [memory]
-        for k, part in enumerate(memory.parts):
-            (part.probe,) = memory.pictures.one([memory.probe], k)
+        parts = parts_of(memory, self._rows, self._solved)
         for part, wish in zip(parts, wishes(method, step, parts, self._whole, self.agree), strict=True):
             self._decide(number, step, part, wish)
             if not part.skipping:
                 part.drift, part.change = 0.0, None
             part.previous, part.at = part.probe, step.index
         if memory.parts:
-            memory.chosen = [k for k, part in enumerate(parts) if not part.skipping]
-            memory.skipping, memory.keep = not memory.chosen, bool(memory.chosen)
-            self.recorder.pictures(step.branch, memory.chosen, len(parts))
-
-    def _first(self, number: int) -> Memory | None:
-        return None if self._current is None else self._current[number]
+            settle(memory, step.branch, self.recorder)
 
     def _wrap_unit(self, number: int, region: Region, position: int, unit: nn.Module, patches: PatchSet) -> None:
         by_name, batches = named(unit), Batches(self.anatomy, unit)
@@ -251,7 +243,10 @@ class Session:
                     memory.entry = [given[stream] for stream in region.takes]
                 if memory.skipping:
                     return self._serve(number, region, memory) if last else unread(memory.placeholders[position])
-                output = self._some(memory, batches, forward, args, kwargs)
+                if memory.partial:
+                    output = run_some(memory, batches, self.recorder, self.undivided, forward, args, kwargs)
+                else:
+                    output = forward(*args, **kwargs)
                 if memory.keep and last:
                     return self._take(number, region, memory, output)
                 if memory.keep and (self.ahead or memory.placeholders[position] is None):
@@ -261,20 +256,6 @@ class Session:
             return unit_forward
 
         patches.wrap_forward(unit, wrapper)
-
-    def _some(self, memory: Memory, batches: Batches, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        """What a module gives; of the pictures that are not computed anything, or nothing at all."""
-        if not memory.partial:
-            return forward(*args, **kwargs)
-        why = self.undivided
-        if why is None:
-            output, unknown = run_some(memory.pictures, memory.chosen, batches, forward, args, kwargs)
-            why = unknown and f"it is not known how {unknown} holds the batch"
-        else:
-            output = forward(*args, **kwargs)
-        if why is not None:
-            self.recorder.note(f"pictures of the batch that the cache could leave out ran with the others: {why}")
-        return output
 
     def _visit(self, number: int, first: bool) -> Memory:
         """The memory of a region in the present call; one that runs several times in a call has one for each time."""
@@ -290,24 +271,22 @@ class Session:
     def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
         """Keep what leaves a region until the step is committed; what is handed on, with what was left out."""
         leaves, memory.spec = pytree.tree_flatten(output)
-        taken = minus(leaves, entries_of(region, memory)) if region.store == "residual" else leaves
+        taken, entries = leaves, entries_of(region, memory)
+        if entries:
+            pairs = zip(leaves, entries, strict=True)
+            taken = [(leaf - entry).detach() if isinstance(leaf, Tensor) else leaf for leaf, entry in pairs]
         for picture in memory.chosen:
             memory.parts[picture].taken = memory.pictures.one(taken, picture)
         if not memory.parts:
-            memory.taken = taken if region.store == "residual" else owned(taken)
+            memory.taken = taken if entries else owned(taken)
             if not self.ahead and not memory.values and self.clock.now is not None:
                 self.holding.take(self.clock.now.branch, number, memory.taken)
         return self._joined(number, region, memory, leaves) if memory.partial else output
 
     def _joined(self, number: int, region: Region, memory: Memory, leaves: list[Any]) -> Any:
         """What a region gives for all pictures: `leaves` hold what was computed for the chosen ones."""
-        entries, pictures = entries_of(region, memory), []
-        for picture, part in enumerate(memory.parts):
-            if part.skipping:
-                pictures.append(self._served(number, part, memory.pictures.one(entries, picture)))
-            else:
-                pictures.append(memory.pictures.one(leaves, picture))
-        return pytree.tree_unflatten(memory.pictures.joined(pictures), memory.spec)
+        own = assembled(memory, leaves, entries_of(region, memory), partial(self._served, number))
+        return pytree.tree_unflatten(own, memory.spec)
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
@@ -323,7 +302,7 @@ class Session:
                     self._remember(own, index, own.taken)
                     grown = True
         if grown:
-            self.holding.count(own for rows in self._branches.values() for first in rows for own in first.each)
+            self.holding.count(own for rows in self._branches.values() for first in rows for own in each(first))
 
     def _remember(self, memory: Memory, index: int, taken: list[Any]) -> None:
         taken = owned(taken) if self.ahead else taken  # a CUDA graph writes over what it gave
@@ -377,9 +356,7 @@ class Session:
     def _serve(self, number: int, region: Region, memory: Memory) -> Any:
         if memory.ready is None:
             self.recorder.skipped(predicted=any(self._extrapolates(number, own) for own in memory.parts or [memory]))
-        if memory.parts:
-            return self._joined(number, region, memory, [])
-        return pytree.tree_unflatten(self._served(number, memory, entries_of(region, memory)), memory.spec)
+        return self._joined(number, region, memory, [])
 
     def _served(self, number: int, memory: Memory, entries: Sequence[Any]) -> list[Any]:
         """The leaves of what a region that is left out gives; entries: what entered it, where that is added."""

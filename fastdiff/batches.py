@@ -37,8 +37,8 @@ class Batches:
     """
 
     def __init__(self, anatomy: Anatomy, module: nn.Module | None = None) -> None:
-        module = anatomy.denoiser if module is None else module
-        self.family, self.names, self.named = anatomy.family, parameters(module), named(module)
+        self.family, own = anatomy.family, anatomy.denoiser if module is None else module
+        self.names, self.named = parameters(own), named(own)
 
     def size(self, args: tuple, kwargs: dict) -> int:
         """Rows of the latents, which are the first argument; 0 where they are no single tensor."""

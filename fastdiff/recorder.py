@@ -31,9 +31,8 @@ class Recorder:
         self._skipped, self._predicted = True, self._predicted or predicted
 
     def pictures(self, branch: int, computed: Sequence[int], count: int) -> None:
-        """Which of the pictures of a batch the present call of a branch computes."""
-        before = [self.report.branches.get(branch, []).count(COMPUTED)] * count  # until they were told apart
-        known = self.report.pictures.get(branch, before)
+        """Which of the pictures of a batch the present call of a branch computes; until the first they were alike."""
+        known = self.report.pictures.get(branch, [self.report.branches.get(branch, []).count(COMPUTED)] * count)
         self.report.pictures[branch] = [steps + (picture in computed) for picture, steps in enumerate(known)]
 
     def again(self) -> None:

@@ -121,8 +121,7 @@ class RunReport:
             parts.append(f"about {saved:.2f} s saved")
         if self.verified:
             parts.append("verify: " + ", ".join(f"{count} {what}" for what, count in self.verified.items()))
-        for counts in self.pictures.values():
-            parts.append(f"by picture {', '.join(map(str, counts))} computed")
+        parts += [f"by picture {', '.join(map(str, counts))} computed" for counts in self.pictures.values()]
         if self.bytes_sent:
             parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
         cached = f", {self.cache_mb:.0f} of them cached values" if self.cache_mb >= 1 else ""

@@ -35,7 +35,6 @@ class SeaCache(Gated):
         return [at(site, anatomy, live=0, probe=latent_probe(anatomy))]
 
     def change(self, step: Step, memory: Memory) -> Tensor:
-        """Each of the two latents passes the filter of its own noise level."""
         assert memory.probe is not None and memory.previous is not None
         levels = step.run.signal_and_noise
         now = wiener(memory.probe, *levels(step.index))

@@ -49,7 +49,10 @@ SERVING = {
     f"fastdiff/serve/{name}.py"
     for name in ("asked", "bodies", "places", "tickets", "turns", "uploads", "videos", "written")
 }
-APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
+# Decisions for each picture of a batch, with what of the session moved out for them; a second denoiser by turns.
+PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
+SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
+APART = {"bring": BRING, "devices": DEVICES, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,8 @@ APART = {"bring": BRING, "devices": DEVICES, "serving": SERVING}
         ("front", 7_000),
         ("bring", 1_650),
         ("serving", 930),
+        ("pictures", 250),
+        ("switch", 170),
     ],
     ids=lambda value: str(value),
 )
