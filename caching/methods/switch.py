@@ -69,6 +69,7 @@ class Switch(CacheMethod):
         return [*first, *guarded[1:]]
 
     def around(self, forward: Forward, session: Live) -> Forward:
+        """The second denoiser's forward at its steps."""
         second = self.second
         if not isinstance(second, nn.Module):
             raise BadConfig(f"the second denoiser was not read from {second!r}")
@@ -87,7 +88,3 @@ class Switch(CacheMethod):
             return second(*args, **kwargs)
 
         return switched
-
-    def notes(self, run: Run, anatomy: Anatomy) -> list[str]:
-        steps = self.own_steps(run).count(False)
-        return [f"{steps} steps ran on the second denoiser, {_named(self.second)}"] if steps else []

@@ -39,7 +39,6 @@ def test_a_second_denoiser_with_the_same_weights_changes_no_bit(name, between):
     found, handle = switched(name, tiny.denoiser(tiny.make(name)), between=between)
     assert torch.equal(found, tiny.run(tiny.make(name), name, steps=STEPS))
     assert handle.report.cached == (STEPS if between == (0, 1) else 3)
-    assert any("3 steps" in note or "6 steps" in note for note in handle.report.notes)
 
 
 @pytest.mark.parametrize("name", NAMES)
