@@ -32,6 +32,7 @@ from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
+from .switching import with_second
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Accelerated:
                 if own is None:
                     raise UnsupportedModel("the plan is not for it; calibrate again, which makes one for each denoiser")
                 own.places(anatomy)
-                cached[anatomy.component] = own
+                cached[anatomy.component] = with_second(own, anatomy, self.config.parallel is not None)
             except FastdiffError as error:
                 refused[anatomy.component] = error
         first = refused.get(found[0].component)
@@ -209,7 +210,8 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
-        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
+        why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
+        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
 
     def __enter__(self) -> Accelerated:
         return self

@@ -7,7 +7,7 @@ import torch
 
 import fastdiff
 from fastdiff.caching.methods.a_sdm import ASDM, Ranked
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
 from tests import tiny
@@ -112,3 +112,8 @@ def test_the_sites_that_make_up_a_share():
     assert plan.first(0.4) == ["a"] and plan.first(0.65) == ["a", "c"]
     assert plan.first(0.75) == ["a", "c", "ab"], "a name that only begins alike is not inside"
     assert plan.first(0) == []
+
+
+def test_a_transformer_has_no_layers_between_its_blocks_and_their_units():
+    with pytest.raises(UnsupportedModel, match="sd3 has no layers as A-SDM has them"):
+        fastdiff.accelerate(tiny.make("sd3"), cache={"method": "a_sdm", "level": "layer"})

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
@@ -132,6 +133,21 @@ class PlannedRow:
         return {"method": self.method, "plan": str(path), **told["settings"]}
 
 
+@dataclass(frozen=True)
+class SwitchRow(PlannedRow):
+    """A row on one family; its second denoiser, written when a test asks for it, has weights a little smaller."""
+
+    def _settings(self, which: str, told: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        folder = Path(_plan_folder().name) / f"second-{self.name}"
+        if not folder.exists():
+            second: Any = tiny.denoiser(tiny.make(self.name))
+            with torch.no_grad():
+                for weight in second.parameters():
+                    weight *= 0.99
+            second.save_pretrained(folder)
+        return {"method": self.method, "second": str(folder), **told["settings"]}
+
+
 @cache
 def _plan_folder() -> TemporaryDirectory:
     return TemporaryDirectory()  # removed with the cache, at exit
@@ -150,6 +166,10 @@ def origin(name: str) -> dict[str, Any]:
 
 def _schedule(*steps: int) -> Callable[[], dict[str, dict[str, Any]]]:
     return lambda: {"settings": {}, "plan": {"compute": steps}}
+
+
+def _between(start: float, stop: float) -> Callable[[], dict[str, dict[str, Any]]]:
+    return lambda: {"settings": {"between": [start, stop]}}
 
 
 def _magnitudes(**settings: Any) -> Callable[[], dict[str, dict[str, Any]]]:
@@ -231,6 +251,9 @@ ROWS: dict[str, Row | PlannedRow] = {
     "a_sdm unit": _row(
         "a_sdm", {**_EACH, "level": "unit"}, {"interval": 3, "level": "unit", "sites": ["*"]}, 2, **_ATTENTION
     ),
+    **{
+        f"switch {name}": SwitchRow("switch", name, Plan, _between(0, 0), _between(0.5, 1), 3) for name in FAMILIES
+    },
     **{
         f"{method} {name}": PlannedRow(method, name, kind, nothing, much, computed)
         for method, kind, nothing, much, computed in (

@@ -121,8 +121,8 @@ STAGES = {
     "attach": (StepClock, "attach", 1),
     "layer": (QLayer, "choose_kernel", 5),
 }
-# no cross-attention, or nothing but guidance is left out: the denoiser alone is wrapped
-WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3")]
+# no cross-attention, nothing but guidance is left out, or another denoiser runs: the denoiser alone is wrapped
+WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3"), ("switch sd3", "sd3")]
 
 
 @each([*ONCE, *QUANTIZED_ONCE])

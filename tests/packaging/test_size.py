@@ -56,7 +56,12 @@ SERVING = {
     f"fastdiff/serve/{name}.py"
     for name in ("asked", "bodies", "places", "tickets", "turns", "uploads", "videos", "written")
 }
-APART = {"bring": BRING, "devices": DEVICES, "loading": LOADING, "serving": SERVING}
+# Decisions for each picture of a batch, with what of the session moved out for them; a second denoiser by turns.
+PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
+SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
+APART = {
+    "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,8 @@ APART = {"bring": BRING, "devices": DEVICES, "loading": LOADING, "serving": SERV
         ("front", 7_000),
         ("bring", 1_720),
         ("serving", 930),
+        ("pictures", 250),
+        ("switch", 170),
     ],
     ids=lambda value: str(value),
 )
