@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastdiff.anatomy import Anatomy, fingerprint
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.recorder import Recorder
+from fastdiff.timing import settle
 
 from .base import CacheMethod
 from .protocols import Install, Sample
@@ -176,10 +176,11 @@ class Stopwatch:
 
     def _hook(self, name: str, unit: nn.Module, hooks: ExitStack) -> None:
         begun: list[float] = []
+        weight = next(unit.parameters(), None)
 
         def now() -> float:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if weight is not None:
+                settle(weight.device)
             return time.perf_counter()
 
         def ended(*_: Any) -> None:

@@ -147,7 +147,8 @@ class BatchedDecoding:
         )
         assert self._share
         times = [step.run.timesteps[index] * self._share for index in indices]
-        many = torch.tensor(times, device=given.device).to(given.dtype).repeat_interleave(batch)
+        own = [torch.full((batch,), time, device=given.device) for time in times]  # made there: a list would be a wait
+        many = torch.cat(own).to(given.dtype)
         if given.ndim > 1:  # one for each token
             many = many.view(-1, *[1] * (given.ndim - 1)).expand(-1, *given.shape[1:])
         return self._batches.replaced(args, kwargs, "timestep", many)

@@ -13,7 +13,7 @@ from fastdiff.clock import Step
 from fastdiff.patch import PatchSet
 
 from .base import Gated
-from .reading import Reading, peak
+from .reading import Together
 from .region import Memory
 
 
@@ -22,23 +22,23 @@ def wishes(
 ) -> list[bool]:
     """Whether a step is computed, for each of some memories.
 
-    whole: it is in any case. agree: makes a number the same on all ranks. The numbers of all memories are on their way
-    before the host waits for the first.
+    whole: it is in any case. agree: makes numbers the same on all ranks. The host looks once, at the numbers of all.
     """
-    readings: list[Reading | None] = []
+    changes, now = Together(), list[Callable[[], float] | None]()
     for memory in memories:
         guarded = method.guarded(False, step.index, step.run.total, memory.cached_in_row, memory.cached)
         if guarded or whole or not memory.probes:
-            readings.append(None)
+            now.append(None)
             continue
         change = method.change(step, memory)
         memory.drift = change if agree is None else agree(change)
-        readings.append(peak([memory.drift]))
+        now.append(changes.add(memory.drift))
+    changes.leave()
     found = []
-    for memory, reading in zip(memories, readings, strict=True):
-        known = memory.change if method.lagged and memory.change is not None else reading
-        memory.change = reading
-        found.append(reading is None or known is None or not float(known) < method.threshold)  # also if no number
+    for memory, present in zip(memories, now, strict=True):
+        known = memory.change if method.lagged and memory.change is not None else present
+        memory.change = present
+        found.append(present is None or known is None or not known() < method.threshold)  # also if no number
     return [True] * len(found) if method.pictures == "strictest" and any(found) else found
 
 

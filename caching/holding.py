@@ -76,6 +76,12 @@ class Holding:
         if room is not None and self.foreseen - self._held - self._taken > room:
             raise DoesNotFit(self._said(found[0].device, room))
 
+    def take_all(self, branch: int, memories: Sequence[Memory]) -> None:
+        """`take`, of all that a call gave at once."""
+        for number, memory in enumerate(memories):
+            if memory.taken is not None and not memory.values:
+                self.take(branch, number, memory.taken)
+
     @property
     def foreseen(self) -> int:
         """Bytes of all values of the regions seen so far."""

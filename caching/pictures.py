@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.batches import Batches, is_plain, is_table
 from fastdiff.recorder import Recorder
 
-from .reading import peak
+from .reading import Together, peak
 from .region import Memory
 
 
@@ -80,15 +80,17 @@ def _divide(memory: Memory, pictures: Pictures) -> None:
     kept = [leaf for value in memory.values for leaf in value] + [*memory.probes, memory.probe, memory.previous]
     if not all(pictures.fits(leaf) for leaf in kept if isinstance(leaf, Tensor)):
         return
+    peaks = Together()
     for picture in range(pictures.count):
         values = [pictures.one(value, picture) for value in memory.values]
         part = Memory(
             indices=[*memory.indices], values=values, probes=pictures.one(memory.probes, picture), at=memory.at,
-            peaks=[peak(value) for value in values] if memory.peaks else [], drift=memory.drift, change=memory.change,
-            cached_in_row=memory.cached_in_row, cached=memory.cached,
+            peaks=[peaks.add(peak(value)) for value in values] if memory.peaks else [], drift=memory.drift,
+            change=memory.change, cached_in_row=memory.cached_in_row, cached=memory.cached,
         )  # fmt: skip
         (part.previous,) = pictures.one([memory.previous], picture)
         memory.parts.append(part)
+    peaks.leave()
     memory.pictures, memory.values = pictures, []
 
 

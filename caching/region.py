@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .reading import Reading
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -55,7 +53,7 @@ class Memory:
     indices: list[int] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
     probes: list[Tensor] = field(default_factory=list)
-    peaks: list[Reading] = field(default_factory=list)
+    peaks: list[Callable[[], float]] = field(default_factory=list)
     placeholders: list[Any] = field(default_factory=list)
     spec: Any = None
     entry: list[Tensor] = field(default_factory=list)
@@ -63,7 +61,7 @@ class Memory:
     previous: Tensor | None = None
     at: int = 0
     drift: Tensor | float = 0.0
-    change: Reading | None = None
+    change: Callable[[], float] | None = None
     visits: int = 0
     again: list[Memory] = field(default_factory=list)
     cached_in_row: int = 0

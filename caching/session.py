@@ -23,7 +23,7 @@ from .holding import Holding, bytes_of
 from .pictures import assembled, each, parts_of, run_some, settle
 from .predictors import combine
 from .readers import Readers
-from .reading import peak, unbounded
+from .reading import Together, peak, unbounded
 from .region import Memory, Region, entries_of, owned, placeholder, signature, unread, wants_gradients
 from .verify import Verify
 
@@ -199,7 +199,7 @@ class Session:
             return True
         dtypes = [leaf.dtype for leaf in memory.values[-1] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         limit = min(torch.finfo(dtype).max for dtype in dtypes)
-        fits = all(gain * float(top) <= limit for top in memory.peaks[-len(memory.factors) :])
+        fits = all(gain * top() <= limit for top in memory.peaks[-len(memory.factors) :])
         if self.agree is not None:
             fits = bool(self.agree(torch.tensor(float(fits))) == 1)
         if fits:
@@ -290,26 +290,29 @@ class Session:
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
-        grown = False
+        grown, peaks = False, Together()
         if self._verify is not None:
             self._verify.check(index, self._current or ())
+        if self.ahead and self.clock.now is not None:  # what a graph took is seen when it is over
+            self.holding.take_all(self.clock.now.branch, self._current or ())
         for memory in self._all():
             memory.entry = []
             for own in memory.parts or (memory,):
                 if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
                     own.taken = None
                 if own.taken is not None:
-                    self._remember(own, index, own.taken)
+                    self._remember(own, index, own.taken, peaks)
                     grown = True
+        peaks.leave()
         if grown:
             self.holding.count(own for rows in self._branches.values() for first in rows for own in each(first))
 
-    def _remember(self, memory: Memory, index: int, taken: list[Any]) -> None:
+    def _remember(self, memory: Memory, index: int, taken: list[Any], peaks: Together) -> None:
         taken = owned(taken) if self.ahead else taken  # a CUDA graph writes over what it gave
         memory.indices.append(index)
         memory.values.append(taken)
         if self.method.predictor != "reuse" and not unbounded(taken):
-            memory.peaks.append(peak(taken))
+            memory.peaks.append(peaks.add(peak(taken)))
         if memory.probe is not None:
             memory.probes.append(memory.probe)
         for history in (memory.indices, memory.values, memory.peaks, memory.probes):

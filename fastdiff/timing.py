@@ -9,6 +9,31 @@ import torch
 _EVENTS = ("cuda", "xpu", "mps")  # devices whose work is only launched by the host
 
 
+def moment(device: torch.device) -> torch.Event:
+    """A mark behind the work that a device was given so far."""
+    event = torch.Event(device, enable_timing=True)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def settle(device: torch.device) -> None:
+    """Come back when the device has done all that it was given."""
+    if device.type in _EVENTS:
+        torch.accelerator.synchronize(device)
+
+
+class Leash:
+    """Lets the host be one step ahead of the device, which so always has work, and no more."""
+
+    def __init__(self) -> None:
+        self._last: torch.Event | None = None
+
+    def step(self, device: torch.device) -> None:
+        last, self._last = self._last, moment(device) if device.type in _EVENTS else None
+        if last is not None:
+            last.synchronize()
+
+
 class Moments:
     """Marked while work is launched, read once when all of it is: nothing in between waits for the device."""
 
@@ -22,9 +47,7 @@ class Moments:
         """The work launched so far is done at this moment."""
         self._host.append(time.perf_counter())
         if self.device.type in _EVENTS:
-            event = torch.Event(self.device, enable_timing=True)
-            event.record(torch.accelerator.current_stream(self.device))
-            self._events.append(event)
+            self._events.append(moment(self.device))
 
     def host_seconds(self) -> list[float]:
         """Seconds between the marks as the host saw them."""

@@ -44,7 +44,7 @@ class Pending:
     buffer: Tensor
     work: Any
     layer: str
-    posted: float
+    posted: Any  # seconds of perf_counter, or a moment of the device
 
 
 Sent: TypeAlias = tuple[Any, Tensor]  # the work of sending, and its bytes
@@ -52,7 +52,7 @@ Sent: TypeAlias = tuple[Any, Tensor]  # the work of sending, and its bytes
 
 @dataclass(frozen=True)
 class Span:
-    """For the timeline: something that took from `start` to `end` (seconds of perf_counter)."""
+    """For the timeline: something that took from `start` to `end` (seconds of the host or, on a device, of that)."""
 
     kind: str
     layer: str
@@ -149,7 +149,8 @@ class Bus:
         if not ops:
             return []
         works = self._guarded(layer, {*sends, *sizes}, lambda: dist.batch_isend_irecv(ops))
-        now, found = time.perf_counter(), []
+        found: list[Pending] = []
+        now = time.perf_counter() if ops[0].tensor.is_cpu else self._watch.mark(ops[0].tensor.device)
         for (op, peer, tensor), work in zip(order, works * (len(order) if len(works) == 1 else 1), strict=True):
             if op is dist.irecv:
                 found.append(Pending(peer, tensor, work, layer, now))
@@ -164,24 +165,28 @@ class Bus:
         """
         began = time.perf_counter()
         if pending and not pending[0].buffer.is_cpu:
-            self._stand([i.work for i in pending], pending[0].buffer, {i.peer for i in pending}, pending[0].layer)
+            works, peers = [i.work for i in pending], {i.peer for i in pending}
+            self._stand(works, pending[0].buffer, peers, pending[0].layer, pending[0].posted, kind)
             return {item.peer: item.buffer for item in pending}
         for item in pending:
             self._guarded(item.layer, {item.peer}, partial(item.work.wait, self._limit()))
         ended = time.perf_counter()
         self.traffic.waited += ended - began
-        step = self.where()
-        if pending and step is not None:
-            spans = self.traffic.spans
-            spans.append(Span("transfer", f"{kind} {pending[0].layer}".strip(), pending[0].posted, ended, step))
-            spans.append(Span("wait", pending[0].layer, began, ended, step))
+        if pending:
+            self._passed(kind, pending[0].layer, pending[0].posted, began, ended, self.where())
         return {item.peer: item.buffer for item in pending}
 
-    def _stand(self, works: Sequence[Any], tensor: Tensor, peers: set[int], layer: str) -> None:
-        different = {id(work): work for work in works}  # NCCL has one for all messages of a post
-        self._guarded(
-            layer, peers, lambda: self._watch.wait(different.values(), tensor.device, peers, layer, self.where())
-        )
+    def _passed(self, kind: str, layer: str, posted: float, began: float, ended: float, step: int | None) -> None:
+        if step is not None:
+            self.traffic.spans.append(Span("transfer", f"{kind} {layer}".strip(), posted, ended, step))
+            self.traffic.spans.append(Span("wait", layer, began, ended, step))
+
+    def _stand(
+        self, works: Sequence[Any], tensor: Tensor, peers: set[int], layer: str, posted: Any = None, kind: str = ""
+    ) -> None:  # fmt: skip
+        own = {id(work): work for work in works}.values()  # NCCL has one for all messages of a post
+        told = (own, tensor.device, peers, layer, self.where(), posted, kind)
+        self._guarded(layer, peers, lambda: self._watch.wait(*told))
 
     def look(self) -> None:
         """Raises PeerLost where a device has waited for too long."""
@@ -192,6 +197,10 @@ class Bus:
         """Go on when the device is past all its waits, so that what it made is true. Raises PeerLost."""
         self._watch.settle()
         self.traffic.waited, self._watch.seconds = self.traffic.waited + self._watch.seconds, 0.0
+        past, self._watch.past = self._watch.past, []
+        for stand, moments in past:
+            posted, began, ended = moments
+            self._passed(stand.kind, stand.layer, posted, began, ended, stand.step)
         self.look()
 
     def _gone(self, peers: Set[int]) -> bool:

@@ -58,11 +58,14 @@ class Kept:
             view.tensor.data = view.of(self.here)
 
     def empty(self) -> None:
-        """One number stands for all of a tensor: not a number, so that nobody takes it for a weight."""
+        """One number stands for all tensors of a type: not a number, so that nobody takes it for a weight."""
         self.here = self.coming = None
+        numbers: dict[torch.dtype, Tensor] = {}
         for view in self.views:
-            number = math.nan if view.dtype.is_floating_point else 0
-            view.tensor.data = torch.full((), number, dtype=view.dtype, device=self.device).expand(view.shape)
+            if view.dtype not in numbers:
+                number = math.nan if view.dtype.is_floating_point else 0
+                numbers[view.dtype] = torch.full((), number, dtype=view.dtype, device=self.device)
+            view.tensor.data = numbers[view.dtype].expand(view.shape)
 
 
 def share_of(total: int, parts: int) -> int:

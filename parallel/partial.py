@@ -58,17 +58,27 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     aten = torch.ops.aten
     if query.is_cpu:
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
-    if query.is_cuda and query.shape[-1] % 8 == 0 and query.shape[-1] <= _WIDEST and mask is None:
-        if query.dtype in (torch.float16, torch.bfloat16):
-            return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[:2]
-        if query.dtype == torch.float32:
-            found = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
-            return found[0], found[1][..., : query.shape[-2]]  # padded to a multiple of 32
+    fused = _fused(query.dtype, query.shape[-1], query.device) if query.is_cuda and mask is None else ""
+    if fused == "flash":
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[:2]
+    if fused == "efficient":
+        found = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        return found[0], found[1][..., : query.shape[-2]]  # padded to a multiple of 32
     scores = query @ key.transpose(-1, -2) * scale
     scores = (scores if mask is None else scores + mask).to(torch.promote_types(query.dtype, torch.float32))
     lse = scores.logsumexp(-1)
     seen = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
     return seen @ value.to(seen.dtype), lse
+
+
+def _fused(dtype: torch.dtype, channels: int, device: torch.device) -> str:
+    """Which of CUDA's kernels takes such a head, if any: flash attention begins with Ampere, as bfloat16 does."""
+    if channels % 8 or channels > _WIDEST:
+        return ""
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    if ampere and dtype in (torch.float16, torch.bfloat16):
+        return "flash"
+    return "efficient" if dtype in (torch.float16, torch.float32) else ""
 
 
 def merge(one: Part, other: Part) -> Part:

@@ -81,11 +81,12 @@ class Parcels:
 
     def arrive(self) -> None:
         got = self.bus.wait(self._pending, self.exchange.kind)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.bus.device)
         for peer, those in self._expects.items():
             begin = 0
             for name, shape, dtype in those:
                 size = _size((name, shape, dtype))
-                piece = got[peer][begin : begin + size].clone() if size else torch.empty(0, dtype=torch.uint8)
+                piece = got[peer][begin : begin + size].clone() if size else nothing
                 self._here[name] = piece.view(dtype).reshape(shape)  # a copy: wide numbers must not begin anywhere
                 begin += size
         self._expects = {}

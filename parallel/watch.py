@@ -16,14 +16,9 @@ from typing import Any
 
 import torch
 
+from fastdiff.timing import moment
+
 LOOK, PACE, ASK = 0.001, 0.2, 1.0  # seconds between looks of the host, of the thread, and questions to the peer
-
-
-def moment(device: torch.device) -> torch.Event:
-    """A mark behind the work that a device was given so far."""
-    event = torch.Event(device, enable_timing=True)
-    event.record(torch.accelerator.current_stream(device))
-    return event
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,8 @@ class Stand:
     step: int | None
     begin: Any  # moments
     end: Any
+    posted: Any = None  # when what it waits for was expected first, if it is to be told of
+    kind: str = ""
 
 
 class Watch:
@@ -45,18 +42,29 @@ class Watch:
         self.limit, self.gone, self.free = limit, gone, free
         self.lost: Stand | None = None
         self.seconds = self.waited = 0.0  # that the device stood, in all, and at the wait that was lost
+        self.past: list[tuple[Stand, list[float]]] = []  # and when, in seconds from the first: posted, begun, ended
         self._stands: deque[Stand] = deque()
+        self._first: Any = None
         self._lock, self._ended, self._looks = threading.Lock(), threading.Event(), False
 
     def stop(self) -> None:
         self._ended.set()
 
-    def wait(self, works: Iterable[Any], device: torch.device, peers: Set[int], layer: str, step: int | None) -> None:
+    def mark(self, device: torch.device) -> Any:
+        """This moment."""
+        found = moment(device)
+        self._first = self._first or found
+        return found
+
+    def wait(
+        self, works: Iterable[Any], device: torch.device, peers: Set[int], layer: str, step: int | None,
+        posted: Any = None, kind: str = "",
+    ) -> None:  # fmt: skip
         """Order the device to wait."""
-        begin = moment(device)
+        begin, self._first = moment(device), self._first or posted  # which may be of the run before
         for work in works:
             work.wait()  # without a time-out, which would make the host wait, too
-        stand = Stand(frozenset(peers), layer, step, begin, moment(device))
+        stand = Stand(frozenset(peers), layer, step, begin, moment(device), posted, kind)
         with self._lock:
             self._stands.append(stand)
             if not self._looks:
@@ -74,6 +82,9 @@ class Watch:
             while self._stands and self._stands[0].end.query():
                 stand = self._stands.popleft()
                 self.seconds += stand.begin.elapsed_time(stand.end) / 1e3
+                if stand.posted is not None:
+                    ends = (stand.posted, stand.begin, stand.end)
+                    self.past.append((stand, [self._first.elapsed_time(end) / 1e3 for end in ends]))
             return self._stands[0] if self._stands else None
 
     def _look(self) -> None:

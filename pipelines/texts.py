@@ -30,9 +30,12 @@ def _state(module: nn.Module, sample: bool) -> Any:
     worn = [(str(part.scaling), str(part.active_adapters), str(part.merged_adapters))
             for part in module.modules() if hasattr(part, "merged_adapters")]  # fmt: skip
     known = [(id(weight), -1 if weight.is_inference() else weight._version, weight.dtype) for weight in weights]
-    there = [weight for weight in weights if sample and not weight.is_meta]
-    seen = [weight.flatten()[:: max(1, weight.numel() // 8)].sum(dtype=torch.float64).cpu() for weight in there]
-    return known, worn, torch.stack(seen).tolist() if seen else None
+    seen: dict[torch.device, list[Tensor]] = {}
+    for weight in weights if sample else ():
+        if not weight.is_meta:
+            some = weight.flatten()[:: max(1, weight.numel() // 8)]
+            seen.setdefault(weight.device, []).append(some if some.dtype == torch.float64 else some.float())
+    return known, worn, [torch.cat(some).tolist() for some in seen.values()]  # one look at a device
 
 
 class Embeddings:

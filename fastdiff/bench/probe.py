@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff.pipelines.families import denoisers
+from fastdiff.timing import Moments, settle
 
 _RESET_PEAK = "5"  # see proc(5), clear_refs
 
@@ -23,11 +24,10 @@ class Probe:
     def __init__(self, pipe: Any) -> None:
         self.seconds = self.denoising_seconds = 0.0
         self.peak_memory_mb: float | None = None
-        self._cuda = pipe.device.type == "cuda"
+        self._device: torch.device = getattr(pipe, "_execution_device", pipe.device)  # not where offloading parks it
         self._denoisers = list(denoisers(pipe).values())
         self._hooks: list[Any] = []
-        self._first: Any = None
-        self._last: Any = None
+        self._moments: Moments | None = None
         self._resettable = True
 
     def __enter__(self) -> Probe:
@@ -35,42 +35,28 @@ class Probe:
             self._hooks.append(module.register_forward_pre_hook(self._began))
             self._hooks.append(module.register_forward_hook(self._ended))
         self._reset_peak()
-        self._start = self._now()
+        settle(self._device)
+        self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = self._now() - self._start
+        settle(self._device)
+        self.seconds = time.perf_counter() - self._start
         for hook in self._hooks:
             hook.remove()
-        if self._last is not None and self._cuda:
-            self.denoising_seconds = self._first.elapsed_time(self._last) / 1e3
-        elif self._last is not None:
-            self.denoising_seconds = self._last - self._first
+        self.denoising_seconds = sum(self._moments.seconds()) if self._moments is not None else 0.0
         self.peak_memory_mb = self._peak()
 
     def _began(self, *_: Any) -> None:
-        if self._first is None:
-            self._first = self._mark()
+        self._moments = self._moments or Moments(self._device)
 
     def _ended(self, *_: Any) -> None:
-        self._last = self._mark()
-
-    def _mark(self) -> Any:
-        """A moment of the device: waiting for it here would slow down what is measured."""
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        if self._moments is not None:
+            self._moments.mark()
 
     def _reset_peak(self) -> None:
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
             return
         try:
             Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
@@ -78,8 +64,8 @@ class Probe:
             self._resettable = False
 
     def _peak(self) -> float | None:
-        if self._cuda:
-            return torch.cuda.max_memory_allocated() / 1e6
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 1e6
         if not self._resettable:
             return None
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -19,6 +19,7 @@ from fastdiff.report import RunReport
 from fastdiff.studio.drawing import Drawn, Studio, described
 from fastdiff.studio.previews import Palette
 from fastdiff.studio.settings import early
+from fastdiff.timing import settle
 
 from .order import Order
 
@@ -172,15 +173,16 @@ class _Watch:
         self.tell(Progress(self.doing, index + 1, total))
 
     def show(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        began = time.perf_counter()
         every = max(1, self.total // PREVIEWS)
         if self.palette is not None and (step + 1) % every == 0 and "latents" in values:
+            settle(values["latents"].device)  # what the step takes is not the preview's
+            began = time.perf_counter()
             try:
                 picture = self.palette.picture(values["latents"])
                 self.tell(Progress(self.doing, step + 1, self.total, picture))
             except FastdiffError:
                 self.palette = None  # latents that are no picture: go on without
-        self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
         return values
 
 

@@ -316,7 +316,7 @@ class Page:
             yield self.shows(
                 status=captions(pair), preview=gr.update(value=None, visible=False), **seen,
                 numbers=explanation(pair), copy=gr.update(visible=True),
-                python=order.python(made, clip and clip.fps), command=order.command(made), **buttons(),
+                python=order.python(made, clip.fps if clip else None), command=order.command(made), **buttons(),
             )  # fmt: skip
 
     def cancel(self, request: gr.Request) -> None:

@@ -184,6 +184,7 @@ class Desk:
         ticket, run = place.ticket, place.studio.fast.clock.run
         if ticket is None or run is None:
             return
+        place.leash.step(run.device)
         if step:  # the first has the text in it
             pace = (time.monotonic() - ticket.since) / ticket.pixels
             known = self._paces.get(ticket.preset, pace)

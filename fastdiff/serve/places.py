@@ -16,6 +16,7 @@ from fastdiff.pipelines.inputs import fitting
 from fastdiff.pipelines.outfit import wear
 from fastdiff.quant.layer import QLayer
 from fastdiff.studio.drawing import Studio
+from fastdiff.timing import Leash
 
 
 def twin(pipe: Any) -> Any:
@@ -52,6 +53,7 @@ class Place:
     def __init__(self, studio: Studio, plain: Any) -> None:
         self.studio, self._plain = studio.over(plain), plain
         self.ticket: Any = None  # what is drawn with it
+        self.leash = Leash()  # a step that the device was given cannot be put behind what is more urgent
         self._settings: tuple[Collection[str], str] | None = None
         self._worn: tuple[str, ...] = ()
 

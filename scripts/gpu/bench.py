@@ -68,6 +68,10 @@ class Bench:
         yield
         row["peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6)
 
+    def held(self) -> Row:
+        """MB that are held now."""
+        return {"held_mb": round(torch.cuda.memory_allocated(self.device) / 1e6)} if self.device.type == "cuda" else {}
+
     @contextmanager
     def waits(self, row: Row) -> Iterator[None]:
         """Writes how often the host waited for the device: torch itself says so, once for each time."""

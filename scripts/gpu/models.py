@@ -45,7 +45,11 @@ COMPILED: dict[str, dict[str, dict[str, Any]]] = {
         "compiled fp8 first_block": {**_COMPILED, "quant": {"method": "fp8"}, "cache": CACHES["flux"]["first_block"]},
     },
 }  # fmt: skip
-EAGER = {"w8a16": {"quant": {"method": "w8a16"}}, "w4a16": {"quant": {"method": "w4a16"}}}
+EAGER = {
+    "w8a16": {"quant": {"method": "w8a16"}}, "w4a16": {"quant": {"method": "w4a16"}},
+    # the memory that it is for: the floats wait on the CPU
+    "w4a16 smallest": {"quant": {"method": "w4a16", "speed": "smallest", "vectors": "int4"}},
+}  # fmt: skip
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Model:
         """One install; a call that warms up, one that is heard for waits, and the timed ones."""
         row: Row = {"config": dict(config)}
         handle = fastdiff.accelerate(self.pipe, config)
+        row |= self.bench.held()
         try:
             self.draw(steps)
             with self.bench.waits(row):
@@ -81,6 +86,7 @@ class Model:
             row |= spread(seconds) | {"steps": report.steps, "cached": report.cached, "notes": report.notes}
             row["call_ms"] = round(statistics.median(calls), 3)  # by events around it: the report must not say more
             row["host_ms"] = round(1e3 * sum(report.host_seconds), 2)
+            row |= {"saved_ms": round(1e3 * report.saved_seconds(), 2), "cache_mb": round(report.cache_mb, 3)}
             names = {False: "computed_step_ms", True: "cached_step_ms"}
             return row | {names[kind]: round(statistics.median(v), 3) for kind, v in kinds.items() if v}
         finally:
@@ -203,6 +209,7 @@ def _rivals(bench: Bench, model: Model) -> Iterator[Row]:
     """As their own documentation installs them; skipping as often as our row does, where they can be told to."""
     yield tried("flux rival diffusers first block", lambda: _diffusers_first_block(bench, model))
     yield tried("flux rival cache-dit F1B0", lambda: _cache_dit(bench, model))
+    yield tried("flux rival torchao fp8 compiled", lambda: _torchao(bench, model))  # the last: it cannot be taken back
 
 
 def _diffusers_first_block(bench: Bench, model: Model) -> Row:
@@ -225,6 +232,14 @@ def _cache_dit(bench: Bench, model: Model) -> Row:
         return _timed(bench, model)
     finally:
         cache_dit.disable_cache(model.pipe)
+
+
+def _torchao(bench: Bench, model: Model) -> Row:
+    from torchao import quantization
+
+    quantization.quantize_(model.pipe.transformer, quantization.Float8DynamicActivationFloat8WeightConfig())
+    model.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return _timed(bench, model)
 
 
 def _timed(bench: Bench, model: Model) -> Row:

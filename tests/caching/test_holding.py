@@ -111,3 +111,16 @@ def test_a_method_that_needs_a_plan_has_to_be_calibrated_before():
     with pytest.raises(BadConfig, match="needs a plan"):
         cache_bytes(tiny.make("sd3"), ["dp"])
     assert cache_bytes(tiny.make("sd3"), []) == {}
+
+
+def test_what_does_not_fit_is_refused_under_compile_too(monkeypatch):
+    """After the step that was one graph: what the predictor will hold besides is refused."""
+    pipe = tiny.make("sd3")
+    cache = {"method": "taylorseer", "interval": 2, "warmup_steps": 3, "order": 3}
+    handle = fastdiff.accelerate(pipe, cache=cache, compile={"enabled": True, "scope": "denoiser", "backend": "eager"})
+    monkeypatch.setattr(holding, "free", lambda device: 0)
+    with pytest.raises(DoesNotFit, match="taylorseer would hold"):
+        tiny.run(pipe, "sd3")
+    monkeypatch.undo()
+    tiny.run(pipe, "sd3")
+    assert handle.report.cached > 0

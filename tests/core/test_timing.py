@@ -10,9 +10,11 @@ import torch
 
 from fastdiff import recorder as recording
 from fastdiff import timing
+from fastdiff.bench import probe as probing
+from fastdiff.bench.probe import Probe
 from fastdiff.recorder import Recorder
 from fastdiff.run import Run
-from fastdiff.timing import Moments
+from fastdiff.timing import Leash, Moments
 
 
 class Device:
@@ -75,3 +77,45 @@ def test_the_report_says_both_and_waits_once_a_run(device, monkeypatch):
     made._end(run)
     assert device.waits == 1 and made.report.seconds == pytest.approx(2.1)
     assert made.report.to_dict()["host_seconds"] == pytest.approx(0.2) and "(0.20 s on the host)" in str(made.report)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_benchmark_has_the_device_s_times(device, kind, monkeypatch):
+    """Of a pipeline that offloading has parked on the CPU, too."""
+    waited: list[torch.device] = []
+
+    def synchronize(of: torch.device) -> None:
+        waited.append(of)
+        device.host = max(device.host, device.done)
+
+    monkeypatch.setattr(timing.torch.accelerator, "synchronize", synchronize)
+    monkeypatch.setattr(probing.torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(probing.torch.cuda, "max_memory_allocated", lambda device: 5e6)
+    where, unet = torch.device(kind, 1), torch.nn.Identity()
+    monkeypatch.setattr(probing, "denoisers", lambda pipe: {"unet": unet})
+    unet.register_forward_pre_hook(lambda *_: device.launch(0.01, 1.0))
+    with Probe(SimpleNamespace(device=torch.device("cpu"), _execution_device=where)) as found:
+        for _ in range(3):
+            unet(torch.ones(1))
+    assert waited == [where, where]
+    assert found.seconds == pytest.approx(3.01) and found.denoising_seconds == pytest.approx(2.0, abs=0.02)
+    assert kind != "cuda" or found.peak_memory_mb == 5.0
+
+
+def test_a_leash_lets_the_host_be_one_step_ahead(device, monkeypatch):
+    """As a server has to, between whose steps something more urgent may come."""
+    waited: list[float] = []
+    event = device.event
+
+    def marked(where: Any, enable_timing: bool) -> Any:
+        made = event(where, enable_timing)
+        made.synchronize = lambda: waited.append(made.at)
+        return made
+
+    monkeypatch.setattr(timing.torch, "Event", marked)
+    leash = Leash()
+    for _ in range(4):
+        device.launch(0.0, 1.0)
+        leash.step(torch.device("xpu"))
+    assert waited == [1.0, 2.0, 3.0], "each time for the step before the one that was given last"
+    Leash().step(torch.device("cpu"))

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'fastdiff[demo]'")
 
+import fastdiff.demo.easel as easels
 import fastdiff.demo.page as pages
 from fastdiff.cli import run
 from fastdiff.config import presets
@@ -318,3 +320,18 @@ def test_a_shared_page_loads_what_it_offers_and_reads_no_paths(tmp_path):
 def test_every_field_takes_input(visitor):
     """Gradio makes a part read-only that is an output of the static events and an input of none."""
     assert all(part.interactive for part in visitor.page.inputs.values())
+
+
+def test_what_a_step_takes_is_not_counted_as_its_preview_s(monkeypatch):
+    """A device has the step to do when the host comes to the preview, whose seconds are taken off the run's."""
+    now = [0.0]
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(easels, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(easels, "settle", lambda device: takes(5.0))
+    watch = easels._Watch("", SimpleNamespace(picture=lambda latents: takes(1.0)), threading.Event(), lambda _: None)
+    for step in range(3):
+        watch.show(None, step, None, {"latents": torch.zeros(1)})
+    assert watch.seconds == 3.0

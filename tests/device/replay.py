@@ -17,6 +17,7 @@ import torch
 import torchgen
 import yaml
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +47,22 @@ def place() -> str:
     return ""
 
 
+class FromLists(TorchFunctionMode):
+    """Tensors made on the device of numbers of the host: copies of ordinary memory, of which meta shows nothing."""
+
+    def __init__(self, copies: Counter[str]) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor)
+        found = func(*args, **kwargs)
+        if (made or func is Tensor.new_tensor) and found.is_meta:
+            self.copies[place()] += 1
+        return found
+
+
 class Replay(TorchDispatchMode):
     """`wrong` counts what raises on a GPU, `reads` and `copies` what waits there, each by place ("" is not ours)."""
 
@@ -54,6 +71,15 @@ class Replay(TorchDispatchMode):
         self.wrong: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self._lists = FromLists(self.copies)
+
+    def __enter__(self) -> Replay:
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._lists.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff import affine
 from fastdiff.caching.roles import conditional
 from fastdiff.caching.trace import Gram
+from fastdiff.pipelines.texts import _state
 from fastdiff.quant.calls import relative
 
 
@@ -39,6 +40,7 @@ def test_every_widening_asks_what_the_device_has(monkeypatch):
         conditional(x, y, 3 * y - 2 * x)
         Gram().sketch(torch.cat([x, y, z], 1))
         Gram().sketch(torch.randn(2, 20_000))
+        _state(torch.nn.Linear(4, 4), sample=True)
     assert not mode.found
 
 

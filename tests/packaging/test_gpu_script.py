@@ -50,6 +50,9 @@ def test_all_sections_run(tmp_path):
     sdxl = {row["name"]: row for row in found["sections"]["SDXL"]["rows"]}
     assert sdxl["sdxl deepcache"]["cached"] == 8 and sdxl["sdxl eager"]["cached"] == 0
     assert sdxl["sdxl deepcache"]["cached_step_ms"] < sdxl["sdxl deepcache"]["computed_step_ms"]
+    assert sdxl["sdxl deepcache"]["cache_mb"] > 0 and sdxl["sdxl deepcache"]["saved_ms"] > 0
+    flux = {row["name"] for row in found["sections"]["FLUX"]["rows"]}
+    assert {"flux w4a16 smallest", "flux rival torchao fp8 compiled"} <= flux
 
 
 @pytest.mark.gpu

@@ -28,6 +28,8 @@ def test_a_streamed_pipeline_draws_the_same_and_is_itself_again(name: str) -> No
     with fastdiff.stream(pipe) as streamed:
         here = sum(t.untyped_storage().nbytes() for t in (*root.parameters(), *root.buffers()))
         assert here < streamed.held < nbytes(root)
+        places = {t.data_ptr() for block in units(anatomies(pipe)[0]) for t in block.parameters()}
+        assert len(places) == len(units(anatomies(pipe)[0])), "a number for each block, not one for each weight"
         assert torch.equal(tiny.run(pipe, name, steps=3), wanted)
         with pytest.raises(UnsupportedModel, match="are sharded: some are empty here"):
             fastdiff.accelerate(pipe, quant="w8a16")

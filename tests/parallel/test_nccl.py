@@ -116,6 +116,9 @@ def test_other_methods_draw_the_picture_that_they_draw_over_gloo(name, method, m
     assert not world.launched[0] and moved(found, wanted) < 1e-9 and moved(found, alone(name)) > 1e-9
     assert [one["sent"] for one in report.ranks] == [one["sent"] for one in on_host.ranks]
     assert [one["oldest"] for one in report.ranks] == [one["oldest"] for one in on_host.ranks]
+    told, there = ([(span.kind, span.layer, span.step) for span in one.spans] for one in (on_host, report))
+    assert there == told and {kind for kind, *_ in there} == {"transfer", "wait"}, "the timeline, by the GPU's marks"
+    assert all(span.start <= span.end for span in report.spans)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from fastdiff.images import CHUNK
 from fastdiff.serve.app import Options
 from fastdiff.serve.turns import AGEING, Turns, urgency
+from fastdiff.timing import Leash
 from tests.core.test_outfit import adapted
 
 from .conftest import CACHED, LIMITS, Server, serving, wait_for
@@ -155,6 +156,14 @@ def test_one_that_is_parked_can_leave(server: Server, steps: list[int]) -> None:
         assert short.result()[0] == 200
     server.idle()
     assert server.draw()[0] == 200
+
+
+def test_each_step_goes_by_the_leash(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a device would have all steps of a long request before the first of a short one is given to it."""
+    went: list[str] = []
+    monkeypatch.setattr(Leash, "step", lambda leash, device: went.append(device.type))
+    assert server.draw(steps=3)[0] == 200
+    assert went == ["cpu"] * 3
 
 
 @pytest.fixture(scope="module")
