@@ -19,6 +19,7 @@ METHODS = {
     "pab": "fastdiff.caching.methods.pab:PAB",
     "seacache": "fastdiff.caching.methods.seacache:SeaCache",
     "static": "fastdiff.caching.methods.static:Static",
+    "switch": "fastdiff.caching.methods.switch:Switch",
     "taylorseer": "fastdiff.caching.methods.taylorseer:TaylorSeer",
     "teacache": "fastdiff.caching.methods.teacache:TeaCache",
     "tgate": "fastdiff.caching.methods.tgate:TGate",

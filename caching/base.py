@@ -182,6 +182,7 @@ class Gated(CacheMethod):
 
     threshold: float = Field(0.1, ge=0, description="relative change from which on a step is computed")
     lagged: bool = Field(False, description="decide on the change up to the step before: no wait for the device")
+    pictures: Literal["each", "strictest"] = Field("each", description="whose change decides for a picture of a batch")
 
     @property
     def unverifiable(self) -> str | None:
@@ -191,7 +192,8 @@ class Gated(CacheMethod):
         )
 
     def change(self, step: Step, memory: Memory) -> Tensor:
-        """How far this step is from the last computed one, a scalar on the device."""
+        """How far this step is from the last computed one, a scalar on the device; memory: of one picture of the batch,
+        both halves of guidance in it, where it is known which rows are whose."""
         raise NotImplementedError
 
 

@@ -32,23 +32,28 @@ class Reading:
         return self.values[0]
 
 
-class Peaks:
-    """The largest magnitudes of what regions gave in one call, which go to the host together."""
+class Together:
+    """Numbers that go to the host in one copy; each is known once all have left."""
 
     def __init__(self) -> None:
-        self._tops: list[Tensor] = []
+        self._numbers: list[Tensor] = []
 
-    def add(self, leaves: list) -> Callable[[], float]:
-        """Of some tensors; not a number if they hold one. Known once all have left."""
-        number = len(self._tops)
-        norms = [torch.linalg.vector_norm(leaf, ord=torch.inf).float() for leaf in leaves if isinstance(leaf, Tensor)]
-        self._tops.append(torch.stack(norms).amax())
-        return lambda: self._reading.values[number]
+    def add(self, number: Tensor) -> Callable[[], float]:
+        place = len(self._numbers)
+        self._numbers.append(number.detach())
+        return lambda: self._reading.values[place]
 
     def leave(self) -> None:
-        if self._tops:
-            self._reading = Reading(torch.stack([top.to(self._tops[0].device) for top in self._tops]))
-            self._tops = []
+        if self._numbers:
+            first = self._numbers[0]
+            self._reading = Reading(torch.stack([number.to(first.device, first.dtype) for number in self._numbers]))
+            self._numbers = []
+
+
+def peak(leaves: list) -> Tensor:
+    """The largest magnitude in some tensors; not a number if they hold one."""
+    norms = [torch.linalg.vector_norm(leaf, ord=torch.inf).float() for leaf in leaves if isinstance(leaf, Tensor)]
+    return torch.stack(norms).amax()
 
 
 def unbounded(leaves: list) -> bool:

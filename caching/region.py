@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .reading import Reading
-
 
 @dataclass(frozen=True)
 class Probe:
-    """A tensor for a dynamic policy: `read(inputs by name, output)` of a live module, or, where `module` is None, of
-    the region's own inputs (the output is None then)."""
+    """A tensor for a dynamic policy: `read(inputs by name, output)` of a live module; where `module` is None of the
+    region's own inputs, where it is the denoiser of that one's (the output is None then)."""
 
     read: Callable[[dict[str, Any], Any], Tensor]
     module: nn.Module | None = None
@@ -45,10 +43,11 @@ class Region:
 class Memory:
     """What one branch of one run remembers of a region.
 
-    `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of the step
-    before, computed or not; `drift` what an accumulating policy has gathered since the last computed step;
+    `indices`, `values`, `probes` and `peaks` are of the newest computed steps; `previous` is the probe of `at`, the
+    step before, computed or not; `drift` what an accumulating policy has gathered since the last computed step;
     `placeholders` what each module of the region gives where it is left out. `passed` counts its modules that were
-    called so far in the present call, `broken` says that one was passed over.
+    called so far in the present call, `broken` says that one was passed over. `parts` are of single `pictures`, where
+    a dynamic method decides for each, and `chosen` those that the present call computes.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -60,8 +59,9 @@ class Memory:
     entry: list[Tensor] = field(default_factory=list)
     probe: Tensor | None = None
     previous: Tensor | None = None
+    at: int = 0
     drift: Tensor | float = 0.0
-    change: Reading | None = None
+    change: Callable[[], float] | None = None
     visits: int = 0
     again: list[Memory] = field(default_factory=list)
     cached_in_row: int = 0
@@ -74,12 +74,20 @@ class Memory:
     broken: bool = False
     taken: list[Any] | None = None
     ready: list[Any] | None = None
+    pictures: Any = None
+    parts: list[Memory] = field(default_factory=list)
+    chosen: Sequence[int] = ()
 
     def passes(self, position: int) -> bool:
         """A module of the region is called: whether all before it were, too. What follows a gap runs as it is."""
         self.broken |= position != self.passed
         self.passed += 1
         return not self.broken
+
+    @property
+    def partial(self) -> bool:
+        """Whether the present call computes some pictures only."""
+        return 0 < len(self.chosen) < len(self.parts)
 
     @property
     def torn(self) -> bool:
@@ -90,6 +98,15 @@ class Memory:
 def tensors(leaves: Sequence[Any]) -> list[Tensor]:
     """The tensors among some leaves; a last block may return None for a stream that ends."""
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def owned(leaves: Sequence[Any]) -> list[Any]:
+    """Values that nobody else can write into, and that keep no graph alive."""
+    return [copied(leaf) for leaf in leaves]
 
 
 def placeholder(output: Any) -> Any:
@@ -113,3 +130,9 @@ def signature(args: tuple, kwargs: dict) -> Any:
 def wants_gradients(args: tuple, kwargs: dict) -> bool:
     """Whether somebody wants gradients of what a call is given."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors(pytree.tree_leaves((args, kwargs))))
+
+
+def entries_of(region: Region, memory: Memory) -> list[Any]:
+    """What entered the streams that leave a region, in their order; nothing where its output is kept as it is."""
+    entry = dict(zip(region.takes, memory.entry, strict=True))
+    return [entry[stream] for stream in region.returns]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy, named
+from fastdiff.batches import Batches
 from fastdiff.clock import Run, Step, StepClock
 from fastdiff.patch import PatchSet
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod, Gated, needed, placed
+from .companions import at_key_steps
+from .gate import read_probe, wishes
 from .holding import Holding, bytes_of
+from .pictures import assembled, each, parts_of, run_some, settle
 from .predictors import combine
 from .readers import Readers
-from .reading import Peaks, Reading, unbounded
-from .region import Memory, Region, placeholder, signature, unread, wants_gradients
+from .reading import Together, peak, unbounded
+from .region import Memory, Region, entries_of, owned, placeholder, signature, unread, wants_gradients
 from .verify import Verify
 
 
@@ -34,10 +38,13 @@ class Session:
 
     def __init__(
         self, method: CacheMethod, anatomy: Anatomy, clock: StepClock, recorder: Recorder, *, ahead: bool = False,
-        regions: Sequence[Region] = (),
+        regions: Sequence[Region] = (), whole: str | None = None,
     ) -> None:  # fmt: skip
         self.method, self.anatomy, self.clock, self.recorder = method, anatomy, clock, recorder
         self.regions, self.ahead = list(regions) or method.places(anatomy), ahead
+        self._batches = Batches(anatomy)
+        self._rows = self._solved = 0  # of the present call, and of what the solver was given last
+        self.undivided = whole  # why modules are to be given whole batches, if they are
         self.masks: list[list[bool] | None] = []
         self._needed: list[list[bool] | None] = []
         self.agree: Callable[[Tensor], Tensor] | None = None  # makes a reading the same on all ranks
@@ -52,13 +59,14 @@ class Session:
         clock.on_expect.append(self._readers.expect)
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
+        clock.on_output.append(self._told)
 
     def attach(self, patches: PatchSet) -> None:
         """What goes inside the denoiser; `attach_denoiser` comes after what may lie between."""
         for number, region in enumerate(self.regions):
             probe = region.probe if isinstance(self.method, Gated) else None
-            if probe is not None and probe.module is not None:
-                self._wrap_probe(number, probe.read, probe.module, patches)
+            if probe is not None and probe.module not in (None, self.anatomy.denoiser):
+                read_probe(probe.module, probe.read, lambda: self._current, number, patches)
             for position, unit in enumerate(region.units):
                 if unit is not self.anatomy.denoiser:
                     self._wrap_unit(number, region, position, unit, patches)
@@ -72,10 +80,10 @@ class Session:
         patches.wrap_forward(denoiser, self._stepped)
         if self.regions and all(region.hides_control for region in self.regions):
             for companion in self.anatomy.companions:
-                patches.wrap_forward(companion, self._at_key_steps)
+                patches.wrap_forward(companion, partial(at_key_steps, clock=self.clock, hidden=self.hidden))
 
     def _start(self, run: Run) -> None:
-        self._branches, self._shapes, self._verify = {}, {}, None
+        self._branches, self._shapes, self._verify, self._solved = {}, {}, None, 0
         reason = self._readers.found()
         self._read = reason is not None
         if reason is not None:
@@ -95,12 +103,16 @@ class Session:
         for note in self.method.notes(run, self.anatomy):
             self.recorder.note(note)
 
+    def _told(self, index: int, output: Any) -> None:
+        self._solved = len(output) if isinstance(output, Tensor) and output.ndim else 0
+
     def _end(self, run: Run) -> None:
         self._branches, self._current = {}, None
         if self._verify is not None:
             self._verify.tell(self.recorder.report.verified)
         report = self.recorder.report
-        if report.steps == run.total and not report.cached and not report.partly:
+        some = any(min(counts) < run.total for counts in report.pictures.values())
+        if report.steps == run.total and not (report.cached or report.partly or some):
             self.recorder.note(f"{self.method.method} skipped nothing in {run.total} steps with these settings")
 
     def _stepped(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,7 +144,7 @@ class Session:
         """Whether a region was left out, and the end of it, which gives what is remembered, never called (a guider
         that skips layers). Then the call is made again, in full; nothing of it is remembered."""
         assert self._current is not None
-        missed = any(memory.skipping and memory.torn for memory in self._all())
+        missed = any((memory.skipping or memory.partial) and memory.torn for memory in self._all())
         if missed:
             self._current = None
             self.recorder.again()
@@ -147,11 +159,14 @@ class Session:
             self.holding.enter(bytes_of(pytree.tree_leaves((args, kwargs))[:1]))
             self._shapes[step.branch] = shape
             self._branches[step.branch] = [Memory(placeholders=[None] * len(region.units)) for region in self.regions]
-        self._current = self._branches[step.branch]
+        self._current, self._rows = self._branches[step.branch], self._batches.size(args, kwargs)
         for number, mask in enumerate(self.masks):
-            first = self._current[number]
+            first, probe = self._current[number], self.regions[number].probe
+            if isinstance(self.method, Gated) and probe is not None and probe.module is self.anatomy.denoiser:
+                first.probe = probe.read(self._batches.named(args, kwargs), None).detach()
             for memory in (first, *first.again):
                 memory.ready, memory.visits, memory.passed, memory.broken, memory.skipping = None, 0, 0, False, False
+                memory.chosen = ()
                 if mask is not None:
                     self._decide(number, step, memory, self._planned(number, step.index))
                     if self.ahead and memory.skipping:
@@ -198,38 +213,19 @@ class Session:
         assert step is not None and isinstance(method, Gated) and region.probe is not None
         if region.probe.module is None:
             memory.probe = region.probe.read(inputs, None).detach()
-        compute = method.guarded(False, step.index, step.run.total, memory.cached_in_row, memory.cached)
-        compute = compute or self._whole or not memory.probes
-        if not compute:
-            change = method.change(step, memory)
-            change = change if self.agree is None else self.agree(change)
-            reading = Reading(change)
-            known = memory.change if method.lagged and memory.change is not None else reading
-            memory.change = reading
-            compute = not float(known) < method.threshold  # also where it is not a number
-            memory.drift = change
-        self._decide(number, step, memory, compute)
-        if not memory.skipping:
-            memory.drift, memory.change = 0.0, None
-        memory.previous = memory.probe
-
-    def _wrap_probe(self, number: int, read: Callable[..., Tensor], module: nn.Module, patches: PatchSet) -> None:
-        by_name = named(module)
-
-        def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
-            @wraps(forward)
-            def probed(*args: Any, **kwargs: Any) -> Any:
-                output = forward(*args, **kwargs)
-                if self._current is not None:
-                    self._current[number].probe = read(by_name(args, kwargs), output).detach()
-                return output
-
-            return probed
-
-        patches.wrap_forward(module, wrapper)
+        elif self._current is not None:  # a region that runs several times in a call has one probe
+            memory.probe = self._current[number].probe
+        parts = parts_of(memory, self._rows, self._solved)
+        for part, wish in zip(parts, wishes(method, step, parts, self._whole, self.agree), strict=True):
+            self._decide(number, step, part, wish)
+            if not part.skipping:
+                part.drift, part.change = 0.0, None
+            part.previous, part.at = part.probe, step.index
+        if memory.parts:
+            settle(memory, step.branch, self.recorder)
 
     def _wrap_unit(self, number: int, region: Region, position: int, unit: nn.Module, patches: PatchSet) -> None:
-        by_name = named(unit)
+        by_name, batches = named(unit), Batches(self.anatomy, unit)
         first, last, gated = position == 0, position == len(region.units) - 1, isinstance(self.method, Gated)
 
         def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,7 +243,10 @@ class Session:
                     memory.entry = [given[stream] for stream in region.takes]
                 if memory.skipping:
                     return self._serve(number, region, memory) if last else unread(memory.placeholders[position])
-                output = forward(*args, **kwargs)
+                if memory.partial:
+                    output = run_some(memory, batches, self.recorder, self.undivided, forward, args, kwargs)
+                else:
+                    output = forward(*args, **kwargs)
                 if memory.keep and last:
                     return self._take(number, region, memory, output)
                 if memory.keep and (self.ahead or memory.placeholders[position] is None):
@@ -270,49 +269,55 @@ class Session:
         return memory.again[memory.visits - 2]
 
     def _take(self, number: int, region: Region, memory: Memory, output: Any) -> Any:
-        """Keep what leaves a region until the step is committed."""
+        """Keep what leaves a region until the step is committed; what is handed on, with what was left out."""
         leaves, memory.spec = pytree.tree_flatten(output)
-        if region.store == "residual":
-            entry = dict(zip(region.takes, memory.entry, strict=True))
-            pairs = zip(leaves, region.returns, strict=True)
-            memory.taken = [
-                (leaf - entry[stream]).detach() if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs
-            ]
-        else:
-            memory.taken = _own(leaves)
-        if not self.ahead and not memory.values and self.clock.now is not None:
-            self.holding.take(self.clock.now.branch, number, memory.taken)
-        return output
+        taken, entries = leaves, entries_of(region, memory)
+        if entries:
+            pairs = zip(leaves, entries, strict=True)
+            taken = [(leaf - entry).detach() if isinstance(leaf, Tensor) else leaf for leaf, entry in pairs]
+        for picture in memory.chosen:
+            memory.parts[picture].taken = memory.pictures.one(taken, picture)
+        if not memory.parts:
+            memory.taken = taken if entries else owned(taken)
+            if not self.ahead and not memory.values and self.clock.now is not None:
+                self.holding.take(self.clock.now.branch, number, memory.taken)
+        return self._joined(number, region, memory, leaves) if memory.partial else output
+
+    def _joined(self, number: int, region: Region, memory: Memory, leaves: list[Any]) -> Any:
+        """What a region gives for all pictures: `leaves` hold what was computed for the chosen ones."""
+        own = assembled(memory, leaves, entries_of(region, memory), partial(self._served, number))
+        return pytree.tree_unflatten(own, memory.spec)
 
     def commit(self, index: int) -> None:
         """Put what was taken in this step into the histories."""
-        grown, peaks = False, Peaks()
+        grown, peaks = False, Together()
         if self._verify is not None:
             self._verify.check(index, self._current or ())
         if self.ahead and self.clock.now is not None:  # what a graph took is seen when it is over
             self.holding.take_all(self.clock.now.branch, self._current or ())
         for memory in self._all():
             memory.entry = []
-            if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
-                memory.taken = None
-            if memory.taken is None:
-                continue
-            if self.ahead:  # a CUDA graph writes over what it gave
-                memory.taken = _own(memory.taken)
-            memory.indices.append(index)
-            memory.values.append(memory.taken)
-            if self.method.predictor != "reuse" and not unbounded(memory.taken):
-                memory.peaks.append(peaks.add(memory.taken))
-            if memory.probe is not None:
-                memory.probes.append(memory.probe)
-            for history in (memory.indices, memory.values, memory.peaks, memory.probes):
-                del history[: -self.method.history]
-            memory.taken, grown = None, True
+            for own in memory.parts or (memory,):
+                if memory.torn:  # a layer was left out by somebody else: this is not what the region gives
+                    own.taken = None
+                if own.taken is not None:
+                    self._remember(own, index, own.taken, peaks)
+                    grown = True
         peaks.leave()
         if grown:
-            self.holding.count(
-                own for rows in self._branches.values() for first in rows for own in (first, *first.again)
-            )
+            self.holding.count(own for rows in self._branches.values() for first in rows for own in each(first))
+
+    def _remember(self, memory: Memory, index: int, taken: list[Any], peaks: Together) -> None:
+        taken = owned(taken) if self.ahead else taken  # a CUDA graph writes over what it gave
+        memory.indices.append(index)
+        memory.values.append(taken)
+        if self.method.predictor != "reuse" and not unbounded(taken):
+            memory.peaks.append(peaks.add(peak(taken)))
+        if memory.probe is not None:
+            memory.probes.append(memory.probe)
+        for history in (memory.indices, memory.values, memory.peaks, memory.probes):
+            del history[: -self.method.history]
+        memory.taken = None
 
     def overlook(self) -> None:
         """Nothing of the present call is remembered: it is one of fewer rows."""
@@ -352,48 +357,19 @@ class Session:
         return sum(factor != 0 for factor in memory.factors) > 1 or self._correct[number] is not None
 
     def _serve(self, number: int, region: Region, memory: Memory) -> Any:
-        leaves = memory.ready
-        if leaves is None:
-            self.recorder.skipped(predicted=self._extrapolates(number, memory))
-            assert self.clock.now is not None
-            leaves = self._combined(number, memory, self.clock.now.index)
-        memory.ready = None
-        if region.store == "residual":
-            entry = dict(zip(region.takes, memory.entry, strict=True))
-            pairs = zip(leaves, region.returns, strict=True)
-            leaves = [entry[stream] + leaf if isinstance(leaf, Tensor) else leaf for leaf, stream in pairs]
-        else:  # the caller may write into what it is given
-            leaves = _own(leaves)
-        return pytree.tree_unflatten(leaves, memory.spec)
+        if memory.ready is None:
+            self.recorder.skipped(predicted=any(self._extrapolates(number, own) for own in memory.parts or [memory]))
+        return self._joined(number, region, memory, [])
 
-    def _at_key_steps(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A ControlNet's forward, which is left out where no region would look at what it says."""
-        kept: list[Any] = []  # number of the run, shapes and scales it was called with, what it said
-
-        @wraps(forward)
-        def at_key_steps(*args: Any, **kwargs: Any) -> Any:
-            if not self.clock.ours():
-                return forward(*args, **kwargs)
-            index = self.clock.upcoming
-            scales = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, int | float)]
-            asked = [self.clock.number, signature(args, kwargs), scales]
-            if index is not None and self.hidden(index) and kept[:3] == asked:
-                return pytree.tree_map(_copied, kept[3])  # some models empty the very list that they are given
-            output = forward(*args, **kwargs)
-            kept[:] = [*asked, pytree.tree_map(_copied, output)]
-            return output
-
-        return at_key_steps
+    def _served(self, number: int, memory: Memory, entries: Sequence[Any]) -> list[Any]:
+        """The leaves of what a region that is left out gives; entries: what entered it, where that is added."""
+        assert self.clock.now is not None
+        leaves, memory.ready = memory.ready or self._combined(number, memory, self.clock.now.index), None
+        if not entries:  # the caller may write into what it is given
+            return owned(leaves)
+        pairs = zip(entries, leaves, strict=True)
+        return [entry + leaf if isinstance(leaf, Tensor) else leaf for entry, leaf in pairs]
 
     def hidden(self, index: int) -> bool:
         """Whether every region is skipped at a step, which is known before it for static methods only."""
         return bool(self.masks) and not self._read and not any(self._planned(k, index) for k in range(len(self.masks)))
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _own(leaves: list[Any]) -> list[Any]:
-    """Values that nobody else can write into, and that keep no graph alive."""
-    return [_copied(leaf) for leaf in leaves]

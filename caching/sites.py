@@ -35,7 +35,7 @@ def latent_probe(anatomy: Anatomy) -> Probe:
             f"which argument of {type(anatomy.denoiser).__name__} holds the latents is not described "
             "(Family.latents = its name describes it); take a method that does not look at them, such as ab_cache"
         )
-    return Probe(_reading(name))
+    return Probe(_reading(name), anatomy.denoiser)
 
 
 def _reading(name: str) -> Any:

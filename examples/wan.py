@@ -12,7 +12,8 @@ import fastdiff
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 CONFIG = {
     "cache": {
-        "method": "seacache",  # works on the model's output: one remembered tensor for each call, whatever the frames
+        "method": "seacache",
+        "site": "output",  # one remembered tensor a call, of the size of the latents; "stack" is nearer, and larger
         "threshold": 0.25,
         "warmup_steps": 5,
         "cooldown_steps": 1,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .anatomy import NO_BATCH, Anatomy, named, parameters
@@ -22,7 +22,7 @@ BY_ROW = frozenset({
     "image_embeddings", "hint", "ofs", "video_coords", "ip_adapter_image_embeds", "ip_hidden_states", "boxes",
     "positive_embeddings", "masks", "controlnet_block_samples", "controlnet_single_block_samples",
     "block_controlnet_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
+    "down_intrablock_additional_residuals", "temb", "emb", "res_hidden_states_tuple",
 })  # fmt: skip
 LISTS_BY_ROW = frozenset({"img_shapes", "txt_seq_lens"})  # lists of numbers with an entry for each image
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -31,14 +31,14 @@ Rows = Callable[[Any], Any]  # makes other rows of a tensor or a list
 
 
 class Batches:
-    """What is known of the arguments of a denoiser's forward.
+    """What is known of the arguments of the forward of a denoiser, or of a module in it.
 
     A UNet for video may be given several rows an image (its frames), so for a UNet any multiple of the batch is one.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.family, self.names = anatomy.family, parameters(anatomy.denoiser)
-        self.named = named(anatomy.denoiser)
+    def __init__(self, anatomy: Anatomy, module: nn.Module | None = None) -> None:
+        self.family, own = anatomy.family, anatomy.denoiser if module is None else module
+        self.names, self.named = parameters(own), named(own)
 
     def size(self, args: tuple, kwargs: dict) -> int:
         """Rows of the latents, which are the first argument; 0 where they are no single tensor."""
@@ -77,7 +77,7 @@ class Batches:
 
     def _known(self, name: str, value: Any, batch: int) -> bool:
         if isinstance(value, Tensor):
-            if value.ndim == 0 or (name == "timestep" and value.numel() == 1) or _is_table(name):
+            if value.ndim == 0 or (name == "timestep" and value.numel() == 1) or is_table(name):
                 return True
             return self._by_row(name) and self._fits(value, batch)
         if isinstance(value, dict):
@@ -90,7 +90,7 @@ class Batches:
 
     def _changed(self, name: str, value: Any, batch: int, rows: Rows) -> Any:
         if isinstance(value, Tensor):
-            return rows(value) if self._by_row(name) and not _is_table(name) and self._fits(value, batch) else value
+            return rows(value) if self._by_row(name) and not is_table(name) and self._fits(value, batch) else value
         if isinstance(value, dict):
             return {key: self._changed(key, part, batch, rows) for key, part in value.items()}
         if type(value) in (list, tuple):
@@ -100,7 +100,8 @@ class Batches:
         return value
 
 
-def _is_table(name: str) -> bool:
+def is_table(name: str) -> bool:
+    """Whether an argument holds places, which are the same for every row."""
     return any(part in name for part in NO_BATCH)
 
 

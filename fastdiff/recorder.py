@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .clock import Run, Step, StepClock
@@ -27,6 +29,11 @@ class Recorder:
 
     def skipped(self, *, predicted: bool = False) -> None:
         self._skipped, self._predicted = True, self._predicted or predicted
+
+    def pictures(self, branch: int, computed: Sequence[int], count: int) -> None:
+        """Which of the pictures of a batch the present call of a branch computes; until the first they were alike."""
+        known = self.report.pictures.get(branch, [self.report.branches.get(branch, []).count(COMPUTED)] * count)
+        self.report.pictures[branch] = [steps + (picture in computed) for picture, steps in enumerate(known)]
 
     def again(self) -> None:
         """The present call is made again in full."""

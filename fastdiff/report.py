@@ -24,7 +24,8 @@ class RunReport:
     "absent" (not called) for each step; `predicted` the steps in which a skipped value was made of several, or
     corrected, and not used as it was; `step_seconds` has one entry a step, in seconds of the device, `host_seconds`
     what the host took to launch it; `cache_mb` the most that a cache held; `verified` how many steps a guard checked,
-    found failed, and computed for it.
+    found failed, and computed for it; `pictures`, by branch, in how many steps each picture of a batch was computed,
+    where that was decided for each.
     """
 
     total: int = 0
@@ -35,6 +36,7 @@ class RunReport:
     peak_memory_mb: float = 0.0
     cache_mb: float = 0.0
     verified: dict[str, int] = field(default_factory=dict)
+    pictures: dict[int, list[int]] = field(default_factory=dict)
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[Any] = field(default_factory=list)
@@ -99,6 +101,7 @@ class RunReport:
             "saved_seconds": round(self.saved_seconds(), 4),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "cache_mb": round(self.cache_mb, 3),
+            "pictures": {names[b]: counts for b, counts in self.pictures.items()},
             "bytes_sent": self.bytes_sent,
             "verified": dict(self.verified),
             "ranks": list(self.ranks),
@@ -118,6 +121,7 @@ class RunReport:
             parts.append(f"about {saved:.2f} s saved")
         if self.verified:
             parts.append("verify: " + ", ".join(f"{count} {what}" for what, count in self.verified.items()))
+        parts += [f"by picture {', '.join(map(str, counts))} computed" for counts in self.pictures.values()]
         if self.bytes_sent:
             parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
         cached = f", {self.cache_mb:.0f} of them cached values" if self.cache_mb >= 1 else ""

@@ -24,6 +24,7 @@ from .mesh import card, join
 from .methods.cfg import split_guidance
 from .methods.parastep import Cycle
 from .opaque import Opaque
+from .portions import portion
 from .shards import Shelf, shelve
 from .shares import speeds
 from .split import Forward
@@ -248,7 +249,8 @@ def fingerprint(module: nn.Module) -> str:
     """Names, shapes and, where they are here, a sample of the values of all weights, in a short number."""
     import zlib
 
-    total, here = 0, absent(module) is None
+    own, here = portion(module), absent(module) is None
+    total = 0 if own is None else own.digest
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, Tensor):
             total = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import Keeper, Kept
+from .kept import Kept
+from .shards import Keeper
 
 
 class Host(Keeper):

@@ -6,11 +6,9 @@ class changes, buffers and packed weights are treated like parameters, and all o
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
 
@@ -25,71 +23,17 @@ from fastdiff.weights import tensors
 
 from .base import ParallelMethod
 from .bus import Bus
+from .kept import Kept, View, aligned, share_of
+from .portions import portion
 
-_ALIGN = 64  # bytes: what any number, and any kernel, may ask of an address
 _OWN = "quantized_as"  # what a layer says that fastdiff quantized
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor of a block, and where it lies among all bytes of it."""
-
-    tensor: Tensor
-    begin: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def of(self, whole: Tensor) -> Tensor:
-        place = whole[self.begin : len(whole) - (len(whole) - self.begin) % self.dtype.itemsize].view(self.dtype)
-        return place.as_strided(self.shape, self.stride, place.storage_offset())
-
-
-@dataclass(eq=False)
-class Kept:
-    """One block. share: the bytes that are kept, of `size` for each part of it; `here`: all bytes, while they are here
-    or on their way (`coming`)."""
-
-    number: int
-    device: torch.device
-    size: int
-    share: Tensor
-    views: list[View] = field(default_factory=list)
-    here: Tensor | None = None
-    coming: Any = None
-
-    @property
-    def name(self) -> str:
-        return f"the weights of block {self.number}"
-
-    def packed(self, parts: int = 1) -> Tensor:
-        """All bytes, in `parts` shares, of the tensors as they are."""
-        home = self.views[0].tensor.device if self.views else self.device
-        whole = torch.zeros(self.size * parts, dtype=torch.uint8, device=home)
-        for view in self.views:
-            view.of(whole).copy_(view.tensor)
-        return whole
-
-    def fill(self) -> None:
-        for view in self.views:
-            assert self.here is not None
-            view.tensor.data = view.of(self.here)
-
-    def empty(self) -> None:
-        """One number stands for all tensors of a type: not a number, so that nobody takes it for a weight."""
-        self.here = self.coming = None
-        numbers: dict[torch.dtype, Tensor] = {}
-        for view in self.views:
-            if view.dtype not in numbers:
-                number = math.nan if view.dtype.is_floating_point else 0
-                numbers[view.dtype] = torch.full((), number, dtype=view.dtype, device=self.device)
-            view.tensor.data = numbers[view.dtype].expand(view.shape)
 
 
 class Keeper(ABC):
     """Who has the bytes that are not here, in `parts` equal shares."""
 
     parts: int = 1
+    place: int = 0
 
     @property
     def losses(self) -> int:
@@ -175,22 +119,29 @@ class Shelf:
             patches.wrap_forward(block, partial(self._around, number))
 
     def take(self) -> None:
-        for number, own in enumerate(_ranges(self.blocks, self.root)):
-            total = sum(_aligned(count) for _, count, _ in own)
+        if (loaded := portion(self.root)) is not None:
+            self.kept = loaded.lend(self.keeper.place, self.keeper.parts)
+            return
+        for number, pieces in enumerate(_ranges(self.blocks, self.root)):
+            total = sum(aligned(count) for _, count, _ in pieces)
             size, begin = share_of(total, self.keeper.parts), 0
             kept = Kept(number, self.device, size, torch.empty(0))
-            self.home = own[0][2][0].device if own else self.device
-            for address, count, found in own:
+            self.home = pieces[0][2][0].device if pieces else self.device
+            for address, count, found in pieces:
                 for tensor in found:
                     at = begin + tensor.data_ptr() - address
                     kept.views.append(View(tensor, at, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-                begin += _aligned(count)
+                begin += aligned(count)
             if not self.keeper.stays(number):
                 kept.share = self.keeper.keep(kept.packed(self.keeper.parts), size)
                 kept.empty()
             self.kept.append(kept)
 
     def give_back(self) -> None:
+        if (loaded := portion(self.root)) is not None:
+            loaded.take_back()
+            self.kept = []
+            return
         try:
             for number, kept in enumerate(self.kept):
                 self._land(kept)
@@ -266,15 +217,6 @@ def units(anatomy: Anatomy) -> list[nn.Module]:
     if not anatomy.blocks:
         raise anatomy.without("blocks whose weights could be kept elsewhere", "take a method without parallel.shard")
     return anatomy.blocks
-
-
-def share_of(total: int, parts: int) -> int:
-    """Bytes of each of so many equal shares."""
-    return _aligned(-(-total // parts))
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGN) * _ALIGN
 
 
 def _ranges(blocks: Sequence[nn.Module], root: nn.Module) -> list[list[tuple[int, int, list[Tensor]]]]:

@@ -11,9 +11,10 @@ from fastdiff.errors import UnsupportedModel
 from fastdiff.weights import nbytes
 
 from .base import ParallelMethod
+from .kept import share_of
 from .mesh import Topology
 from .prediction import Prediction
-from .shards import share_of, units
+from .shards import units
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Blocks:
         """Whether the method could keep shares, and does not do without blocks already."""
         return bool(self.sizes) and not method.shard and method.own_axis != "step" and method.leave is None
 
+    def kept(self, ranks: int) -> int:
+        """Bytes of a rank's shares."""
+        return sum(share_of(size, ranks) for size in self.sizes)
+
+    def here(self, ranks: int) -> int:
+        """Bytes of the block that computes, and the next, on its way; in shares, which end alike on all ranks."""
+        return sum(share_of(size, ranks) * ranks for size in sorted(self.sizes)[-2:])
+
     def spared(self, ranks: int) -> int:
-        """Bytes that are not on a rank: all but its shares, the block that computes, and the next, on its way."""
-        here = sum(share_of(size, ranks) for size in self.sizes) + sum(sorted(self.sizes)[-2:])
-        return max(0, sum(self.sizes) - here)
+        """Bytes that are not on a rank."""
+        return max(0, sum(self.sizes) - self.kept(ranks) - self.here(ranks))
 
     def sent(self, mesh: Topology) -> int:
         """Bytes a step that a rank sends: its share of each block to all others, in each call that it computes."""

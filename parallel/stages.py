@@ -25,7 +25,8 @@ from .base import ParallelMethod
 from .bus import Bus, Pending
 from .codec import raw
 from .exchange import Exchange
-from .shards import Keeper, Kept, Shelf, units
+from .kept import Kept
+from .shards import Keeper, Shelf, units
 from .shares import shares
 from .split import Forward, Split
 from .tokens import PLACES, Tokens

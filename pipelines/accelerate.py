@@ -17,6 +17,7 @@ from fastdiff.caching.session import Session
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
+from fastdiff.parallel.portions import require_shard
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
@@ -31,6 +32,7 @@ from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
+from .switching import with_second
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ class Accelerated:
                 if own is None:
                     raise UnsupportedModel("the plan is not for it; calibrate again, which makes one for each denoiser")
                 own.places(anatomy)
-                cached[anatomy.component] = own
+                cached[anatomy.component] = with_second(own, anatomy, self.config.parallel is not None)
             except FastdiffError as error:
                 refused[anatomy.component] = error
         first = refused.get(found[0].component)
@@ -173,7 +175,9 @@ class Accelerated:
 
     def _meet(self, found: list[Anatomy]) -> Crew | None:
         """The other ranks of a parallel run, who must have the same model and config."""
-        method = self.config.parallel
+        method: Any = self.config.parallel
+        for anatomy in found:
+            require_shard(anatomy.denoiser, method)
         if method is None:
             return None
         from fastdiff.parallel.crew import Crew, fingerprint
@@ -188,7 +192,7 @@ class Accelerated:
             "model": " ".join(fingerprint(anatomy.denoiser) for anatomy in found),
             "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, ours {__version__}",
         }
-        return Crew(method, self.clock, self._recorder, self.pipe.device, alike)  # type: ignore[arg-type]
+        return Crew(method, self.clock, self._recorder, self.pipe.device, alike)
 
     def _refuse_graphs(self, anatomy: Anatomy, session: Session | None) -> None:
         """Blocks that were compiled already keep their graphs, where nothing in them is patched."""
@@ -206,7 +210,8 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
-        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead)
+        why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
+        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
 
     def __enter__(self) -> Accelerated:
         return self

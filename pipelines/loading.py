@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,19 @@ from fastdiff.errors import BadConfig, BadModel
 from fastdiff.parallel.mesh import own_device
 from fastdiff.quant.install import QuantReport
 
-from . import single_files
+from . import portioned, single_files
 from .outfit import Outfit
 from .quantized_parts import align, is_quantized, load_components
 from .quantizing import method_of
 from .sources import DTYPE, embedded, first_line, source
 from .sources import EMBEDDED as EMBEDDED
+from .stored import variant
 from .streamed import rest, streamed, structures
 
 CALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "shapes-unet": {"num_inference_steps": 50, "guidance_scale": 3.0},
     "shapes-dit": {"num_inference_steps": 28, "guidance_scale": 3.0},
 }
-
-_VARIANT = re.compile(r"^\w+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors$")
 
 
 def embedded_name(pipe: Any) -> str | None:
@@ -52,6 +50,7 @@ def load(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None, quant: Source = None,
     base: str | Path | None = None, lora: Sequence[str] = (), scheduler: str | None = None,
     inputs: Collection[str] = (), controlnet: str | None = None, offload: str = "none", vae_tiling: bool = False,
+    parallel: Any = None,
 ) -> DiffusionPipeline:  # fmt: skip
     """A stock diffusers pipeline.
 
@@ -64,14 +63,17 @@ def load(
     lora: files, each with `:scale` after it or not. scheduler: a short name, or a class of diffusers.
     inputs: "image", "mask", "control": what is drawn from beside a prompt; the pipeline is one that takes it.
     controlnet: directory or hub id. offload: "model", "group" or "layers" wait on the CPU until they run.
+    parallel: what `accelerate` will be given as such. With shard = "blocks" in it all ranks have to call this: each
+    reads its shares of the denoiser's blocks alone, and the pipeline draws nothing until it is accelerated.
 
     Raises BadModel for what does not exist, is no model, is truncated, or holds pickles only, BadConfig or
     UnsupportedModel for what this model cannot do.
     """
     outfit = Outfit(tuple(lora), scheduler, frozenset(inputs), controlnet, offload, vae_tiling)
+    shared = portioned.asked(parallel, portioned.obstacle(str(model), quant is not None, offload))
     if quant is not None:
         return load_quantized(model, quant, dtype=dtype, device=device, outfit=outfit)[0]
-    device, dtype = _where(device, dtype)
+    device, dtype = where(device, dtype)
     outfit.check(device)
     if single_files.is_file(str(model)):
         pipe = single_files.read(Path(model).expanduser(), None if base is None else str(base), dtype)
@@ -80,7 +82,9 @@ def load(
     else:
         found = source(str(model))
         ready = is_quantized(Path(found))
-        pipe = _read(model, found, dtype, load_components(Path(found), dtype) if ready else {})
+        found = found if shared is None else _here(model, found)
+        parts = {} if shared is None else portioned.parts(Path(found), shared, dtype, device)
+        pipe = _read(model, found, dtype, load_components(Path(found), dtype) if ready else parts)
         if ready:
             align(pipe)
     return outfit.put_on(pipe, device)
@@ -93,14 +97,10 @@ def load_quantized(
     """`load` with `quant`, and what was done to each layer."""
     if single_files.is_file(str(model)):
         raise BadConfig(f"{str(model)!r} is one file, which is not read layer by layer; load it, then quantize")
-    folder, device, dtype = source(str(model)), *_where(device, dtype)
+    folder, device, dtype = source(str(model)), *where(device, dtype)
     if is_quantized(Path(folder)):
         raise BadConfig(f"{str(model)!r} is quantized already; leave out quant, or load the float model")
-    if not Path(folder).is_dir():
-        try:
-            folder = str(DiffusionPipeline.download(folder, use_safetensors=True))
-        except Exception as error:
-            raise BadModel(f"model {str(model)!r} cannot be loaded: {first_line(error)}") from error
+    folder = _here(model, folder)
     found = structures(Path(folder))
     family = found[0].family if found else None
     method = method_of(quant, family, str(model) if model in embedded() else None)
@@ -112,7 +112,15 @@ def load_quantized(
     return (outfit or Outfit()).put_on(pipe, device), report
 
 
-def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+def _here(model: str | Path, folder: str) -> str:
+    """The directory, or what the hub has under this id."""
+    try:
+        return folder if Path(folder).is_dir() else str(DiffusionPipeline.download(folder, use_safetensors=True))
+    except Exception as error:
+        raise BadModel(f"model {str(model)!r} cannot be loaded: {first_line(error)}") from error
+
+
+def where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
     if device is None:
         own_device()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +130,7 @@ def _where(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dt
 def _read(model: str | Path, source: str, dtype: torch.dtype, parts: Mapping[str, nn.Module]) -> Any:
     """The pipeline, with these parts in the place of those of its directory."""
     kind = _kind(Path(source)) if parts else DiffusionPipeline
-    saved: Any = {"use_safetensors": True, "variant": _variant(Path(source)), DTYPE: dtype}
+    saved: Any = {"use_safetensors": True, "variant": variant(Path(source)), DTYPE: dtype}
     try:
         return kind.from_pretrained(source, **saved, **parts)
     except Exception as error:  # diffusers, transformers and huggingface_hub each raise their own kinds
@@ -133,12 +141,3 @@ def _kind(folder: Path) -> Any:
     """The pipeline's own class: the base class does not take components that are optional in it, but reads them."""
     name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     return getattr(diffusers, name, DiffusionPipeline)
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` where some component of a directory has its weights as `*.fp16.safetensors` alone."""
-    for part in sorted(folder.glob("*/")):
-        names = [_VARIANT.search(file.name) for file in part.glob("*.safetensors")]
-        if names and all(name is not None and name[1] for name in names):
-            return str(next(name for name in names if name)[1])
-    return None

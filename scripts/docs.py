@@ -92,7 +92,7 @@ def part(name: str, here: str) -> str:
     """What a page asks for. Raises PluginError for a name that does not exist."""
     parts: dict[str, Callable[[], str]] = {
         "config-sections": config_sections, "common-settings": shared_settings, "presets": presets_table,
-        "rivals": rivals, "methods": lambda: methods_index(""), "solvers": readme.solvers,
+        "rivals": rivals, "methods": lambda: methods_index(""), "solvers": readme.solvers, "sharding": sharding,
         **solver_tables.parts(),
     }  # fmt: skip
     if name not in parts:
@@ -282,6 +282,24 @@ def parted(kind: str, name: str) -> str:
         return readme.table(tuple(columns.values()), body) + "\n\nCompared with one device in float32, the same seeds."
     alone = BENCHMARKS / f"{name}.json"
     return f"Measured in [benchmarks/{alone.name}](../../benchmarks/{alone.name})." if alone.is_file() else ""
+
+
+def sharding() -> str:
+    """What ranks hold of a model that is shared out, the most of all ranks, and what streaming costs one process."""
+    told = json.loads((BENCHMARKS / "parallel-sharding.json").read_text(encoding="utf-8"))
+    keys = ("resident_most_while_loading", "resident_between_steps", "resident_most_of_a_run")
+    rows = []
+    for ranks, measured in told["ranks"].items():
+        for name in dict.fromkeys(row["name"] for row in measured):
+            most = [max(row[key] for row in measured if row["name"] == name) for key in keys]
+            rows.append((ranks, name, *(f"{size / told['weights']:.2f}" for size in most)))
+    head = ("ranks", "run", "most while loading", "between steps", "most of a run")
+    alone = [(row["name"], f"{row['seconds_a_step']:.2f}") for row in told["one_process"]]
+    weights, block = (f"{told[key] / 1e6:,.0f} MB" for key in ("weights", "largest_block"))
+    return (
+        f"Resident memory of the rank with the most, in parts of all weights, {weights}; largest block {block}.\n\n"
+        f"{readme.table(head, rows)}\n\n{readme.table(('one process', 's a step'), alone)}"
+    )
 
 
 def rivals() -> str:

@@ -1,20 +1,24 @@
 """What a rank holds and sends where weights are shared out, and what streaming from the host's memory costs.
 
-A Flux of random weights (its pictures say nothing) is run by real processes over gloo, whole and shared out; memory
-is what of a process is resident and no file's. Then one process runs it plainly, streamed by `fastdiff.stream`, and
-by diffusers' group offloading, in turns. On a CPU nothing is gained by streaming: what is measured is its overhead.
+A Flux of random weights, 1 GB as float32 (its pictures say nothing), is loaded and run by real processes over gloo:
+all of it; all of it, of which a rank keeps its share then; and its share alone. Memory is what of a process is resident
+beyond what was before it loaded, with the pages of files that it looks at; the most is what the system saw. Then one
+process runs it plainly, streamed by `fastdiff.stream`, and by diffusers' group offloading, in turns. On a CPU nothing
+is gained by streaming: what is measured is its overhead.
 
     python scripts/measure_sharding.py [--json benchmarks/parallel-sharding.json]
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json as jsonlib
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -28,31 +32,39 @@ from fastdiff.studio.ranks import launch
 from fastdiff.weights import nbytes
 from tests import tiny
 
-TIMEOUT, STEPS, ROUNDS = 600, 3, 3
-CASES: dict[str, dict[str, Any]] = {
-    "patch": {"method": "patch"},
-    "patch, shard": {"method": "patch", "shard": "blocks"},
-    "ring, shard": {"method": "ring", "shard": "blocks"},
-    "pipefusion": {"method": "pipefusion"},
+TIMEOUT, STEPS, ROUNDS = 600, 2, 3
+CASES: dict[str, tuple[dict[str, Any], bool]] = {  # and whether a rank reads its share alone
+    "patch, shard, shares are read": ({"method": "patch", "shard": "blocks"}, True),
+    "patch, shard, all is read first": ({"method": "patch", "shard": "blocks"}, False),
+    "pipefusion": ({"method": "pipefusion"}, False),
+    "patch": ({"method": "patch"}, False),
 }
 
 
 def pipeline() -> Any:
-    """The tiny Flux pipeline around a denoiser of 24 blocks, about 460 MB."""
+    """The tiny Flux pipeline around a denoiser of 24 blocks, about 1 GB."""
     pipe = tiny.make("flux")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe.transformer = FluxTransformer2DModel(
             patch_size=1, in_channels=16, num_layers=8, num_single_layers=16, attention_head_dim=32,
-            num_attention_heads=16, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
+            num_attention_heads=24, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
         ).eval()  # fmt: skip
     return pipe
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory and no file's."""
+def status(name: str) -> int:
+    """Bytes that the system counts for this process: VmRSS, what is resident now, or VmHWM, the most of it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def afresh() -> int:
+    """What is resident, from which on the most is counted anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return status("VmRSS")
 
 
 def draw(pipe: Any, **more: Any) -> float:
@@ -63,35 +75,42 @@ def draw(pipe: Any, **more: Any) -> float:
     return (time.perf_counter() - began) / STEPS
 
 
-def together(folder: Path) -> None:
-    """Each case in all ranks; resident memory without the weights is that before they are made."""
+def together(model: Path, folder: Path) -> None:
+    """Each case in all ranks, from loading on."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     draw(tiny.make("flux"))  # what libraries hold
-    bare, pipe = resident(), pipeline()
-    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
     rows = []
-    for name, asked in CASES.items():
-        peaks: list[int] = []
-        with fastdiff.accelerate(pipe, parallel=asked | {"timeout": TIMEOUT}) as fast:
-            between = resident() - bare
-            hooks = [b.register_forward_pre_hook(lambda *_, peaks=peaks: peaks.append(resident())) for b in blocks]
+    for name, (asked, by_shares) in CASES.items():
+        settings, bare = asked | {"timeout": TIMEOUT}, afresh()
+        began = time.perf_counter()
+        pipe: Any = fastdiff.load(model, parallel=settings if by_shares else None)
+        loaded = time.perf_counter() - began
+        loading = status("VmHWM") - bare
+        blocks, here = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks], list[int]()
+        with fastdiff.accelerate(pipe, parallel=settings) as fast:
+            draw(pipe)  # what is mapped from files is there now
+            between, drawing = status("VmRSS") - bare, afresh() - bare
+            hooks = [b.register_forward_pre_hook(lambda *_, here=here: here.append(status("VmRSS"))) for b in blocks]
             seconds = draw(pipe)
             for hook in hooks:
                 hook.remove()
+            drawing = max(status("VmHWM") - bare, drawing)
             sent = {kind: count // STEPS for kind, count in fast.report.ranks[fast.rank]["sent"].items()}
         rows.append({
-            "name": name, "rank": fast.rank, "resident_between_blocks": between, "resident_most": max(peaks) - bare,
-            "bytes_sent_a_step": sent, "seconds_a_step": round(seconds, 3),
+            "name": name, "rank": fast.rank, "resident_most_while_loading": loading, "resident_between_steps": between,
+            "resident_at_blocks": max(here) - bare, "resident_most_of_a_run": drawing, "bytes_sent_a_step": sent,
+            "seconds_to_load": round(loaded, 2), "seconds_a_step": round(seconds, 3),
         })  # fmt: skip
+        del pipe, blocks, hooks, fast
     (folder / f"{dist.get_rank()}.json").write_text(jsonlib.dumps(rows), encoding="utf-8")
 
 
-def alone() -> list[dict[str, Any]]:
+def alone(model: Path) -> list[dict[str, Any]]:
     """Medians of rounds in turns, in one process."""
     torch.set_num_threads(1)
-    plain, streamed, grouped = (pipeline() for _ in range(3))
+    plain, streamed, grouped = (cast(Any, fastdiff.load(model)) for _ in range(3))
     fastdiff.stream(streamed)
     apply_group_offloading(
         grouped.transformer, onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
@@ -113,15 +132,17 @@ def main(json: Annotated[Path, typer.Option(help="file to write")] = Path("bench
         "command": command(), "remark": __doc__ and __doc__.splitlines()[0], "environment": environment(pipe),
         "weights": nbytes(pipe.transformer), "weights_of_blocks": sum(sizes), "largest_block": max(sizes), "ranks": {},
     }  # fmt: skip
-    del pipe, blocks
-    for number in (2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            code = launch(number, TIMEOUT, together, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        pipe.save_pretrained(model)
+        del pipe, blocks
+        for number in (2, 4):
+            code = launch(number, TIMEOUT, together, model, Path(folder))
             if code:
                 raise SystemExit(code)
             files = [Path(folder) / f"{rank}.json" for rank in range(number)]
             found["ranks"][str(number)] = [row for file in files for row in jsonlib.loads(file.read_text())]
-    found["one_process"] = alone()
+        found["one_process"] = alone(model)
     text = jsonlib.dumps(found, indent=1) + "\n"
     output.write(json, lambda part: part.write_text(text, encoding="utf-8"))
 

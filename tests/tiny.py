@@ -5,7 +5,6 @@ They are for exactness only. On random weights caching looks far better than on 
 
 from __future__ import annotations
 
-import collections
 import copy
 import string
 from collections.abc import Callable
@@ -57,16 +56,14 @@ def _like(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in seen:
         return seen[module]
     own = seen[module] = object.__new__(type(module))
-    vars(own).update({name: value.copy() if type(value) in _PLAIN else value for name, value in vars(module).items()})
+    for name, value in vars(module).items():  # also its configuration, in which diffusers itself writes at times
+        vars(own)[name] = type(value)(value) if isinstance(value, (dict, list, set)) else value
     for name, weight in module._parameters.items():
         if weight is not None:
             own._parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     own._buffers.update({name: value.clone() for name, value in module._buffers.items() if value is not None})
     own._modules.update({name: _like(child, seen) for name, child in module._modules.items() if child is not None})
     return own
-
-
-_PLAIN = {dict, collections.OrderedDict, list, set}
 
 
 def shared(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

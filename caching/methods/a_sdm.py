@@ -20,7 +20,7 @@ from fastdiff.caching.region import Region
 from fastdiff.caching.sites import each_block, sublayers
 from fastdiff.caching.unet import Level, unet_parts
 from fastdiff.clock import Run
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.plans import Each
 
 
@@ -76,6 +76,8 @@ class ASDM(Planned):
         """Everything of the chosen level."""
         if anatomy.family.kind == "unet":
             return unet_parts(anatomy, self.level)
+        if self.level == "layer":
+            raise UnsupportedModel(f"{anatomy.family.name} has no layers as A-SDM has them; set level = block or unit")
         return sublayers(anatomy) if self.level == "unit" else each_block(anatomy)
 
     def regions(self, anatomy: Anatomy) -> list[Region]:

@@ -52,15 +52,15 @@ def plan(
     from fastdiff.pipelines.loading import call_defaults
     from fastdiff.pipelines.plan import plan_parallel
     from fastdiff.studio.console import waiting
-    from fastdiff.studio.drawing import opened
+    from fastdiff.studio.drawing import foretold
     from fastdiff.studio.holding import cache_bytes
 
-    pipe = opened(model, getattr(torch, dtype) if dtype else None)
+    room, given = None if memory is None else memory * 2**30, getattr(torch, dtype) if dtype else None
+    pipe = foretold(model, devices, given, room)
     pipe.set_progress_bar_config(disable=True)
     with waiting("measuring"):
         found = plan_parallel(
-            pipe, devices, link * 1e9, size=size, steps=steps, latency=latency * 1e-6, codec=codec,
-            memory=None if memory is None else memory * 2**30,
+            pipe, devices, link * 1e9, size=size, steps=steps, latency=latency * 1e-6, codec=codec, memory=room,
         )  # fmt: skip
     asked: dict[str, Any] = {
         "model": model,

@@ -17,10 +17,11 @@ import gradio as gr
 
 from fastdiff.config import METHOD_KINDS, OFF, PATH_KEYS, Attention, Compile, presets
 from fastdiff.errors import FastdiffError
-from fastdiff.media import Clip, can_mp4, save, suffix
+from fastdiff.media import Clip, save, suffix
 from fastdiff.pipelines.loading import CALL_DEFAULTS
 from fastdiff.registry import registry
 
+from . import films
 from .easel import Cancelled, Easel, Pair, Progress, offered
 from .fields import Setting, settings_of
 from .order import Ground, Order, sampling
@@ -151,8 +152,7 @@ class Page:
                            visible=False, elem_id="preview", height=280, buttons=[])  # fmt: skip
         slider = gr.ImageSlider(label="Left: without, right: accelerated", format="png", type="filepath",
                                 interactive=False, visible=False, elem_id="result", max_height=420)  # fmt: skip
-        with gr.Row(visible=False, elem_id="films") as films:
-            sides = [self._film(name) for name in ("without", "accelerated")]
+        shown = films.places()
         numbers = gr.HTML("", elem_id="explain")
         with gr.Accordion("Copy", open=False, visible=False, elem_id="copy") as copy:
             python = gr.Code(
@@ -160,22 +160,13 @@ class Page:
             )
             command = gr.Code(label="Copy as command", language="shell", interactive=False, wrap_lines=True,
                               lines=2, max_lines=8, elem_id="as-command")  # fmt: skip
-        self.out.update(status=status, preview=preview, slider=slider, films=films, left=sides[0], right=sides[1])
-        self.out.update(numbers=numbers, copy=copy, python=python, command=command, seed=self.inputs["seed"])
-
-    @staticmethod
-    def _film(name: str) -> Any:
-        """A place for a video; for an animated WebP, which browsers show as a picture, where no MP4 can be written."""
-        if not can_mp4():
-            return gr.Image(label=name.capitalize(), type="filepath", interactive=False, elem_id=name)
-        return gr.Video(label=name.capitalize(), interactive=False, autoplay=True, loop=True, elem_id=name)
+        self.out.update(status=status, preview=preview, slider=slider, numbers=numbers, copy=copy, python=python,
+                        command=command, seed=self.inputs["seed"], **shown)  # fmt: skip
 
     def _asked(self) -> dict[str, Any]:
         steps_now, guidance_now = _defaults(self.models[0])
-        hint = LIVE | {
-            "info": "empty: as the model wants it",
-            "min_width": 160,
-        }  # text: a Number cannot start out empty
+        # text: a Number cannot start out empty
+        hint = LIVE | {"info": "empty: as the model wants it", "min_width": 160}
         with gr.Row():
             model = gr.Dropdown(self.models, value=self.models[0], label="Model", elem_id="model", **LIVE,
                                 min_width=160, allow_custom_value=not self.shared,
@@ -320,14 +311,12 @@ class Page:
                 str(save(shot.drawn.image, Path(folder) / f"{name}{suffix(shot.drawn.image)}", shot.drawn.made))
                 for name, shot in (("without", pair.plain), ("accelerated", pair.fast))
             )
-            seen, clip = {"slider": gr.update(value=files, visible=True)}, pair.fast.drawn.image
-            fps = clip.fps if isinstance(clip, Clip) else None
-            if fps is not None:
-                seen = {"films": gr.update(visible=True), "left": files[0], "right": files[1]}
+            clip = pair.fast.drawn.image if isinstance(pair.fast.drawn.image, Clip) else None
+            seen = films.shown(files) if clip else {"slider": gr.update(value=files, visible=True)}
             yield self.shows(
                 status=captions(pair), preview=gr.update(value=None, visible=False), **seen,
                 numbers=explanation(pair), copy=gr.update(visible=True),
-                python=order.python(made, fps), command=order.command(made), **buttons(),
+                python=order.python(made, clip.fps if clip else None), command=order.command(made), **buttons(),
             )  # fmt: skip
 
     def cancel(self, request: gr.Request) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import sys
@@ -23,11 +22,12 @@ from fastdiff.config import Layer, Source, resolve
 from fastdiff.errors import BadConfig, FastdiffError, PeerLost, UnknownName
 from fastdiff.images import Replay, Sampling
 from fastdiff.pipelines.accelerate import accelerate
+from fastdiff.pipelines.expected import expect, foresee
 from fastdiff.pipelines.families import FAMILIES, anatomies
 from fastdiff.pipelines.loading import call_defaults, embedded, embedded_name, load
 from fastdiff.pipelines.quantized_parts import is_quantized
 
-from . import comparing, pictures
+from . import comparing, named, pictures
 from .console import quiet, say, waiting, warn
 from .previews import Previews, Shown
 from .settings import early
@@ -57,6 +57,13 @@ def opened(model: str, dtype: torch.dtype | None = None, quant: Source = None, *
     quiet()
     with waiting(f"loading {model}"):
         return load(model, dtype=dtype, quant=quant, **outfit)
+
+
+def foretold(model: str, devices: int, dtype: torch.dtype | None, memory: float | None) -> Any:
+    """A plain pipeline, after it is said what each of so many devices with `memory` bytes would hold of it."""
+    for text in foresee(model, devices, dtype, memory):
+        say(text)
+    return opened(model, dtype)
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,13 @@ class Studio:
         quant: Any = resolved.config.quant if once and resolved is not None else None
         small = quant is not None and quant.speed == "smallest" and not is_quantized(Path(model))
         asked = resolved.config if resolved is not None and small else None
-        self.outfit = dict(outfit or {})
-        self.pipe = opened(model, getattr(torch, dtype) if dtype else None, asked, **self.outfit)
+        self.outfit, loaded = dict(outfit or {}), getattr(torch, dtype) if dtype else None
+        parallel: Any = resolved.config.parallel if once and resolved is not None else None
+        if parallel is not None:
+            for text in expect(model, parallel, loaded, quant is not None, self.outfit.get("offload", "none")):
+                say(text)
+            parallel = None if quant is not None else parallel
+        self.pipe = opened(model, loaded, asked, parallel=parallel, **self.outfit)
         layers = [*layers, ("quantized while it was read", {"quant": None})] if small else layers
         self.model = f"./{Path(model).resolve().name}" if Path(model).exists() and model not in embedded() else model
         self.use(layers)
@@ -200,7 +212,7 @@ class Studio:
 
     def compare_pictures(self, made: Replay, jobs: Sequence[Sampling]) -> None:
         """Say which pictures are not those that a replay was drawn from."""
-        now = {name for job in jobs for name in _fingerprints(job).values()}
+        now = {name for job in jobs for name in named.fingerprints(job).values()}
         for name, before in made.drawn_from.items():
             if before not in now:
                 warn(f"no picture here is the {name} that it was drawn from: the result may differ")
@@ -256,8 +268,8 @@ class Studio:
     def _record(self, job: Sampling, image: media.Made, settings: Mapping[str, Any]) -> Replay:
         guidance = settings.get("guidance_scale")
         return Replay(
-            **_named_inputs(job),
-            outfit=_named_outfit(self.outfit),
+            **named.inputs(job),
+            outfit=named.outfit(self.outfit),
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
             seed=job.seed or 0,
@@ -309,27 +321,3 @@ def _named(job: Sampling, known: Mapping[str, Any]) -> dict[str, Any]:
         "generator": torch.Generator("cpu").manual_seed(job.seed or 0),
     }
     return {name: value for name, value in values.items() if value is not None and name in known}
-
-
-def _fingerprints(job: Sampling) -> dict[str, str]:
-    """What each picture is, by its name without the path."""
-    read = {Path(path).name: Path(path).expanduser().read_bytes() for _, path in job.pictures}
-    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in read.items()}
-
-
-def _named_inputs(job: Sampling) -> dict[str, Any]:
-    """A job's inputs as they go into a file: pictures without their paths, which say who and where somebody is."""
-    kept = job.model_dump(include={"strength", "frames", "fps"})
-    image = [Path(path).name for path in job.image] if job.image else None
-    others = {name: path and Path(path).name for name, path in (("mask", job.mask), ("control", job.control))}
-    return kept | others | {"image": image, "drawn_from": _fingerprints(job)}
-
-
-def _named_outfit(outfit: Mapping[str, Any]) -> dict[str, Any]:
-    """What was put on a model, as it goes into a file."""
-    kept = {name: outfit[name] for name in ("scheduler", "vae_tiling") if outfit.get(name)}
-    if outfit.get("lora"):
-        kept["lora"] = [Path(text).name for text in outfit["lora"]]
-    if outfit.get("controlnet"):
-        kept["controlnet"] = Path(outfit["controlnet"]).name
-    return kept

@@ -62,7 +62,7 @@ def first(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "EVALUATIONS", (2, 3))
         patch.setattr(tune, "SHARES", (0.5,))
-        made = search(make("sd15"), file, Goal("speedup", 0.01, "plain"), said)
+        made = search(make("sd3"), file, Goal("speedup", 0.01, "plain"), said)
         yield made, *made.search()
 
 
@@ -74,7 +74,7 @@ def test_a_search_measures_and_chooses(first):
     assert any(name.endswith(" steps") for name in names), "fewer steps of the stock solver are among what was tried"
     assert all(len(one.decibels) == 4 for one in measured)
     with fastdiff.accelerate(made.pipe, made.configs["solver 3"]) as fast:
-        made.pipe(**arguments("sd15"))
+        made.pipe(**arguments("sd3"))
         assert fast.report.steps == 3
 
 
@@ -99,7 +99,7 @@ def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(tmp_path
     spec.loader.exec_module(script)
     assert len(script.TRIES) >= 10 and {model for model, *_ in script.TRIES} == {"shapes-unet", "shapes-dit"}
     monkeypatch.setattr(script, "FINE", 6)
-    made, drawn = search(make("sd15"), tmp_path / "x.json", Goal("psnr", 1.0), []), []
+    made, drawn = search(make("sd3"), tmp_path / "x.json", Goal("psnr", 1.0), []), []
     made.prompts, made.configs = Prompts(("a lighthouse on a cliff at sunset",)), {"plain": Config()}
 
     def seen(pipe, texts, seeds, steps, guidance):

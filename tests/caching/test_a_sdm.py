@@ -7,7 +7,7 @@ import torch
 
 import fastdiff
 from fastdiff.caching.methods.a_sdm import ASDM, Ranked
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.families import anatomies
 from tests import tiny
@@ -44,7 +44,7 @@ def test_sites_are_paths_with_wildcards():
     assert names(sites=("mid_block", "up_blocks.[01]")) == ["mid_block", "up_blocks.0", "up_blocks.1"]
     attentions = names(level="unit", sites=("*.attn1",))
     assert "mid_block.attentions.0.transformer_blocks.0.attn1" in attentions and len(attentions) == 16
-    assert names(level="layer", sites=("up_blocks.3.*",)) == [f"up_blocks.3.attentions.{k}" for k in range(3)]
+    assert names(level="layer", sites=("up_blocks.2.*",)) == [f"up_blocks.2.attentions.{k}" for k in range(3)]
     assert "mid_block" in names() and "down_blocks.0" not in names(), "by default the inner half"
     assert all(name.endswith("attn2") for name in names(level="unit"))
 
@@ -67,14 +67,14 @@ def runs_of(pipe, paths: list[str]) -> dict[str, list[int]]:
 
 def test_every_site_may_have_an_interval_of_its_own():
     pipe = tiny.make("sd15")
-    counts = runs_of(pipe, ["mid_block", "up_blocks.0", "up_blocks.3"])
+    counts = runs_of(pipe, ["mid_block", "up_blocks.0", "up_blocks.2"])
     cache = {
         "method": "a_sdm", "sites": ["mid_block", "up_blocks.0"], "interval": 2,
         "intervals": {"up_*": 5, "mid_block": 3},
     }  # fmt: skip
     fastdiff.accelerate(pipe, cache=cache)
     tiny.run(pipe, "sd15", steps=STEPS)
-    assert {path: len(ran) for path, ran in counts.items()} == {"mid_block": 4, "up_blocks.0": 2, "up_blocks.3": STEPS}
+    assert {path: len(ran) for path, ran in counts.items()} == {"mid_block": 4, "up_blocks.0": 2, "up_blocks.2": STEPS}
 
 
 def test_a_site_inside_another_keeps_what_it_gave_when_it_ran():
@@ -112,3 +112,8 @@ def test_the_sites_that_make_up_a_share():
     assert plan.first(0.4) == ["a"] and plan.first(0.65) == ["a", "c"]
     assert plan.first(0.75) == ["a", "c", "ab"], "a name that only begins alike is not inside"
     assert plan.first(0) == []
+
+
+def test_a_transformer_has_no_layers_between_its_blocks_and_their_units():
+    with pytest.raises(UnsupportedModel, match="sd3 has no layers as A-SDM has them"):
+        fastdiff.accelerate(tiny.make("sd3"), cache={"method": "a_sdm", "level": "layer"})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers.hooks.sea_cache import _apply_sea_filter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
+from fastdiff.bench.peers import peers_for
 from fastdiff.caching.base import Gated
 from fastdiff.caching.methods.easycache import EasyCache
 from fastdiff.caching.methods.first_block import FirstBlock
@@ -54,8 +58,8 @@ def test_the_wiener_filter_passes_what_is_signal():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 6, 2, generator=generator)  # tokens
     signal, noise = 0.6, 0.4
-    frequency = torch.tensor([1 / 6, 1 / 6, 2 / 6, 3 / 6, 2 / 6, 1 / 6])  # the constant counts as the lowest one
-    power = frequency**-3
+    frequency = torch.tensor([0, 1 / 6, 2 / 6, 3 / 6, 2 / 6, 1 / 6])
+    power = 1 / (frequency**3 + 1e-16)  # the constant is signal, to the last
     gain = signal * power / (signal**2 * power + noise**2)
     spectrum = torch.fft.fft(latents, dim=1) * (gain / gain.mean())[None, :, None]
     assert torch.allclose(wiener(latents, signal, noise), torch.fft.ifft(spectrum, dim=1).real, atol=1e-6)
@@ -67,16 +71,42 @@ def test_the_wiener_filter_passes_what_is_signal():
 
 
 @pytest.mark.parametrize("flow", [True, False])
-def test_seacache_filters_both_latents_at_the_present_noise_level(flow):
+def test_seacache_filters_each_of_two_latents_at_its_own_noise_level(flow):
     generator = torch.Generator().manual_seed(0)
     now, before = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
     step = step_of(4, flow=flow)
-    signal, noise = step.run.signal_and_noise(4)
-    assert (signal, noise) == pytest.approx((0.4, 0.6) if flow else (1 / 1.36**0.5, 0.6 / 1.36**0.5))
-    filtered, filtered_before = wiener(now, signal, noise), wiener(before, signal, noise)
+    levels = step.run.signal_and_noise(4), step.run.signal_and_noise(2)
+    assert levels[0] == pytest.approx((0.4, 0.6) if flow else (1 / 1.36**0.5, 0.6 / 1.36**0.5))
+    filtered, filtered_before = wiener(now, *levels[0]), wiener(before, *levels[1])
     expected = (filtered - filtered_before).abs().mean() / filtered_before.abs().mean()
-    memory = Memory(probe=now, previous=before, drift=0.5)
+    memory = Memory(probe=now, previous=before, at=2, drift=0.5)
     assert float(SeaCache().change(step, memory)) == pytest.approx(0.5 + float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.9, 0.5, 0.1])
+def test_the_wiener_filter_is_that_of_diffusers(noise):
+    latents = torch.randn(1, 4, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    theirs = _apply_sea_filter(latents[0].movedim(0, -1), noise, 3.0).movedim(-1, 0)
+    assert torch.allclose(wiener(latents, 1 - noise, noise)[0], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_seacache_decides_as_the_hook_of_diffusers_does(threshold):
+    """On a trained model, whose changes lie around the threshold; one other decision is a picture 0.1 away."""
+    pipe, drawn = fastdiff.load("shapes-dit"), []
+    call = {"num_inference_steps": 14, "guidance_scale": 3.0, "output_type": "latent"}
+
+    def latents(draw):
+        drawn.append(draw("a large red circle", generator=torch.Generator().manual_seed(3), **call)[0])
+
+    rival = next(peer for peer in peers_for(pipe, 14) if peer.name == "SeaCache 0.5")
+    with replace(rival, settings={"threshold": threshold}).installed(pipe) as running:
+        latents(running.call)
+        theirs = running.computed()
+    with fastdiff.accelerate(pipe, cache={"method": "seacache", "threshold": threshold, "coordinate": "step"}) as own:
+        latents(pipe)
+    assert own.report.computed == theirs < 12
+    assert torch.allclose(*drawn, atol=1e-4)
 
 
 def magnitudes(*ratios: float, **settings) -> list[bool]:

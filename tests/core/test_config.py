@@ -218,5 +218,5 @@ def test_json_that_is_no_config_is_refused(text):
 def test_the_presets_are_there_and_lossless_enables_nothing_lossy():
     assert set(presets()) >= {"lossless", "balanced", "fast"}
     assert all(read_file(path)["description"] for path in presets().values())
-    assert resolve(layers_of("lossless")).config == Config()
+    assert resolve(layers_of("lossless")).config == Config(text={"cache": True, "keys": True})
     assert fastdiff.Config is Config

@@ -39,7 +39,7 @@ STATIC = {
 ANYWHERE = ("ab_cache output", "ab_cache blocks", "fora", "taylorseer", "a_sdm", "faster_diffusion one by one")
 OUTSIDE = {  # decided on what enters the denoiser
     "easycache": {"method": "easycache", "threshold": 1e9, "warmup_steps": 2},
-    "seacache": {"method": "seacache", "threshold": 1e9},
+    "seacache": {"method": "seacache", "threshold": 1e9, "site": "output"},
 }
 INSIDE = {
     "first_block": {"method": "first_block", "threshold": 1.0},

@@ -80,7 +80,7 @@ def test_the_program_and_the_command_make_the_same_video(shown, tmp_path, monkey
 
 def test_without_ffmpeg_the_page_shows_moving_pictures(wan, tmp_path, monkeypatch):
     monkeypatch.setattr(media, "can_mp4", lambda: False)
-    monkeypatch.setattr(pages, "can_mp4", lambda: False)
+    monkeypatch.setattr("fastdiff.demo.films.can_mp4", lambda: False)
     last, _ = drawn(wan, tmp_path)
     assert last["films"]["visible"] and last["right"].endswith("accelerated.webp")
 

@@ -69,6 +69,7 @@ CACHES: dict[str, dict[str, Any] | Callable[[str], dict[str, Any]]] = {
     "magcache": lambda name: {
         "method": "magcache", "threshold": 9, "retention": 0, "plan": Ratios(**origin(name), ratios=(1.0,) * STEPS),
     },
+    "switch": lambda name: {"method": "switch", "second": tiny.denoiser(tiny.make(name)).to("meta")},
 }  # fmt: skip
 DECIDES, ROLES = "caching/reading.py:values", "caching/roles.py:conditional"
 READS = {  # the most reads of one call of the denoiser or the solver, by place: thresholds look once

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
@@ -132,6 +133,21 @@ class PlannedRow:
         return {"method": self.method, "plan": str(path), **told["settings"]}
 
 
+@dataclass(frozen=True)
+class SwitchRow(PlannedRow):
+    """A row on one family; its second denoiser, written when a test asks for it, has weights a little smaller."""
+
+    def _settings(self, which: str, told: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        folder = Path(_plan_folder().name) / f"second-{self.name}"
+        if not folder.exists():
+            second: Any = tiny.denoiser(tiny.make(self.name))
+            with torch.no_grad():
+                for weight in second.parameters():
+                    weight *= 0.99
+            second.save_pretrained(folder)
+        return {"method": self.method, "second": str(folder), **told["settings"]}
+
+
 @cache
 def _plan_folder() -> TemporaryDirectory:
     return TemporaryDirectory()  # removed with the cache, at exit
@@ -150,6 +166,10 @@ def origin(name: str) -> dict[str, Any]:
 
 def _schedule(*steps: int) -> Callable[[], dict[str, dict[str, Any]]]:
     return lambda: {"settings": {}, "plan": {"compute": steps}}
+
+
+def _between(start: float, stop: float) -> Callable[[], dict[str, dict[str, Any]]]:
+    return lambda: {"settings": {"between": [start, stop]}}
 
 
 def _magnitudes(**settings: Any) -> Callable[[], dict[str, dict[str, Any]]]:
@@ -232,6 +252,9 @@ ROWS: dict[str, Row | PlannedRow] = {
         "a_sdm", {**_EACH, "level": "unit"}, {"interval": 3, "level": "unit", "sites": ["*"]}, 2, **_ATTENTION
     ),
     **{
+        f"switch {name}": SwitchRow("switch", name, Plan, _between(0, 0), _between(0.5, 1), 3) for name in FAMILIES
+    },
+    **{
         f"{method} {name}": PlannedRow(method, name, kind, nothing, much, computed)
         for method, kind, nothing, much, computed in (
             ("dp", Schedule, _schedule(*range(STEPS)), _schedule(0, 2, 4), 3),
@@ -289,6 +312,7 @@ ONE_A_KIND = [(row, name) for row, name in SUPPORTED if name in KINDS or ROWS[ro
 # and that cost many runs.
 _CHEAPEST_FIRST = sorted(ONE_A_KIND, key=lambda pair: ("sd3", "wan", "flux", "sd15").index(pair[1]))
 ONCE = list({row.removesuffix(f" {name}"): (row, name) for row, name in reversed(_CHEAPEST_FIRST)}.values())
+ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
 
 # Two families are built like another one: a larger sd15, and a video transformer beside wan.
 UNLIKE = [(row, name) for row, name in SUPPORTED if name not in ("sdxl", "cogvideox")]

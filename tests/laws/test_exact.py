@@ -11,7 +11,7 @@ from fastdiff.registry import registry
 from tests import tiny
 from tests.laws.rows import (
     ONCE,
-    ONE_A_KIND,
+    ONE_ROW_A_FAMILY,
     QUANTIZED,
     QUANTIZED_ONCE,
     REFUSED,
@@ -63,7 +63,7 @@ def test_with_nothing_enabled_no_bit_changes(name):
     assert (handle.report.computed, handle.report.cached) == (STEPS, 0)
 
 
-@each([*SUPPORTED, *QUANTIZED], quick=[*ONE_A_KIND, *QUANTIZED_ONCE])
+@each([*SUPPORTED, *QUANTIZED], quick=[*ONCE, *ONE_ROW_A_FAMILY, *QUANTIZED_ONCE])
 def test_restore_leaves_no_trace(row, name):
     pipe = used(name)  # so that the scheduler's end state is in the picture
     before = snapshot(pipe)

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.laws.rows import (
     ONCE,
     ONE_A_KIND,
+    ONE_ROW_A_FAMILY,
     QUANTIZED_KINDS,
     QUANTIZED_ONCE,
     ROWS,
@@ -26,8 +27,6 @@ from tests.laws.rows import (
     used,
 )  # fmt: skip
 from tests.state import differences, snapshot
-
-ONE_ROW_A_FAMILY = list({name: (row, name) for row, name in SUPPORTED}.values())
 
 
 class Broken(Exception):
@@ -122,8 +121,8 @@ STAGES = {
     "attach": (StepClock, "attach", 1),
     "layer": (QLayer, "choose_kernel", 5),
 }
-# no cross-attention, or nothing but guidance is left out: the denoiser alone is wrapped
-WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3")]
+# no cross-attention, nothing but guidance is left out, or another denoiser runs: the denoiser alone is wrapped
+WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3"), ("switch sd3", "sd3")]
 
 
 @each([*ONCE, *QUANTIZED_ONCE])

@@ -186,7 +186,7 @@ def strangers_become_alike(rank: int, ranks: int) -> list[str]:
 
 def partly_conditioned(rank: int, ranks: int) -> None:
     """Synchronous PCPP is one device whose self-attention is masked: queries of a part see the rows next to it."""
-    cases = (("sd15", {"height": 256}, (32, 8), 8, 0.4), ("pixart", {}, (4, 4), 1, 0.5))
+    cases = (("sd15", {"height": 256}, (32, 8), 4, 0.4), ("pixart", {}, (4, 4), 1, 0.5))
     for name, changes, rows, unit, portion in cases:
         pipe, calls = pipeline(name), list[int]()
         plain = latents(pipe, name, 3, **changes)
@@ -474,7 +474,7 @@ def still(rank: int, ranks: int) -> None:
     pipe.unet.time_embedding.linear_1.weight.data.zero_()
     gradient = torch.linspace(0, 1, 24, dtype=torch.float64)[:, None]
     conv, whole = pipe.unet.conv_in, gradient.expand(24, 8)
-    shares = rows_of(24, 8, ranks)
+    shares = rows_of(24, 4, ranks)
 
     def painted(module: Any, args: Any, output: Tensor) -> Tensor:
         begin, end = (0, 24) if output.shape[-2] == 24 else shares[rank]
@@ -531,7 +531,7 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         left = [text for text in differences(before, snapshot(pipe)) if not text.startswith("scheduler.")]
         assert left == [], f"{label}: {left}"
 
-    refuse("rows", "sd15", {"height": 64}, parallel="patch")
+    refuse("rows", "sd15", {"height": 32}, parallel="patch")
     refuse("world", "sd15", parallel={"method": "patch", "devices": 7})
     refuse("heads", "flux", parallel="ulysses") if ranks == 3 else None
     refuse("unet heads", "sd15", parallel="ulysses")

@@ -50,7 +50,8 @@ def test_a_peer_that_died_is_known_by_its_connection() -> None:
     assert said()["asked_whether_it_lives"][0] == [True, 0.5, True]
 
 
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_hangs_does_not_keep_the_command_from_ending(which: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ranks, "GRACE", 1.0)
     assert ranks.launch(2, 60.0, hangs, which) == (1 if which == 0 else 0)

@@ -49,10 +49,11 @@ def test_ranks_of_our_own_draw_the_picture_of_one(
     alone = cli("generate", "a cat", "-m", model, *TALL, "-o", "one.png")
     assert alone.code == 0, alone.err
     two = call(
-        tmp_path, "generate", "a cat", "-m", model, *TALL, *PATCH, "--devices", "2", "-o", "two.png", "--json",
-        "--timeline", "trace.json",
+        tmp_path, "generate", "a cat", "-m", model, *TALL, *PATCH, "--set", "parallel.shard=blocks", "--devices", "2",
+        "-o", "two.png", "--json", "--timeline", "trace.json",
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
+    assert two.stderr.count("each of 2 ranks will hold") == 1 and "its shares of blocks" in two.stderr
     (line,) = two.stdout.splitlines()  # one rank speaks
     row = json.loads(line)
     assert row["file"] == "two.png" and [one["rank"] for one in row["report"]["ranks"]] == [0, 1]

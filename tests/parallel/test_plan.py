@@ -30,7 +30,11 @@ from .ranks import start
 
 PREDICTED = Path(__file__).parents[2] / "benchmarks" / "parallel-predictions.json"
 TABLE = json.loads(PUBLISHED.read_text())[0]
-POINTS = [(pixels, devices) for pixels in TABLE["seconds"] for devices in ("2", "4", "8")]
+POINTS = [
+    pytest.param(pixels, devices, marks=() if k == at else pytest.mark.slow)
+    for k, pixels in enumerate(TABLE["seconds"])
+    for at, devices in enumerate(("2", "4", "8"))
+]
 
 
 def method(name: str, **fields: Any) -> Any:
@@ -184,7 +188,7 @@ def test_two_calls_are_two_halves() -> None:
 
 
 def test_shares_that_differ_are_played_by_the_longest_too() -> None:
-    anatomy, calls, _ = observe(tiny.make("sd15"), 256)
+    anatomy, calls, _ = observe(tiny.make("sd15_two_layers"), 256)
     one = Rehearsed(Part(), Part(), 0)
     even, odd = (attempt(anatomy, calls, method("patch"), devices, one) for devices in (4, 3))
     assert (len(even.played), len(odd.played)) == (1, 2)

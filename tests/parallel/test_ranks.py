@@ -142,7 +142,7 @@ def test_a_single_process_is_refused() -> None:
 
 
 REASONS = {
-    "rows": "rows of latents make 1 units of 8 rows",
+    "rows": "rows of latents make 1 units of 4 rows",
     "world": "parallel.devices = 7, but {ranks} processes run",
     "unet heads": "cannot split a unet2d denoiser",
     "compiled": "patch cuts the picture inside the denoiser; set compile.scope = blocks",
