@@ -12,6 +12,7 @@ from fastdiff.bench.peers_dit import Ratios, _text_through
 from fastdiff.bench.probe import Probe
 from fastdiff.bench.twin import Clock, Counter, Twin
 from fastdiff.errors import BackendUnavailable, UnknownName, UnsupportedModel
+from tests.some import some
 from tests.tiny import denoiser, make
 
 STEPS = 12
@@ -47,7 +48,7 @@ def traces(module):
     }
 
 
-@pytest.mark.parametrize(("family", "peer", "count"), CASES, ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize(("family", "peer", "count"), some(CASES, 3), ids=lambda value: getattr(value, "name", None))
 def test_runs_skips_forgets_and_leaves_no_trace(family, peer, count):
     if peer.package != "diffusers":
         pytest.importorskip(peer.package.replace("-", "_"))

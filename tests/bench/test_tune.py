@@ -66,6 +66,7 @@ def first(tmp_path_factory):
         yield made, *made.search()
 
 
+@pytest.mark.slow
 def test_a_search_measures_and_chooses(first):
     made, measured, chosen = first
     assert {"solver 2", "solver 3", "dp 3"} <= set(made.configs) and chosen.name in made.configs
@@ -78,6 +79,7 @@ def test_a_search_measures_and_chooses(first):
         assert fast.report.steps == 3
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     monkeypatch.setattr(tune, "_FINE", 12)
     made, said = first[0], []
@@ -116,6 +118,7 @@ def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(tmp_path
     assert told["chosen"] == "plain" and told["captions"] == 2 and 0 < told["unseen"] < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"header": 1}'])
 def test_a_broken_state_is_refused_in_words(first, tmp_path, text):
     file = tmp_path / "x.tune.json"
@@ -124,6 +127,7 @@ def test_a_broken_state_is_refused_in_words(first, tmp_path, text):
         search(first[0].pipe, file, Goal("psnr", 1.0, "plain"), [])._resume()
 
 
+@pytest.mark.slow
 def test_what_is_written_is_a_config_with_its_plan_beside_it(first, tmp_path):
     from fastdiff.cli.tune import _toml
 

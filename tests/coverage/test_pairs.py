@@ -43,6 +43,7 @@ TABLE = {
     "dp pixart": ("pixart", "denoiser", 1),
     "cachequant pixart": ("pixart", "denoiser", 2),
     "magcache pixart": ("pixart", "denoiser", 2),
+    "switch pixart": ("pixart", "denoiser", 1),
     "first_block": ("pixart", "blocks", 2),
     "dbcache": ("pixart", "blocks", 2),
     "teacache": ("pixart", "blocks", 2),
@@ -55,7 +56,9 @@ OTHERS = {
     **{("faster_diffusion", scheme): 4 for scheme in ("w8a8", "w8a8 static", "w4a8")},
 }  # fmt: skip
 # Written as text for a language model, which no scheme here is for; the same method on another family.
-NOT_HERE = {"tgate flux"} | {row for row in ROWS if row.split()[0] in ("dp", "cachequant", "magcache")} - {*TABLE}
+NOT_HERE = {"tgate flux"} | {row for row in ROWS if row.split()[0] in ("dp", "cachequant", "magcache", "switch")} - {
+    *TABLE
+}
 # Static ranges are looked up by a tensor of the bucket, dynamic ones found in the graph: both have to hold.
 QUICK = {("fora", "w8a8"), ("static", "fp8"), ("first_block", "w8a8 static")}  # the last: blocks share a graph
 CASES = [

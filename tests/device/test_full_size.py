@@ -14,6 +14,7 @@ from fastdiff.quant.schemes.w4a16 import W4A16
 from fastdiff.registry import registry
 from fastdiff.studio.holding import first_step
 from fastdiff.weights import nbytes
+from tests.some import some
 
 from .full_size import model
 
@@ -32,7 +33,7 @@ HELD: dict[tuple[str, str], tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "method"), HELD, ids=[" ".join(key) for key in HELD])
+@pytest.mark.parametrize(("name", "method"), some(HELD, 2), ids=[" ".join(key) for key in HELD])
 def test_a_cache_holds_what_its_regions_give(name, method):
     told, wanted = HELD[name, method]
     settings = registry("cache")[method].model_validate({"method": method, **told})
@@ -51,7 +52,7 @@ SENT: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SENT)
+@pytest.mark.parametrize("name", some(SENT, 2))
 def test_what_a_rank_of_two_sends_in_a_step(name):
     """FLUX is not here: its width is read from its list of places, of which meta has no values."""
     exchanges, sent = SENT[name]

@@ -108,7 +108,10 @@ def test_one_prompt_of_a_batch_does_not_change_the_other(row):
 REMEMBER = [(row, name) for row, name in SUPPORTED if ROWS[row].method != "switch"]
 
 
-@each((case for case in ONE_A_KIND if case in REMEMBER and (ROWS[case[0]].saves == 2 or case[1] in CROSS)), quick=ONCE)
+@each(
+    (case for case in ONE_A_KIND if case in REMEMBER and (ROWS[case[0]].saves == 2 or case[1] in CROSS)),
+    quick=ONCE[::3],
+)
 def test_what_was_remembered_is_given_back_when_the_run_ends(row, name):
     pipe = tiny.make(name)
     kept: list[weakref.ref] = []

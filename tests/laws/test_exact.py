@@ -77,7 +77,7 @@ def test_restore_leaves_no_trace(row, name):
     assert differences(before, snapshot(pipe)) == [], "a second restore() does nothing"
 
 
-@each([*SUPPORTED, *QUANTIZED], quick=[*ONCE, *QUANTIZED_ONCE])
+@each([*SUPPORTED, *QUANTIZED], quick=[*ONCE[::2], *QUANTIZED_ONCE])
 def test_the_context_manager_restores_even_if_nothing_ran(row, name):
     pipe = tiny.make(name)
     before = snapshot(pipe)
@@ -96,7 +96,9 @@ def test_a_method_that_cannot_work_on_a_model_says_why_and_leaves_it_alone(row, 
     assert differences(before, snapshot(pipe)) == []
 
 
-@each([*ONCE, *QUANTIZED_ONCE])  # six runs each, and state is a session's own whatever the family
+@each(
+    [*ONCE, *QUANTIZED_ONCE], quick=[*ONCE[::3], *QUANTIZED_ONCE[::3]]
+)  # six runs each, and state is a session's own whatever the family
 def test_two_pipelines_of_one_class_do_not_touch_each_other(row, name):
     fast, slow, other = tiny.make(name), tiny.make(name), tiny.make(name)
     before = snapshot(slow)

@@ -76,7 +76,7 @@ def fail_while_decoding(pipe, name):
 
 
 # several runs each; what is forgotten, and when, no family has a part in
-@each([*ONE_A_KIND, *QUANTIZED_KINDS], quick=[*ONCE, *QUANTIZED_ONCE])
+@each([*ONE_A_KIND, *QUANTIZED_KINDS], quick=[*ONCE[::2], *QUANTIZED_ONCE[::3]])
 def test_after_an_exception_in_a_run_the_next_call_equals_a_fresh_one(row, name):
     pipe = used(name)
     before = snapshot(pipe)
@@ -149,7 +149,7 @@ def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, r
     assert differences(before, snapshot(pipe)) == []
 
 
-@each([*ONE_ROW_A_FAMILY, *QUANTIZED_ONCE])
+@each([*ONE_ROW_A_FAMILY, *QUANTIZED_ONCE], quick=ONE_ROW_A_FAMILY)
 @pytest.mark.parametrize("error", [BadConfig, RuntimeError, KeyboardInterrupt])
 def test_a_second_accelerate_that_fails_keeps_the_first(monkeypatch, row, name, error):
     pipe = tiny.make(name)

@@ -73,13 +73,13 @@ def pictures(rank: int, ranks: int) -> dict:
     """Those of a model that every rank has as a whole, to the bit; again after restoring, and with half precision."""
     found = {}
     for name, method, dtype in (("flux", "ring", torch.float32), ("sd15", "patch", torch.bfloat16)):
-        settings = {"method": method, "shard": "blocks"}
+        settings = {"method": method, "shard": "blocks", "timeout": 600}
         with saved(rank, tiny_one(name), max_shard_size="50KB") as folder:
             whole, pipe = (fastdiff.load(folder, dtype=dtype, **more) for more in ({}, {"parallel": settings}))
         for one in (whole, pipe):
             align(one)
             one.set_progress_bar_config(disable=True)
-        with fastdiff.accelerate(whole, parallel=method):
+        with fastdiff.accelerate(whole, parallel={"method": method, "timeout": 600}):
             wanted = latents(whole, name, 2)
         assert absent(tiny.denoiser(pipe)) == "are sharded: some are empty here"
         for _ in range(2):
