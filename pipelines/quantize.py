@@ -52,7 +52,7 @@ def quantize(
 
     Raises BadConfig, UnsupportedModel or BackendUnavailable; the pipeline is then as it was.
     """
-    method = method_of(pipe, config)
+    started, method = time.perf_counter(), method_of(pipe, config)
     restore(pipe)
     found = anatomies(pipe)
     parts = targets(pipe, method, found)  # before anything is drawn
@@ -76,7 +76,7 @@ def quantize(
     before = _times(measured, compiled)
     done = quantize_for_good(pipe, method, found, calibration=calibration, learned=learned)
     _measure(done.report, measured, predicted, before)
-    done.report.predict_seconds = predicting
+    done.report.predict_seconds, done.report.seconds = predicting, time.perf_counter() - started
     done.report.notes = [*done.notes(freed=True), *done.timed()]
     done.report.timed = {key: ms for present in done.presents.values() for key, ms in present.times.items()}
     return done.report

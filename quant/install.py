@@ -45,7 +45,8 @@ class LayerReport:
 class QuantReport:
     """What quantizing did. `output_error` is |changed - float| / |float| of the denoiser's output, `float_ms`,
     `compiled_ms` (float under torch.compile) and `quantized_ms` a call of it, where they were measured; `timed`
-    has milliseconds of a layer's candidates by its shape."""
+    has milliseconds of a layer's candidates by its shape; `seconds` are those of quantizing for good with all that it
+    calibrates and measures, `predict_seconds` those of the prediction."""
 
     method: str
     layers: list[LayerReport] = field(default_factory=list)
@@ -55,6 +56,7 @@ class QuantReport:
     output_error: float | None = None
     predicted_error: float | None = None
     predict_seconds: float | None = None
+    seconds: float | None = None
     float_ms: float | None = None
     compiled_ms: float | None = None
     quantized_ms: float | None = None

@@ -105,7 +105,8 @@ def _tell(output: Path, done: QuantReport, report: Path | None, as_json: bool) -
         print(json.dumps({"file": str(output), "layers": len(done.layers), **told}))
         return
     print(output)
-    for note in done.notes:
+    said = [f"quantized in {done.seconds:.1f} s"] if done.seconds else []  # not where layers were quantized while read
+    for note in [*done.notes, *said]:
         say(note)
     if done.output_error is not None:
         predicted = ""

@@ -19,6 +19,7 @@ def test_a_directory_is_written_that_generate_reads(cli, model: str) -> None:
     report = json.loads(Path("report.json").read_text())
     assert report["bytes_before"] > 2 * report["bytes_after"] and report["layers"][0]["kernel"]
     assert json.loads(Path("small/fastdiff_quant_report.json").read_text()) == report
+    assert report["seconds"] > report["predict_seconds"] and f"quantized in {report['seconds']:.1f} s" in done.err
     assert report["predict_seconds"] > 0 and f"found in {report['predict_seconds']:.1f} s" in done.err
     assert 0.2 < report["predicted_error"] / report["output_error"] < 5 and report["float_ms"] > 0
     made = cli("generate", "a cat", "-m", "small", "--steps", 2, "--seed", 1, "--width", 64, "--height", 64)
