@@ -5,7 +5,7 @@ python scripts/bench_gpu.py --sections 0,1     the gates alone: run these first,
 python scripts/bench_gpu.py --dry-run          the same code on a CPU, with tiny sizes
 
 It runs from a bare checkout. What the machine lacks can travel as wheels: `make gpu-kit` puts them into build/gpu-kit,
-which is looked into here; nothing is installed, and no network is needed.
+of which what is not here, or older, is unpacked for the run; nothing is installed, and no network is needed.
 """
 
 # ruff: noqa: E402, I001
@@ -17,7 +17,6 @@ import re
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,11 @@ from typing import Annotated, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPACKED = tempfile.TemporaryDirectory()  # kept until the end: modules are loaded from it
-for wheel in (ROOT / "build/gpu-kit").glob("*.whl"):
-    zipfile.ZipFile(wheel).extractall(UNPACKED.name)
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent), UNPACKED.name]
+
+from gpu.kit import unpack
+
+unpack(ROOT / "build/gpu-kit", Path(UNPACKED.name))
 
 import torch
 import typer

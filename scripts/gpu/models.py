@@ -237,6 +237,9 @@ def _cache_dit(bench: Bench, model: Model) -> Row:
 def _torchao(bench: Bench, model: Model) -> Row:
     from torchao import quantization
 
+    if bench.device.type == "cpu":
+        return {"skipped": "its fp8 needs a card"}
+
     quantization.quantize_(model.pipe.transformer, quantization.Float8DynamicActivationFloat8WeightConfig())
     model.pipe.transformer.compile_repeated_blocks(fullgraph=True)
     return _timed(bench, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,28 @@ def test_floats_of_a_reversible_quantization_wait_on_the_cpu():
     with fastdiff.accelerate(pipe, quant={"method": "w8a16", "speed": "smallest"}):
         assert torch.cuda.memory_allocated() < held
     assert all(p.is_cuda and torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("wheel", "taken"),
+    [
+        ("torch-0.1-cp39-cp39-linux_x86_64.whl", []),  # what is here and not older stays, whatever its wheel is for
+        ("torch-999.0-py3-none-any.whl", ["torch"]),
+        ("nobody_has_this-1.0-py2.py3-none-any.whl", ["nobody_has_this"]),
+        ("nobody_has_this-1.0-cp310-abi3-linux_x86_64.whl", ["nobody_has_this"]),
+        ("nobody_has_this-1.0-cp39-cp39-linux_x86_64.whl", None),
+    ],
+)
+def test_of_the_kit_is_taken_what_is_lacking_and_fits(wheel, taken, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu.kit import unpack
+
+    (tmp_path / "kit").mkdir()
+    with zipfile.ZipFile(tmp_path / "kit" / wheel, "w") as file:
+        file.writestr("something.py", "")
+    if taken is None:
+        with pytest.raises(SystemExit, match=r"is not for Python .*KIT_PYTHON="):
+            unpack(tmp_path / "kit", tmp_path / "here")
+        return
+    assert unpack(tmp_path / "kit", tmp_path / "here") == taken
+    assert (tmp_path / "here" / "something.py").is_file() is bool(taken)
