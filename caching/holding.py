@@ -5,34 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.errors import DoesNotFit
+from fastdiff.memory import free
 from fastdiff.recorder import Recorder
 
 from .base import CacheMethod
 from .region import Memory, Region, tensors
 
-_MEMORY = Path("/proc/meminfo")  # of Linux
-
 
 def bytes_of(leaves: Sequence[Any]) -> int:
     return sum(leaf.nbytes for leaf in tensors(leaves))
-
-
-def free(device: torch.device) -> int | None:
-    """Bytes that new tensors may take; None where nobody says."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and _MEMORY.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMORY.read_text(encoding="ascii"))
-        return int(found[1]) * 1024 if found else None
-    return None
 
 
 class Holding:
@@ -73,7 +60,7 @@ class Holding:
             return
         ones[kind] = bytes_of(found) * self._counts[kind]
         room = free(found[0].device)
-        if room is not None and self.foreseen - self._held - self._taken > room:
+        if self.foreseen - self._held - self._taken > room:
             raise DoesNotFit(self._said(found[0].device, room))
 
     def take_all(self, branch: int, memories: Sequence[Memory]) -> None:
@@ -93,7 +80,7 @@ class Holding:
         self._held = sum(bytes_of(value) for memory in memories for value in memory.values)
         self.recorder.report.cache_mb = max(self.recorder.report.cache_mb, self._held / 1e6)
 
-    def _said(self, device: torch.device, room: int) -> str:
+    def _said(self, device: torch.device, room: float) -> str:
         kept, count = self.values, len(self._kinds)
         told = (
             f"{self.method.method} would hold {_mb(self.foreseen)} or more ({count} regions, {kept} values of each, "
@@ -106,5 +93,5 @@ class Holding:
         return told + "; or draw a smaller picture, fewer at once, or fewer frames"
 
 
-def _mb(size: int) -> str:
+def _mb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

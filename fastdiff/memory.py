@@ -15,9 +15,12 @@ _CACHED = ("inactive_file", "total_inactive_file")  # counted as used, and given
 
 
 def free(device: torch.device, root: Path = ROOT) -> float:
-    """Bytes that can be had: infinite where nobody tells, as on a CPU without Linux."""
+    """Bytes that new tensors may take: infinite where nobody tells, as on a CPU without Linux."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
+    if device.type != "cpu":
+        return math.inf
     found = [left for folder in _groups(root) if (left := _left(folder)) is not None]
     with suppress(OSError, KeyError):
         found.append(_table(root / "proc/meminfo")["MemAvailable:"] * 1024)

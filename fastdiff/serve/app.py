@@ -64,8 +64,7 @@ def build(options: Options) -> FastAPI:
     """Load the model and make the application; its queue is `app.state.desk`."""
     Outfit(tuple(options.loras.values())).check("cpu")
     studio = Studio(options.model, next(iter(options.shelf.values())), options.dtype)
-    if studio.kind == "sound":
-        studio.only("picture")
+    studio.only("picture", "video")
     studio.check([], None)
     meters = Meters()
     desk = Desk(studio, options.shelf, options.limits, meters, options.loras)
