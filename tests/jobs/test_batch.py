@@ -19,6 +19,7 @@ from fastdiff.cli import run
 from fastdiff.images import read
 from fastdiff.jobs.manifest import CLAIMS
 from fastdiff.studio import drawing, wanted
+from tests.forks import renew_threads
 
 LINES = ['{"prompt": "a cat"}', '{"prompt": "a dog", "seed": 5, "steps": 2}', '{"prompt": "a cat"}']
 
@@ -220,6 +221,7 @@ def fork(model: str) -> Any:
 
     def draw() -> None:
         os.setsid()
+        renew_threads()
         with Path(f"{os.getpid()}.out").open("w") as out, redirect_stdout(out), redirect_stderr(StringIO()):
             code = run([str(part) for part in command(model)])
         os._exit(code)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from .ranks import start
-from .test_ranks import _digests
+from .ranks import ABSENT, start
 
 
 class Asked:
@@ -32,10 +31,15 @@ class Asked:
         ]
 
     def told(self, ranks: int, name: str) -> list[Any]:
-        """What each rank says; a traceback fails the test that asks."""
+        """What each rank says; a traceback of any fails the test that asks, with those of all: a rank that another
+        waited for in vain shows why."""
         found = self._said(self._is_slow(ranks, name))[ranks][name]
-        for rank, one in enumerate(found):
-            assert not (isinstance(one, str) and ("Traceback" in one or one == "did not run")), f"rank {rank}: {one}"
+        broken = [
+            f"rank {rank}: {one}"
+            for rank, one in enumerate(found)
+            if isinstance(one, str) and ("Traceback" in one or one == ABSENT)
+        ]
+        assert not broken, "\n".join(broken)
         return found
 
     def agree(self, ranks: int, name: str) -> None:
@@ -56,3 +60,9 @@ class Asked:
         chosen = {ranks: [n for n in names if self._is_slow(ranks, n) is slow] for ranks, names in self.names.items()}
         kept = {ranks: names for ranks, names in chosen.items() if names}
         return dict(zip(kept, start(self.module.__name__, [(v, k) for k, v in kept.items()]), strict=True))
+
+
+def _digests(said: Any) -> list[str]:
+    if isinstance(said, dict):
+        return [said["digest"]] if "digest" in said else [d for one in said.values() for d in _digests(one)]
+    return [str(one) for one in said if len(str(one)) == 64] if isinstance(said, list) else []

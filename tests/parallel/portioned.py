@@ -60,9 +60,10 @@ def saved(rank: int, make: Callable[[], Any], **files: Any) -> Iterator[Path]:
     dist.barrier()
     try:
         yield folder
+        dist.barrier()  # not after an error: the others would wait for this rank, and it for them
     finally:
-        dist.barrier()
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def tiny_one(name: str) -> Callable[[], Any]:

@@ -5,6 +5,7 @@ One process of each worker imports what they need, and forks them: importing tak
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -23,11 +24,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 Said = dict[str, list[Any]]
+ABSENT = "did not run"
+GRACE = 20.0  # seconds that others have once a check of one rank failed: they may wait for it
 
 
 def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: float = 3600) -> list[Said]:
     """For each group (checks, which are functions of `module`, and a number of ranks): what each rank returned or
-    raised, by check. A check whose rank was killed has no answer of it."""
+    raised, by check; `ABSENT` of a rank that was killed, or came to a check after one that failed. Seconds of each
+    check are in the error output."""
     with tempfile.TemporaryDirectory() as folder:
         asked = importer()
         assert asked.stdin and asked.stdout
@@ -38,7 +42,7 @@ def start(module: str, groups: Sequence[tuple[Sequence[str], int]], timeout: flo
         for number, (names, ranks) in enumerate(groups):
             files = [Path(folder) / f"{number}.{rank}.json" for rank in range(ranks)]
             told = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-            found.append({name: [one.get(name, "did not run") for one in told] for name in names})
+            found.append({name: [one.get(name, ABSENT) for one in told] for name in names})
         return found
 
 
@@ -82,16 +86,20 @@ def _start(folder: str, module: str, groups: list[Any]) -> None:
 
 
 def _reap(children: list[int]) -> None:
-    """Wait for all; who hangs on purpose is killed once the others are done."""
-    left = set(children)
+    """Wait for all; who hangs on purpose is killed once the others are done, who waits for one that failed after a
+    while."""
+    left, stopped, failed = set(children), set[int](), None
     while left:
         for child in list(left):
             done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
-            if done and not os.WIFSTOPPED(status):
-                left.discard(child)
             if done and os.WIFSTOPPED(status):
-                children.append(-child)
-        if left and all(-child in children for child in left):
+                stopped.add(child)
+            elif done:
+                left.discard(child)
+                if (code := os.waitstatus_to_exitcode(status)) < 0:
+                    print(f"rank {children.index(child)} was ended by signal {-code}", file=sys.stderr)
+                failed = time.monotonic() if code > 0 and failed is None else failed
+        if left <= stopped or (failed is not None and time.monotonic() > failed + GRACE):
             for child in left:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
@@ -101,23 +109,29 @@ def _rank(folder: Path, number: int, checks: Any, names: Sequence[str], rank: in
     import torch
     import torch.distributed as dist
 
+    from tests.forks import renew_threads
+
+    faulthandler.enable()
+    renew_threads()
     store = dist.FileStore(str(folder / f"{number}.store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     said: dict[str, Any] = {}
+    failed = False
     for name in names:
         torch.manual_seed(0)
+        began = time.perf_counter()
         try:
             said[name] = getattr(checks, name)(rank, ranks)
-        except AssertionError:
-            said[name] = traceback.format_exc()
         except BaseException:
-            said[name] = traceback.format_exc()
-            break  # the group may be broken
-        finally:
-            part = folder / f".{number}.{rank}"
-            part.write_text(json.dumps(said))
-            part.rename(folder / f"{number}.{rank}.json")
-    os._exit(0)
+            said[name], failed = traceback.format_exc(), True
+        part = folder / f".{number}.{rank}"
+        part.write_text(json.dumps(said))
+        part.rename(folder / f"{number}.{rank}.json")
+        if rank == 0:
+            print(f"{checks.__name__}.{name}, {ranks} ranks: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        if failed:
+            break  # the others may wait for this one: what it said would be lost
+    os._exit(failed)
 
 
 if __name__ == "__main__":

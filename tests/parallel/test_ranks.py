@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import pytest
 
 from . import checks
-from .ranks import start
+from .asked import Asked
 
 NAMES = {
     2: (
@@ -31,43 +28,14 @@ SLOW = {  # minutes on two processors: three and four processes share them
     3: ("every_family_in_patches", "decoded", "strangers_become_alike", "replayed"),
     4: ("more_meshes", "replayed"),
 }
-CASES = [
-    pytest.param(ranks, name, marks=pytest.mark.slow if name in SLOW.get(ranks, ()) else ())
-    for ranks, names in NAMES.items()
-    for name in names
-]
-
-
-@cache
-def said(slow: bool) -> dict[int, dict[str, list[Any]]]:
-    """The slow or the other checks of all groups, by number of ranks."""
-    chosen = {ranks: [n for n in names if (n in SLOW.get(ranks, ())) is slow] for ranks, names in NAMES.items()}
-    groups = [(names, ranks) for ranks, names in chosen.items()]
-    return dict(zip(NAMES, start("tests.parallel.checks", groups), strict=True))
-
-
-def told(ranks: int, name: str) -> list[Any]:
-    """What the ranks returned. A traceback of any of them fails the test."""
-    found = said(name in SLOW.get(ranks, ()))[ranks][name]
-    for rank, one in enumerate(found):
-        assert not (isinstance(one, str) and ("Traceback" in one or one == "did not run")), f"rank {rank}: {one}"
-    return found
-
-
+CHECKS = Asked(checks, NAMES, SLOW)
+told = CHECKS.told
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.mark.parametrize(("ranks", "name"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("ranks", "name"), CHECKS.cases, ids=str)
 def test_check(ranks: int, name: str) -> None:
-    found = told(ranks, name)
-    digests = [_digests(one) for one in found]
-    assert all(one == digests[0] for one in digests), "the ranks ended with different latents"
-
-
-def _digests(said: Any) -> list[str]:
-    if isinstance(said, dict):
-        return [said["digest"]] if "digest" in said else [d for one in said.values() for d in _digests(one)]
-    return [str(one) for one in said if len(str(one)) == 64] if isinstance(said, list) else []
+    CHECKS.agree(ranks, name)
 
 
 def test_displaced_error_shrinks_with_the_step() -> None:
@@ -164,6 +132,4 @@ def test_bad_input_is_refused_with_the_reason(ranks: int) -> None:
 
 
 def test_checks_are_all_run() -> None:
-    known = {name for name, value in vars(checks).items() if getattr(value, "__module__", "") == checks.__name__}
-    takes = {name for name in known if list(getattr(checks, name).__annotations__)[:2] == ["rank", "ranks"]}
-    assert takes == {name for names in NAMES.values() for name in names}
+    CHECKS.all_run()

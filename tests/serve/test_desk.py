@@ -22,6 +22,7 @@ from fastdiff.cli.serve import shelf
 from fastdiff.errors import BadConfig, FastdiffError
 from fastdiff.serve.app import Options
 from fastdiff.serve.door import read_keys
+from tests.forks import renew_threads
 
 from .conftest import LIMITS, Server, serving, wait_for
 
@@ -158,6 +159,7 @@ def fork(model: str, *options: str) -> Any:
 
     def serve() -> None:
         os.setsid()
+        renew_threads()
         out = os.open("out", os.O_CREAT | os.O_WRONLY)
         os.dup2(out, 1)
         with Path("err").open("w") as err, redirect_stderr(err):
