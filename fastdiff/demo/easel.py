@@ -25,6 +25,7 @@ from .order import Order
 
 PREVIEWS = 8  # pictures of the latents in a run, at most
 PAUSE = 0.15  # seconds between two looks at a run
+IDLE = 2.0  # seconds after which what is not new is said again
 
 
 class Cancelled(Exception):
@@ -187,13 +188,14 @@ class _Watch:
 
 
 def _latest(said: queue.SimpleQueue[Said | BaseException | None]) -> Iterator[Said]:
-    """What was said last, a few times a second, also where nothing is new: only then can a reader leave."""
+    """What was said last, a few times a second; seldom where nothing is new: only then can a reader leave, and what
+    everyone who waits is told keeps the server from its work."""
     last: Said = Progress("Waiting for another picture")
+    patience = PAUSE
     while True:
-        time.sleep(PAUSE)
-        preview = None
-        while not said.empty():
-            item = said.get()
+        found, preview = _found(said, patience), None
+        patience = IDLE
+        for item in found:
             if isinstance(item, BaseException):
                 raise item
             if item is None:
@@ -202,6 +204,18 @@ def _latest(said: queue.SimpleQueue[Said | BaseException | None]) -> Iterator[Sa
             preview = item.preview if isinstance(item, Progress) and item.preview else preview
             last = item
         yield last if isinstance(last, Pair) or last.preview else replace(last, preview=preview)
+
+
+def _found(said: queue.SimpleQueue[Said | BaseException | None], patience: float) -> list[Said | BaseException | None]:
+    """What comes within a time, with all that comes soon after it; nothing if nothing does."""
+    try:
+        found = [said.get(timeout=patience)]
+    except queue.Empty:
+        return []
+    time.sleep(PAUSE)
+    while not said.empty():
+        found.append(said.get())
+    return found
 
 
 def _warnings(studio: Studio, asked: Sampling, fast: Shot) -> Iterator[str]:
