@@ -1,6 +1,6 @@
 """Fit the solvers that come with the embedded models.
 
-python scripts/fit_solvers.py shapes-unet    about an hour on a core; plans that are there are not made again
+python scripts/fit_solvers.py shapes-unet    about two hours on a core; plans that are there are not made again
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main(
     teacher_steps: Annotated[int, typer.Option()] = 120,
     guidance_scale: Annotated[float | None, typer.Option(help="default: the model's own")] = None,
     moves: Annotated[int, typer.Option(help="passes of moving the levels")] = 2,
+    polish: Annotated[int, typer.Option(help="times that all weights are moved at once")] = 1,
     only: Annotated[list[int] | None, typer.Option(help="these numbers of evaluations alone")] = None,
     folder: Annotated[Path, typer.Option(help="where the plans go")] = SHIPPED,
 ) -> None:
@@ -39,7 +40,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     with fitting(pipe, Config(), texts, seed=SEED, batch=16, teacher_steps=teacher_steps, **call) as found:
         for evaluations in wanted:
-            plan = found.plan(evaluations, order, moves)
+            plan = found.plan(evaluations, order, moves, polish)
             print(plan.summary(), flush=True)
             (folder / f"{model}-{evaluations}.json").write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

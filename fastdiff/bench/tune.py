@@ -150,16 +150,16 @@ class Tuning:
         }
         call |= {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
         # first a rough plan of each number, then as many good ones as there is time for
-        names = {f"solver {n}{moved}": (n, 2 if moved else 0) for moved in ("", " moved") for n in EVALUATIONS}
+        names = {f"solver {n}": (n, 0, 0) for n in EVALUATIONS} | {f"solver {n} moved": (n, 2, 1) for n in EVALUATIONS}
         wanted = {k: v for k, v in names.items() if v[0] < settings.steps and k not in self.configs}
         half = time.monotonic() + (ends - time.monotonic()) / 2
         if wanted:
             self.say(f"drawing {len(self.texts)} pictures with the teacher of the solvers")
             with fitting(self.pipe, Config(), self.texts, **call) as found:
-                for name, (n, moves) in wanted.items():
+                for name, (n, moves, polish) in wanted.items():
                     if self.configs and time.monotonic() > half:
                         break
-                    plan = found.plan(n, _ORDER, moves)
+                    plan = found.plan(n, _ORDER, moves, polish)
                     self.say(plan.summary())
                     yield name, Config(solver={"method": "fitted", "plan": plan})
         for share in SHARES if self.goal.to == "plain" else ():

@@ -25,6 +25,7 @@ from .fitting import BIASES, Fitting
 from .joint import budgeted
 from .levels import Levels, blend
 from .lockstep import twin
+from .polish import draws
 from .schedulers import host
 from .students import Trial, taught
 
@@ -44,18 +45,18 @@ def calibrate_solver(
     method: Any = config.solver
     if not isinstance(method, Fitted):
         raise BadConfig("a solver is calibrated with --set solver.method=fitted and solver.evaluations=N")
-    budget, moves = method.budget, method.moves
+    budget, passes = method.budget, {"moves": method.moves, "polish": method.polish}
     if budget is not None and config.quant is not None:
         raise BadConfig(
             "a plan with a budget is fitted on plain weights; leave out quant here (the plan may be used with it), or "
             "leave out solver.budget"
         )
     most = method.evaluations if budget is None else math.ceil(budget) + 2
-    with fitting(pipe, config, prompts, watch=watch, evaluations=most, moves=moves, **how) as found:
+    with fitting(pipe, config, prompts, watch=watch, evaluations=most, order=method.order, **passes, **how) as found:
         if budget is None:
-            plan = found.plan(most, method.order, moves)
+            plan = found.plan(most, method.order, **passes)
         else:
-            plan = budgeted(found, budget, method.order, moves, _inside(found.main, method.depth))
+            plan = budgeted(found, budget, method.order, method.moves, _inside(found.main, method.depth))
     if watch is not None:
         watch(1, 1)
     return config.model_copy(update={"solver": method.model_copy(update={"plan": plan})})
@@ -64,12 +65,13 @@ def calibrate_solver(
 @contextmanager
 def fitting(
     pipe: Any, config: Config, prompts: Sequence[str], *, seed: int = 0, batch: int = 4, teacher_steps: int = 100,
-    watch: Watch | None = None, evaluations: int = 1, moves: int = 2, **call: Any,
+    watch: Watch | None = None, evaluations: int = 1, order: int = 1, moves: int = 2, polish: int = 0, **call: Any,
 ) -> Iterator[Fitting]:  # fmt: skip
     """The teacher's trajectories, from which plans of any number of evaluations can be made.
 
     Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's quantization on;
-    the teacher takes `teacher_steps`, and plans of `evaluations` are to be made from it, with `moves` passes of moves.
+    the teacher takes `teacher_steps`, and plans of `evaluations` are to be made from it, with `moves` passes of moving
+    levels and `polish` of moving weights.
     """
     if evaluations >= teacher_steps:
         raise BadConfig(f"{evaluations} evaluations need a teacher of more steps than {teacher_steps}")
@@ -81,8 +83,8 @@ def fitting(
         )
     restore(pipe)
     own, found = pipe.scheduler, anatomies(pipe)
-    draws = len(BIASES) + (moves * 2 * (evaluations - 1) if evaluations > 1 else 0)
-    work = (teacher_steps + draws * evaluations) * -(-len(prompts) // batch)
+    drawn = (len(BIASES) + moves * 2 * (evaluations - 1)) * evaluations + polish * draws(evaluations, order)
+    work = (teacher_steps + drawn) * -(-len(prompts) // batch)
     calls = partial(_calls, prompts, seed, batch, call)
     stock = host(own)
     if not stock.config.get("use_dynamic_shifting"):

@@ -36,6 +36,7 @@ class Fitted(Method):
     evaluations: int = Field(10, ge=1, le=1_000, description="calls of the model a picture; what calibrate plans for")
     order: int = Field(4, ge=1, le=8, description="model outputs that calibrate makes a step of")
     moves: int = Field(2, ge=0, le=8, description="passes in which calibrate moves the levels, nearer each time")
+    polish: int = Field(1, ge=0, le=8, description="times that calibrate then moves all weights at once")
     budget: float | None = Field(None, ge=2, le=1_000, description=BUDGET)
     depth: float = Field(0.6, ge=0, le=1, description=DEPTH)
     plan: Annotated[SolverPlan | None, FROM_FILE] = Field(

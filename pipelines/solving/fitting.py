@@ -17,6 +17,7 @@ from fastdiff.listening import unheard
 from .candidates import Candidate, distance, held_out, moved, student
 from .grid import best
 from .plan import SolverPlan
+from .polish import polished
 from .schedulers import ode, solver
 from .students import Teacher, Trial
 
@@ -33,9 +34,13 @@ class Fitting:
     own: Any
     guidance_scale: float | None
 
-    def plan(self, evaluations: int, order: int, moves: int = 2) -> SolverPlan:
-        """The best plan of so many evaluations on the pictures held out, its levels moved in so many passes."""
-        return self.settled(self.fitted(evaluations, order, moves), evaluations)
+    def plan(self, evaluations: int, order: int, moves: int = 2, polish: int = 1) -> SolverPlan:
+        """The best plan of so many evaluations on the pictures held out, its levels moved in so many passes, and then
+        all of its weights."""
+        found = self.fitted(evaluations, order, moves)
+        for _ in range(polish):
+            found = polished(self.trial, self.teacher, found)
+        return self.settled(found, evaluations)
 
     def fitted(self, evaluations: int, order: int, moves: int) -> Candidate:
         """The best that is fitted, whatever the stock solvers do."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,15 +120,17 @@ def taught(trial: Trial, places: Sequence[float], pictures: int) -> Iterator[Tea
             count, values = rows[0].shape
             if states is None:
                 shape = tuple(last.shape[1:])
-                file = Path(folder) / "states"
-                states = torch.from_file(
-                    str(file), shared=True, size=len(places) * pictures * values, dtype=torch.float32
-                ).view(len(places), pictures, values)
+                states = in_file(folder, len(places), pictures, values)
             states[:, done : done + count] = torch.stack(rows)
             parts = torch.stack([*rows, *outputs], 1).double()
             summed = (parts @ parts.transpose(1, 2)).sum(0) / values
             gram, done = summed if gram is None else gram + summed, done + count
         yield Teacher(list(places), states, (gram / done).numpy(), heard[0], shape)
+
+
+def in_file(folder: str, *shape: int) -> Tensor:
+    """Numbers of float32 in a file of that folder instead of in memory."""
+    return torch.from_file(f"{folder}/numbers", shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
 
 
 def _row(value: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ NOT_HERE = {"tgate flux"} | {row for row in ROWS if row.split()[0] in ("dp", "ca
     *TABLE
 }
 # Static ranges are looked up by a tensor of the bucket, dynamic ones found in the graph: both have to hold.
-QUICK = {("fora", "w8a8"), ("static", "fp8"), ("first_block", "w8a8 static")}  # the last: blocks share a graph
+QUICK = {("static", "fp8"), ("first_block", "w8a8 static")}  # the last: blocks share a graph
 CASES = [
     pytest.param(row, scheme, id=f"{row}-{scheme}", marks=() if (row, scheme) in QUICK else pytest.mark.slow)
     for row in TABLE

@@ -46,7 +46,7 @@ def test_the_tiny_pipelines_are_deterministic_and_depend_on_prompt_and_seed(name
     assert not torch.equal(tiny.run(pipe, name, steps=STEPS, seed=1), again)
 
 
-@each(SUPPORTED, quick=UNLIKE)
+@each(SUPPORTED, quick=[*ONCE, *UNLIKE[::2]])
 def test_neutral_settings_change_no_bit(row, name):
     pipe = tiny.make(name)
     handle = fastdiff.accelerate(pipe, cache=ROWS[row].neutral)

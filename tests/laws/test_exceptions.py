@@ -98,7 +98,7 @@ def test_after_an_exception_in_the_decoder_the_next_call_equals_a_fresh_one(row,
     assert torch.equal(tiny.run(pipe, name, steps=STEPS), cached_afresh(row, name))
 
 
-@each(ONCE)
+@each(ONCE, quick=ONCE[::2])
 @pytest.mark.parametrize("fail", [fail_in_callback, fail_in_denoiser])
 def test_after_an_exception_a_call_of_the_denoiser_alone_is_computed_plainly(row, name, fail):
     pipe = tiny.make(name)
@@ -125,7 +125,7 @@ STAGES = {
 WITHOUT_UNITS = [("tgate", "sd3"), ("tgate flux", "flux"), ("joint conditional", "sd3"), ("switch sd3", "sd3")]
 
 
-@each([*ONCE, *QUANTIZED_ONCE])
+@each([*ONCE, *QUANTIZED_ONCE], quick=[*ONCE[1::3], *QUANTIZED_ONCE[::2], *WITHOUT_UNITS])
 @pytest.mark.parametrize(("owner", "stage", "call"), STAGES.values(), ids=STAGES)
 def test_an_exception_in_an_install_leaves_the_pipeline_as_it_was(monkeypatch, row, name, owner, stage, call):
     pipe = tiny.make(name)

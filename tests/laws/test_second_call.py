@@ -53,7 +53,7 @@ def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, nam
 
 
 # ten runs each: where a change of everything is a fresh start, this tells which change was not
-@each([*ONCE, *QUANTIZED_ONCE], quick=ONCE[1::5])
+@each([*ONCE, *QUANTIZED_ONCE], quick=ONCE[1::7])
 def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name):
     pipe = tiny.make(name)
     accelerate(pipe, row)
@@ -62,7 +62,7 @@ def test_a_call_with_one_thing_changed_equals_that_of_a_fresh_pipeline(row, name
         assert torch.equal(tiny.run(pipe, name, **settings), fresh(row, name, **overrides)), change
 
 
-@each(ONE_A_KIND)
+@each(ONE_A_KIND, quick=ONE_A_KIND[::2])
 def test_a_call_with_another_scheduler_is_cached_as_much_and_leaves_nothing_on_it(row, name):
     pipe = tiny.make(name)
     handle = accelerate(pipe, row)
@@ -99,7 +99,7 @@ def repaint(pipe, name: str, strength: float) -> torch.Tensor:
 LISTED = ("static", "joint")  # their steps are those of a list, which says nothing of a part of it
 
 
-@each(((row, name) for row, name in ONE_A_KIND if name in IMG2IMG and ROWS[row].method not in LISTED), quick=ONCE)
+@each(((row, name) for row, name in ONE_A_KIND if name in IMG2IMG and ROWS[row].method not in LISTED), quick=ONCE[::2])
 def test_a_call_with_another_strength_equals_that_of_a_fresh_pipeline(row, name):
     pipe = img2img(name)
     handle = accelerate(pipe, row)

@@ -11,7 +11,7 @@ import fastdiff
 from fastdiff.errors import BadConfig
 from tests import tiny
 from tests.caching.control import control_image, controlled
-from tests.laws.rows import ROWS, STEPS, SUPPORTED, accelerate, each
+from tests.laws.rows import ONCE, ONE_ROW_A_FAMILY, ROWS, STEPS, SUPPORTED, accelerate, each
 
 UNETS = ("sd15", "sdxl", "sd15_two_layers")
 SKIPS = {"sd15": 6, "sdxl": 6, "sd15_two_layers": 12}
@@ -30,7 +30,7 @@ class Executions:
         self.rows[name] += len(args[0]) if args else 0
 
 
-@each(SUPPORTED)
+@each(SUPPORTED, quick=[*ONCE, *ONE_ROW_A_FAMILY])
 def test_the_report_counts_what_was_really_computed(row, name):
     pipe, expected = tiny.make(name), ROWS[row]
     executions = Executions(leaf=expected.leaf(pipe), denoiser=tiny.denoiser(pipe))

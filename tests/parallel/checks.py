@@ -336,15 +336,24 @@ PAIRS = [("sd15", "deepcache"), ("sd15", "ab_cache"), ("sd15", "easycache"), ("s
 
 
 def cached(rank: int, ranks: int) -> dict[str, list[int]]:
-    """Every method with caches: exact ones equal the cache on one device, all skip what it skips."""
+    """Each pair of a model and a cache with every third method, beginning with another."""
+    return skipping(3, rank, ranks)
+
+
+def cached_everywhere(rank: int, ranks: int) -> dict[str, list[int]]:
+    return skipping(1, rank, ranks)
+
+
+def skipping(every: int, rank: int, ranks: int) -> dict[str, list[int]]:
+    """Methods with caches: exact ones equal the cache on one device, all skip what it skips."""
     found = {}
-    for name, cache in PAIRS:
+    for number, (name, cache) in enumerate(PAIRS):
         pipe = pipeline(name)
         handle = fastdiff.accelerate(pipe, cache=CACHES[cache])
         alone, skipped = latents(pipe, name, 6), handle.report.cached
         pattern = handle.report.branches[0]
         assert skipped >= 1, (name, cache)
-        for method in ("patch", "distrifusion", "pcpp", "cfg", "ulysses", "parastep"):
+        for method in ("patch", "distrifusion", "pcpp", "cfg", "ulysses", "parastep")[number % every :: every]:
             if (method == "ulysses" and name in tiny.UNETS) or (method == "cfg" and ranks != 2):
                 continue
             parallel = {"method": method} | ({"warmup_steps": 1} if method not in ("patch", "cfg", "ulysses") else {})
@@ -371,10 +380,7 @@ def cached(rank: int, ranks: int) -> dict[str, list[int]]:
 def in_graphs(rank: int, ranks: int) -> dict:
     """Blocks are compiled with the layers that talk in them."""
     skips = {"cache": CACHES["first_block"]}
-    found = {
-        "flux patch": compiled("flux", "patch", 4, **skips),
-        "sd3 distrifusion": compiled("sd3", "distrifusion", 2),
-    }
+    found = {"sd3 distrifusion": compiled("sd3", "distrifusion", 4, **skips)}
     pipe = pipeline("sd3")
     alone = latents(pipe, "sd3")
     graphs = {"enabled": True, "backend": "eager"}
@@ -397,6 +403,7 @@ def in_more_graphs(rank: int, ranks: int) -> dict:
     """The other families and methods; the stages of a UNet, and its inputs, have a graph for each size. Those that talk
     around the denoiser, cfg and parastep, leave it whole, too."""
     return {
+        "flux patch": compiled("flux", "patch", 4, cache=CACHES["first_block"]),
         "sd3 cfg": compiled("sd3", "cfg", 2, "denoiser"),
         "sd3 parastep": compiled("sd3", "parastep", 2, "denoiser"),
         "sd15 distrifusion": compiled("sd15", "distrifusion", 40),

@@ -36,12 +36,12 @@ def slow(*case: Any) -> Any:
 
 
 EXACT = [
-    ("sd15", "patch"), ("sd3", "patch"), ("sd3", "ulysses"), ("flux", "cfg"), slow("sd15", "cfg"),
-    slow("flux", "patch"), ("sd3", "ring"), ("sd3", "token_ring"), slow("flux", "ring"), slow("sd15", "ring"),
+    ("sd15", "patch"), slow("sd3", "patch"), ("sd3", "ulysses"), ("flux", "cfg"), slow("sd15", "cfg"),
+    slow("flux", "patch"), slow("sd3", "ring"), ("sd3", "token_ring"), slow("flux", "ring"), slow("sd15", "ring"),
     slow("wan", "patch"), slow("pixart", "ulysses"),
 ]  # fmt: skip
 NEAR = [
-    ("sd15", "distrifusion", LATE), ("sd3", "pcpp", LATE | {"codec": "residual"}), ("sd3", "parastep", CYCLE),
+    ("sd15", "distrifusion", LATE), ("sd3", "pcpp", LATE | {"codec": "residual"}), slow("sd3", "parastep", CYCLE),
     ("sd3", "pipefusion", {"patches": 3}), slow("flux", "pipefusion", {"patches": 3}),
     slow("sd3", "distrifusion", LATE | {"codec": "int8"}), slow("sd15", "pcpp", LATE), slow("sd15", "parastep", CYCLE),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ NAMES = {
         "every_family_in_patches", "every_family_in_halves", "every_transformer_by_heads", "in_float32", "odd_rows",
         "denoisers_alone", "several_pictures", "decoded", "weights_that_came_before_and_after", "controlled",
         "picture_to_picture_and_another_size", "strangers_become_alike", "displaced", "displaced_in_many_steps",
-        "stepping", "replayed", "cached",
+        "stepping", "replayed", "cached", "cached_everywhere",
         "renewed", "counted", "still", "broken_off", "ended_early", "guided_for_a_part",
         "a_lost_cycle_is_computed_again", "in_graphs", "in_more_graphs", "refused",
     ),
@@ -24,8 +24,15 @@ NAMES = {
     1: ("alone",),
 }  # fmt: skip
 SLOW = {  # minutes on two processors: three and four processes share them
-    2: ("in_float32", "several_pictures", "displaced_in_many_steps", "in_more_graphs"),
-    3: ("every_family_in_patches", "decoded", "strangers_become_alike", "replayed"),
+    2: (
+        "in_float32",
+        "several_pictures",
+        "displaced_in_many_steps",
+        "in_more_graphs",
+        "cached_everywhere",
+        "ended_early",
+    ),
+    3: ("every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed"),
     4: ("more_meshes", "replayed"),
 }
 CHECKS = Asked(checks, NAMES, SLOW)

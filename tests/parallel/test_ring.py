@@ -19,7 +19,10 @@ NAMES = {
     4: ("lengths", "teams", "more_ranks_than_heads"),
     5: ("lengths", "teams"),
 }
-SLOW = {3: ("pictures",), 2: ("with_caches_and_graphs",), 5: ("lengths", "teams")}
+SLOW = {
+    2: ("with_caches_and_graphs",), 3: ("pictures", "uneven_heads"), 4: ("lengths", "teams", "more_ranks_than_heads"),
+    5: ("lengths", "teams"),
+}  # fmt: skip
 CHECKS = Asked(circles, NAMES, SLOW)
 told = CHECKS.told
 ranks_meet = pytest.mark.xdist_group("rings")
@@ -37,7 +40,7 @@ def test_all_checks_run() -> None:
 
 
 @ranks_meet
-@pytest.mark.parametrize("ranks", [2, 3, 4, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 5))])
 def test_bytes_are_the_formula(ranks: int) -> None:
     """Keys and values go round once; queries, results and their weights too, and the text's results to everybody."""
     heads, one = 5, circles.BATCH * 8  # bytes of a number of each picture

@@ -1,0 +1,80 @@
+"""All weights of a plan moved at once, by a step of Gauss and Newton, to where the pictures end nearest to the
+teacher's.
+
+Weights that are fitted step after step take each state to the teacher's, and know nothing of what the model makes of
+the error that is left. Here each weight is varied a little and the pictures are drawn to their end, which tells what it
+does through all later outputs of the model; least squares then move all weights together. Bespoke non-stationary
+solvers (https://arxiv.org/abs/2403.01329) look for such weights by gradient descent, which needs the model's
+derivative.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .candidates import Candidate, distance, held_out
+from .combine import At, counts, onward, parts
+from .fit import Products, solve
+from .replay import Outputs
+from .students import Teacher, Trial, in_file
+
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # how far the weights go is left to the pictures held out
+_NUDGE = 1e-3  # of the latents' norm, by which a state is moved to see what that does; coarser where numbers are
+
+Weights = Sequence[Sequence[float]]
+
+
+def draws(evaluations: int, order: int) -> int:
+    """Evaluations of a picture that `polished` takes."""
+    varied = sum(sum(counts(step, order)) * (evaluations - 1 - step) for step in range(evaluations))
+    return varied + (1 + len(RIDGES)) * evaluations
+
+
+def polished(trial: Trial, teacher: Teacher, best: Candidate) -> Candidate:
+    """A candidate with weights moved so, or the very same if the pictures left out of the fit end no nearer for it.
+
+    A draw for each weight begins at its step: outputs of the steps before are those of `best`.
+    """
+    held = held_out(teacher.states.shape[1])
+    own = [[*w, *[0.0] * (sum(counts(step, best.order)) - len(w))] for step, w in enumerate(best.weights)]
+    end, nudges, _ = _drawn(trial, best, own)
+    with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
+        columns = in_file(folder, sum(map(len, own)), *end.shape)
+        places = [(step, k) for step, weights in enumerate(own) for k in range(len(weights))]
+        for column, (step, k) in zip(columns, places, strict=True):
+            varied = [[*weights] for weights in own]
+            varied[step][k] += nudges[step][k]
+            column.copy_(_drawn(trial, best, varied, step + 1)[0] - end)
+        wanted = teacher.states[-1] - end
+        each = range(len(end))
+        found = Products.cat([Products.of([c[s : s + 1] for c in columns], wanted[s : s + 1]) for s in each])
+    sizes = torch.tensor([nudges[step][k] for step, k in places], dtype=torch.float64)
+    tries = [best]
+    for ridge in RIDGES:
+        moves = (solve(found.at(~held), torch.zeros_like(sizes), ridge) * sizes).split([*map(len, own)])
+        moved = tuple(tuple((torch.tensor(w).double() + m).tolist()) for w, m in zip(own, moves, strict=True))
+        last, _, outputs = _drawn(trial, best, moved)
+        tries.append(Candidate("fitted", distance(last, teacher), best.points, best.places, moved, best.order, outputs))
+    return max(tries, key=lambda one: one.psnr(held))
+
+
+def _drawn(
+    trial: Trial, best: Candidate, weights: Weights, until: int = 0
+) -> tuple[Tensor, list[list[float]], Outputs]:
+    """The last latents of all pictures, (S, values), drawn with other weights; by how much each weight is to be varied;
+    and the model's outputs, of which those before step `until` are those of `best`."""
+    nudges: list[list[float]] = []
+
+    def settle(index: int, seen: list[list[At]]) -> list[Tensor]:
+        fine = max(_NUDGE, 4 * torch.finfo(seen[0][-1].x.dtype).eps)
+        size = torch.stack([steps[-1].x.float().norm() for steps in seen]).norm()
+        of = torch.stack([torch.stack([part.float().norm() for part in parts(steps, best.order)]) for steps in seen])
+        nudges.append((fine * size / of.norm(dim=0).clamp_min(1e-12)).tolist())
+        return [onward(steps, weights[index], best.order) for steps in seen]
+
+    last, outputs = trial.students(best.places, best.order, settle, best.outputs, until)
+    return last.flatten(1).float().cpu(), nudges, outputs
