@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Event, Lock, Thread
 from typing import Any
@@ -188,14 +189,18 @@ class _Watch:
 
 
 def _latest(said: queue.SimpleQueue[Said | BaseException | None]) -> Iterator[Said]:
-    """What was said last, a few times a second; seldom where nothing is new: only then can a reader leave, and what
-    everyone who waits is told keeps the server from its work."""
+    """What was said last, a few times a second; seldom where nothing is new: only then can a reader leave, and telling
+    all who wait keeps the server from its work."""
     last: Said = Progress("Waiting for another picture")
     patience = PAUSE
     while True:
-        found, preview = _found(said, patience), None
-        patience = IDLE
-        for item in found:
+        found: list[Said | BaseException | None] = []
+        with suppress(queue.Empty):
+            found.append(said.get(timeout=patience))
+            time.sleep(PAUSE)
+        patience, preview = IDLE, None
+        while found or not said.empty():
+            item = found.pop() if found else said.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
@@ -204,18 +209,6 @@ def _latest(said: queue.SimpleQueue[Said | BaseException | None]) -> Iterator[Sa
             preview = item.preview if isinstance(item, Progress) and item.preview else preview
             last = item
         yield last if isinstance(last, Pair) or last.preview else replace(last, preview=preview)
-
-
-def _found(said: queue.SimpleQueue[Said | BaseException | None], patience: float) -> list[Said | BaseException | None]:
-    """What comes within a time, with all that comes soon after it; nothing if nothing does."""
-    try:
-        found = [said.get(timeout=patience)]
-    except queue.Empty:
-        return []
-    time.sleep(PAUSE)
-    while not said.empty():
-        found.append(said.get())
-    return found
 
 
 def _warnings(studio: Studio, asked: Sampling, fast: Shot) -> Iterator[str]:

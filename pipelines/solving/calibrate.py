@@ -83,8 +83,8 @@ def fitting(
         )
     restore(pipe)
     own, found = pipe.scheduler, anatomies(pipe)
-    drawn = (len(BIASES) + moves * 2 * (evaluations - 1)) * evaluations + polish * draws(evaluations, order)
-    work = (teacher_steps + drawn) * -(-len(prompts) // batch)
+    drawn = len(BIASES) + moves * 2 * (evaluations - 1) + polish * draws(evaluations, order)
+    work = (teacher_steps + drawn * evaluations) * -(-len(prompts) // batch)
     calls = partial(_calls, prompts, seed, batch, call)
     stock = host(own)
     if not stock.config.get("use_dynamic_shifting"):

@@ -29,9 +29,8 @@ Weights = Sequence[Sequence[float]]
 
 
 def draws(evaluations: int, order: int) -> int:
-    """Evaluations of a picture that `polished` takes."""
-    varied = sum(sum(counts(step, order)) * (evaluations - 1 - step) for step in range(evaluations))
-    return varied + (1 + len(RIDGES)) * evaluations
+    """How often `polished` draws all pictures."""
+    return 1 + sum(sum(counts(step, order)) for step in range(evaluations)) + len(RIDGES)
 
 
 def polished(trial: Trial, teacher: Teacher, best: Candidate) -> Candidate:

@@ -68,7 +68,7 @@ APART = {
     ("part", "most"),
     [
         ("levers and core", 16_000),
-        ("solver", 2_200),
+        ("solver", 2_250),
         ("devices", 1_480),
         ("loading", 600),
         ("predictors", 470),

@@ -144,7 +144,7 @@ def test_where_nothing_is_to_be_won_the_stock_solver_stays(monkeypatch):
     with fitting(pipe, Config(), PROMPTS, teacher_steps=12, **call("sd15")) as found:
         bad = Candidate("fitted", torch.full((len(PROMPTS),), 1e9))
         monkeypatch.setattr(type(found), "_fitted", lambda *_: iter([bad]))
-        made = found.plan(4, 2)
+        made = found.plan(4, 2, polish=0)
     assert made.use != "fitted" and not made.weights and "nothing fitted beat" in made.summary()
     with fastdiff.accelerate(pipe, solver={"method": "fitted", "plan": made}) as fast:
         found = drawn(pipe, "sd15")

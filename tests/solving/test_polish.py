@@ -11,7 +11,7 @@ from fastdiff.pipelines.solving.calibrate import fitting
 from fastdiff.pipelines.solving.candidates import held_out, student
 from fastdiff.pipelines.solving.combine import counts, onward
 from fastdiff.pipelines.solving.fitting import Fitting
-from fastdiff.pipelines.solving.polish import draws, polished
+from fastdiff.pipelines.solving.polish import RIDGES, draws, polished
 from tests.solving.test_fitted import PROMPTS, call
 from tests.tiny import make
 
@@ -47,13 +47,16 @@ def test_what_is_no_nearer_is_not_taken(found):
     assert polished(found.trial, found.teacher, first) is first
 
 
-def test_it_takes_the_evaluations_that_are_foretold(found):
+def test_it_draws_as_often_as_is_foretold_and_computes_only_what_a_varied_weight_can_change(found):
     first = student(found.trial, found.teacher, POINTS, ORDER)
-    calls = []
+    steps, calls = [], []
     (denoiser,) = found.trial.denoisers
     hook = next(denoiser.children()).register_forward_pre_hook(lambda *_: calls.append(1))
-    polished(found.trial, found.teacher, first)
+    student(found.trial, found.teacher, POINTS, ORDER)
+    whole = len(calls) / 4
+    polished(replace(found.trial, tick=lambda: steps.append(1)), found.teacher, first)
     hook.remove()
-    batches = len(PROMPTS) // 4
-    passes = len(calls) / batches / draws(4, ORDER)
-    assert passes in (1, 2), "a pipeline may call its model for each half of guidance"
+    batches, weights = len(PROMPTS) // 4, [sum(counts(step, ORDER)) for step in range(4)]
+    assert len(steps) == draws(4, ORDER) * 4 * batches
+    varied = sum(count * (3 - step) for step, count in enumerate(weights))
+    assert len(calls) / whole - 4 == varied + (1 + len(RIDGES)) * 4
