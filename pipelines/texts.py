@@ -71,7 +71,8 @@ class Embeddings:
         leaves, spec = pytree.tree_flatten(given)
         if torch.is_inference_mode_enabled() or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
             return None
-        told = [(x.shape, x.dtype, x.device, _digest(x)) if isinstance(x, Tensor) else x for x in leaves]
+        told = [(x.shape, x.dtype, x.device, hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest())
+                if isinstance(x, Tensor) else x for x in leaves]  # fmt: skip
         ways = {key: value for key, value in vars(encoder).items() if isinstance(value, _SPEC)}  # tiles, for one
         return hashlib.sha256(repr((name, spec, told, ways, _state(encoder, True))).encode()).hexdigest()
 
@@ -87,10 +88,6 @@ class Embeddings:
         self.held += size
         while self.held > self.most:
             self.held -= self._answers.popitem(last=False)[1][1]
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.cpu().flatten().view(torch.uint8).numpy()).digest()
 
 
 def _copied(answer: Any) -> Any:
