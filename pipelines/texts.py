@@ -71,7 +71,7 @@ class Embeddings:
         leaves, spec = pytree.tree_flatten(given)
         if torch.is_inference_mode_enabled() or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
             return None
-        told = [(x.shape, x.dtype, x.device, hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy()).digest())
+        told = [(x.shape, x.dtype, x.device, hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy().data).digest())
                 if isinstance(x, Tensor) else x for x in leaves]  # fmt: skip
         ways = {key: value for key, value in vars(encoder).items() if isinstance(value, _SPEC)}  # tiles, for one
         return hashlib.sha256(repr((name, spec, told, ways, _state(encoder, True))).encode()).hexdigest()

@@ -86,7 +86,7 @@ def guided(pipe: Any, job: Sampling) -> dict[str, Any]:
     if told and given and usual <= 1:
         raise BadConfig(f"{type(pipe).__name__}, distilled from guidance, heeds no negative prompt; leave it out")
     asked = (given or usual > 1) and not told and job.guidance_scale is not None
-    scale = job.guidance_scale if asked else usual
+    scale: Any = job.guidance_scale if asked else usual
     return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 and not given else {})}
 
 
