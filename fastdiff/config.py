@@ -74,9 +74,11 @@ class Compile(Settings):
 
 
 class Text(Settings):
-    """What depends on the prompt alone; nothing here changes a bit."""
+    """What depends on the prompt, or on a given picture, alone; nothing here changes a bit."""
 
-    cache: bool = Field(False, description="remember what text encoders gave, across calls")
+    cache: bool = Field(
+        False, description="remember, across calls, what text encoders gave, and the VAE of given pictures"
+    )
     cache_mb: int = Field(256, ge=1, description="of memory for that; what was used least recently is let go")
     keys: bool = Field(
         False, description="keys and values of a text once a run, where it sees neither time nor picture"

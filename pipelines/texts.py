@@ -1,4 +1,5 @@
-"""What depends on the text alone, made once: embeddings across calls, keys and values of it within a run."""
+"""What depends on the text, or on a given picture, alone, made once: embeddings and encodings across calls, keys and
+values of the text within a run."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -39,7 +41,8 @@ def _state(module: nn.Module, sample: bool) -> Any:
 
 
 class Embeddings:
-    """Answers of text encoders, of one pipeline: those used least recently are let go beyond `most` bytes."""
+    """Answers of text encoders, and of a VAE that encodes pictures, of one pipeline: those used least recently are let
+    go beyond `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held, self.hits, self.misses = most, 0, 0, 0
@@ -47,6 +50,10 @@ class Embeddings:
 
     def install(self, name: str, encoder: nn.Module, patches: PatchSet) -> None:
         patches.wrap_forward(encoder, partial(partial, self._encode, name, encoder))
+
+    def install_vae(self, name: str, vae: Any, patches: PatchSet) -> None:
+        """Around the method, since its encoder alone may keep what earlier frames left (Wan)."""
+        patches.set(vae, "encode", partial(self._encode, name, vae, vae.encode))
 
     def _encode(self, name: str, encoder: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         key = None if torch.is_grad_enabled() or encoder.training else self._key(name, encoder, (args, kwargs))
@@ -64,14 +71,18 @@ class Embeddings:
         leaves, spec = pytree.tree_flatten(given)
         if torch.is_inference_mode_enabled() or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
             return None
-        told = [(x.shape, x.dtype, x.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        told = [(x.shape, x.dtype, x.device, hashlib.sha256(x.cpu().flatten().view(torch.uint8).numpy().data).digest())
                 if isinstance(x, Tensor) else x for x in leaves]  # fmt: skip
-        return hashlib.sha256(repr((name, spec, told, _state(encoder, True))).encode()).hexdigest()
+        ways = {key: value for key, value in vars(encoder).items() if isinstance(value, _SPEC)}  # tiles, for one
+        return hashlib.sha256(repr((name, spec, told, ways, _state(encoder, True))).encode()).hexdigest()
 
     def _keep(self, key: str, answer: Any) -> None:
         leaves = pytree.tree_leaves(answer)
-        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-        if size > self.most or not all(isinstance(leaf, (Tensor, *_SPEC)) for leaf in leaves):
+        if not all(isinstance(leaf, (Tensor, DiagonalGaussianDistribution, *_SPEC)) for leaf in leaves):
+            return
+        held = [part for leaf in leaves for part in (leaf, *getattr(leaf, "__dict__", {}).values())]
+        size = sum(part.nbytes for part in held if isinstance(part, Tensor))
+        if size > self.most:
             return
         self._answers[key] = _copied(answer), size
         self.held += size
@@ -80,7 +91,13 @@ class Embeddings:
 
 
 def _copied(answer: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, answer)
+    return pytree.tree_map(_own, answer)
+
+
+def _own(leaf: Any) -> Any:
+    if isinstance(leaf, DiagonalGaussianDistribution):
+        return DiagonalGaussianDistribution(leaf.parameters.clone(), leaf.deterministic)
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def layers_of_text(denoiser: nn.Module) -> Iterator[nn.Module]:
@@ -143,18 +160,16 @@ def _place(text: Tensor) -> Any:
 
 
 def install(
-    pipe: Any,
-    config: Config,
-    found: Sequence[Anatomy],
-    made: tuple[Embeddings, Keys],
-    clock: StepClock,
+    pipe: Any, config: Config, found: Sequence[Anatomy], made: tuple[Embeddings, Keys], clock: StepClock,
     patches: PatchSet,
-) -> None:
+) -> None:  # fmt: skip
     """What the config wants made once; layers that others split, compile or replace are left to them."""
     embeddings, keys = made
     for name, part in pipe.components.items() if config.text.cache else ():
         if name.startswith("text_encoder") and part is not None:
             embeddings.install(name, part, patches)
+        elif isinstance(part, nn.Module) and hasattr(part, "encode"):
+            embeddings.install_vae(name, part, patches)
     if config.text.keys and config.parallel is None and config.quant is None and not config.compile.enabled:
         for anatomy in found:
             keys.install(anatomy.denoiser, patches)

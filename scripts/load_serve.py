@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import io
 import json as jsonlib
+import math
 import random
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ PROMPTS = ("a large red circle above a small blue square", "a green triangle", "
 PRESETS = ("balanced", "lossless")
 SIZES = ("auto", "64x64", "48x64", "96x64")
 ORDERS = {"as they came": ("--in-progress", "1"), "in turns": ()}
+PATIENCE = 3600  # seconds; nothing is late on a machine that others use, too
 KINDS = ("short",) * 13 + ("long",) * 4 + ("edit",) * 2 + ("cancel",)  # of twenty
 Body = dict[str, Any]
 
@@ -46,27 +48,48 @@ def main(
     requests: Annotated[int, typer.Option(min=20, help="to each server")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="at the same time")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="in which the servers take turns")] = 10,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="after which no round begins; the result says how far it came")
+    ] = math.inf,
     model: Annotated[str, typer.Option("-m", "--model")] = "shapes-unet",
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     output.check([json], overwrite)
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(serving(model, options)) for name, options in ORDERS.items()}
-        result = measure(servers, requests, clients, rounds)
     names = ("fastdiff", "torch", "diffusers", "fastapi", "uvicorn", "openai")
     packages = {name: package_version(name) for name in names}
-    result = {"model": model, **result, "cpu": cpu_name(), "packages": packages, "command": command()}
-    text = jsonlib.dumps(result, indent=2)
-    if json is not None:
-        output.write(json, lambda part: part.write_text(text + "\n", encoding="utf-8"))
-    print(text)
+
+    def written(result: dict[str, Any]) -> str:
+        more = {"cpu": cpu_name(), "packages": packages, "command": command()}
+        text = jsonlib.dumps({"model": model, **result, **more}, indent=2)
+        if json is not None:
+            output.write(json, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+        return text
+
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serving(model, options)) for name, options in ORDERS.items()}
+        print(written(measure(servers, requests, clients, rounds, minutes, written)))
 
 
 @contextmanager
 def serving(model: str, more: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """A server of its own process: its address and its number."""
     options = [word for name in PRESETS for word in ("--preset", name)]
-    words = [sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16", *options, *more]
+    words = [
+        sys.executable,
+        "-m",
+        "fastdiff",
+        "serve",
+        "-m",
+        model,
+        "--port",
+        "0",
+        "--queue",
+        "16",
+        "--timeout",
+        str(PATIENCE),
+        *options,
+        *more,
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield (process.stdout.readline().strip() if process.stdout else ""), process.pid
@@ -105,7 +128,7 @@ class Told:
     took: float = 0.0
 
     def __post_init__(self) -> None:
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=600)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
         self.lock = threading.Lock()
 
     def ask(self, kind: str, body: Body) -> tuple[str, str]:
@@ -136,15 +159,22 @@ class Told:
             self.statuses[status] += 1
             self.wrong += not same
 
+    def round(self, numbers: range, asked: Sequence[tuple[str, Body]], clients: int) -> None:
+        """These requests, of which `clients` are on their way at a time."""
+        began = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda n: self.one(n % len(asked), *asked[n % len(asked)]), numbers))
+        self.took += time.perf_counter() - began
+
     def hang_up(self, body: Body) -> None:
         """Ask, wait a moment, and go away."""
-        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=600)
+        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=PATIENCE)
         link.request("POST", "/v1/images/generations", jsonlib.dumps(body), {"content-type": "application/json"})
         time.sleep(0.3)
         link.close()
 
     def get(self, path: str) -> bytes:
-        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=600)
+        link = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=PATIENCE)
         link.request("GET", path)
         return link.getresponse().read()
 
@@ -159,35 +189,45 @@ class Told:
         }  # fmt: skip
 
 
-def measure(servers: Mapping[str, tuple[str, int]], requests: int, clients: int, rounds: int) -> dict[str, Any]:
+def measure(
+    servers: Mapping[str, tuple[str, int]], requests: int, clients: int, rounds: int, minutes: float = math.inf,
+    kept: Callable[[dict[str, Any]], object] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
     """What each request gives when it is alone, then all of them from many clients; some of those hang up. The servers
-    get the same requests in rounds, one after the other, so that what else the machine does is the same for them."""
+    get the same requests in rounds, one after the other, so that what else the machine does is the same for them.
+
+    minutes: after which no round begins. kept: is given what is known after each round.
+    """
     asked = menu()[:requests]
     told = {name: Told(*server) for name, server in servers.items()}
     for server in told.values():
         server.alone = ["" if kind == "cancel" else server.ask(kind, body)[1] for kind, body in asked]
-    for number in range(rounds):
+    began, done, setting = time.monotonic(), 0, {"requests_wanted": requests, "clients": clients, "rounds": rounds}
+    while done < requests and time.monotonic() - began <= 60 * minutes:
+        part = range(done, min(requests, done + math.ceil(requests / rounds)))
         for server in told.values():
             server.memory.append(resident_mb(server.process))
-            part = range(requests * number // rounds, requests * (number + 1) // rounds)
-            began = time.perf_counter()
-            with ThreadPoolExecutor(clients) as pool:
-                list(pool.map(lambda n, server=server: server.one(n % len(asked), *asked[n % len(asked)]), part))
-            server.took += time.perf_counter() - began
-    ends = next(iter(told)), [*told][-1]
+            server.round(part, asked, clients)
+        done = part.stop
+        kept(setting | compared(told, done))
     first = next(body for kind, body in asked if kind == "short")
-    last = told[ends[1]]
+    last = [*told.values()][-1]
     with ThreadPoolExecutor(60) as pool:
         burst = Counter(pool.map(lambda _: last.ask("short", first)[0], range(60)))
     for server in told.values():
         server.memory.append(resident_mb(server.process))
-    short = [quantile(told[name].seconds["short"], 0.95) for name in ends]
+    working = all(server.ask("short", first)[0] == "200" for server in told.values())
+    return setting | compared(told, done) | {"burst_of_60": dict(burst), "still_working": working}
+
+
+def compared(told: Mapping[str, Told], requests: int) -> dict[str, Any]:
+    """What the servers did with the first of the requests, and how long the short ones took in one and the other."""
+    ends = next(iter(told.values())), [*told.values()][-1]
+    short = [quantile(server.seconds["short"], 0.95) for server in ends]
     return {
-        "requests": requests, "clients": clients, "rounds": rounds,
-        "servers": {name: server.summary(requests) for name, server in told.items()},
-        "bytes_differ_between_servers": sum(a != b for a, b in zip(*(told[name].alone for name in ends), strict=True)),
-        "short_p95_ratio": round(short[0] / short[-1], 2), "burst_of_60": dict(burst),
-        "still_working": all(server.ask("short", first)[0] == "200" for server in told.values()),
+        "requests": requests, "servers": {name: server.summary(requests) for name, server in told.items()},
+        "bytes_differ_between_servers": sum(a != b for a, b in zip(*(server.alone for server in ends), strict=True)),
+        "short_p95_ratio": round(short[0] / short[-1], 2),
     }  # fmt: skip
 
 

@@ -35,9 +35,9 @@ class Problem(Exception):
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """The shape of errors that clients of OpenAI's API understand; text that is no Unicode is escaped."""
+        """The shape of errors that clients of OpenAI's API understand, in one line: what clients sent is in it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        message = str(self).encode("utf-8", "backslashreplace").decode()
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(self))
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 

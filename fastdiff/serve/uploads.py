@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
@@ -50,8 +51,12 @@ async def received(request: Request, kind: type[B], names: Sequence[str]) -> tup
             bare = name.removesuffix("[]")
             if isinstance(value, UploadFile):
                 files[bare].append(await value.read())
+            elif bare in names:
+                raise Problem(400, "invalid", f"{bare}: it is text here; send a file, with a name", bare)
             elif bare in lists:
                 fields.setdefault(bare, []).append(value)
+            elif bare in fields:
+                raise Problem(400, "invalid", f"{bare}: it is there more than once; give it once", bare)
             else:
                 fields[bare] = value
     for name in files:
@@ -75,32 +80,47 @@ def documented(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, An
 def keep(files: Files, folder: tempfile.TemporaryDirectory[str]) -> dict[str, Any]:
     """Pictures as files in a folder, under names of ours: what a `Sampling` calls image and mask.
 
-    Raises Problem for what is no picture, and for a mask without transparency or of another size.
+    Raises Problem for what is no picture, for too many pixels in all, and for a mask without transparency or of another
+    size.
     """
     found: dict[str, Any] = {}
+    pixels = 0
     for name, sent in files.items():
-        pictures = [_opened(name, data) for data in sent]
+        for data in sent:
+            with _readable(name, data) as picture:
+                pixels += picture.width * picture.height
+            if pixels > MAX_PIXELS:
+                raise Problem(400, "too_large", f"{name}: over {MAX_PIXELS // 10**6} million pixels; send less", name)
+    for name, sent in files.items():
         if name == "mask":
-            first = _opened("image", files["image"][0]) if files.get("image") else pictures[0]
+            if len(sent) > 1:
+                raise Problem(400, "invalid", f"mask: {len(sent)} of them; give one, for the first image", "mask")
+            mask = _opened(name, sent[0])
+            size = _opened("image", files["image"][0]).size if files.get("image") else mask.size
             path = Path(folder.name, "mask")
-            _mask(pictures[0], first.size).save(path, "PNG")
+            _mask(mask, size).save(path, "PNG")
             found["mask"] = str(path)
             continue
         paths = [Path(folder.name, f"image-{number}") for number in range(1, len(sent) + 1)]
         for path, data in zip(paths, sent, strict=True):
+            _opened(name, data)
             path.write_bytes(data)
         found["image"] = tuple(map(str, paths))
     return found
 
 
-def _opened(name: str, data: bytes) -> Image.Image:
+@contextmanager
+def _readable(name: str, data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "WEBP", "JPEG"]) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Problem(400, "too_large", f"{name}: over {MAX_PIXELS // 10**6} million pixels; send less", name)
-            return ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            yield picture
+    except Exception:  # readers of broken files raise what they like
         raise Problem(400, "invalid", f"{name}: no PNG, WebP or JPEG that can be read", name) from None
+
+
+def _opened(name: str, data: bytes) -> Image.Image:
+    with _readable(name, data) as picture:
+        return ImageOps.exif_transpose(picture)
 
 
 def _mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -237,7 +237,8 @@ class Studio:
 
     def draw(self, job: Sampling, on_step_end: Callable[..., Any] | None = None) -> Drawn:
         """One picture; `on_step_end` is called as diffusers does."""
-        settings = call_defaults(self.pipe) | _named(job, self.known) | pictures.arguments(self.pipe, job)
+        settings = call_defaults(self.pipe) | _named(job, self.known) | pictures.guided(self.pipe, job)
+        settings |= pictures.arguments(self.pipe, job)
         if on_step_end is not None:
             settings["callback_on_step_end"] = on_step_end
         began = time.perf_counter()
@@ -266,7 +267,7 @@ class Studio:
         return bool(found) and all(len(t(prompt).input_ids) > t.model_max_length for t in found)
 
     def _record(self, job: Sampling, image: media.Made, settings: Mapping[str, Any]) -> Replay:
-        guidance = settings.get("guidance_scale")
+        guidance = settings.get("guidance_scale") if job.guidance_scale is None else job.guidance_scale
         return Replay(
             **named.inputs(job),
             outfit=named.outfit(self.outfit),

@@ -64,6 +64,7 @@ def check(pipe: Any, job: Sampling, makes: str) -> None:
         raise BadConfig(f"{name} draws over one picture; give one --image, this has {len(job.image or ())}")
     if makes != "video" and (job.frames or job.fps):
         raise BadConfig(f"{name} makes no video; leave --frames and --fps out")
+    guided(pipe, job)
     if job.frames is not None and "num_frames" not in known:
         raise BadConfig(f"{name} does not take the number of frames; leave --frames out")
     sized = {"width", "height"} & {*known} or "image" in taken
@@ -71,6 +72,22 @@ def check(pipe: Any, job: Sampling, makes: str) -> None:
         raise BadConfig(f"{name} takes no width and height; leave them out")
     for _, path in job.pictures:
         opened(path)
+
+
+def guided(pipe: Any, job: Sampling) -> dict[str, Any]:
+    """Where guidance by two calls has a scale of its own (Qwen-Image, or Flux with a negative prompt), that is the one
+    asked for, unless the model was distilled to be told a scale; with a blank to guide from, as the makers' examples
+    have it, where nothing is given. Raises BadConfig for a negative prompt that would not be heeded."""
+    known, given = inspect.signature(pipe.__call__).parameters, job.negative_prompt is not None
+    if "true_cfg_scale" not in known:
+        return {}
+    usual = known["true_cfg_scale"].default
+    told = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers(pipe).values())
+    if told and given and usual <= 1:
+        raise BadConfig(f"{type(pipe).__name__}, distilled from guidance, heeds no negative prompt; leave it out")
+    asked = (given or usual > 1) and not told and job.guidance_scale is not None
+    scale: Any = job.guidance_scale if asked else usual
+    return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 and not given else {})}
 
 
 def check_strength(pipe: Any, job: Sampling) -> None:

@@ -1,9 +1,12 @@
-"""What depends on the text alone is made once, bit for bit the same, and never when something else has changed."""
+"""What depends on the text, or on a given picture, alone is made once, bit for bit the same, and never when something
+else has changed."""
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import fastdiff
 from fastdiff.pipelines.texts import layers_of_text
@@ -115,6 +118,43 @@ def test_bytes_are_bounded_and_the_oldest_goes():
     assert fast.embeddings.hits == hits + 2
     tiny.run(pipe, "sd15", steps=1, prompt="a")
     assert fast.embeddings.hits == hits + 3  # of the negative prompt alone
+
+
+def test_a_given_picture_is_encoded_once():
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(tiny.make("sd15"))
+    pipe.vae = type(pipe.vae).from_config(pipe.vae.config).eval()  # not the one that tests share
+    encoded: list[object] = []
+    pipe.vae.encoder.register_forward_hook(lambda *_: encoded.append(1))
+    pictures = Image.linear_gradient("L"), Image.radial_gradient("L")
+    calls = [(0, 0), (1, 0), (0, 1), (0, 0)]
+
+    def draw(seed, picture):
+        image = pictures[picture].resize((64, 64)).convert("RGB")
+        return pipe("a cat", image, num_inference_steps=4, output_type="latent",
+                    generator=torch.Generator().manual_seed(seed))[0]  # fmt: skip
+
+    plain = [draw(*call) for call in calls]
+    encoded.clear()
+    with fastdiff.accelerate(pipe, text={"cache": True}):
+        assert all(torch.equal(draw(*call), one) for call, one in zip(calls, plain, strict=True))
+        assert len(encoded) == 2
+        pipe.vae.enable_tiling()
+        draw(*calls[0])
+        assert len(encoded) > 2
+    assert "encode" not in vars(pipe.vae)
+
+
+def test_clips_are_encoded_once_and_stay_what_they_were():
+    vae = (pipe := tiny.make("wan")).vae
+    clip = torch.linspace(-1, 1, 3 * 5 * 16 * 16).reshape(1, 3, 5, 16, 16)
+    with torch.no_grad():
+        plain = vae.encode(clip).latent_dist.parameters
+        with fastdiff.accelerate(pipe, text={"cache": True}) as fast:
+            for _ in range(3):
+                found = vae.encode(clip, return_dict=False)[0]
+                assert torch.equal(found.parameters, plain)
+                found.parameters.zero_()
+            assert (fast.embeddings.hits, fast.embeddings.held > plain.nbytes) == (2, True)
 
 
 def test_embeddings_that_a_caller_changes_stay_what_they_were():
