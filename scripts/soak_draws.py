@@ -36,7 +36,7 @@ FAULTS = ("killed", "stopped")
 
 @dataclass(frozen=True)
 class Draw:
-    """One picture; `fault`: what becomes of rank `who` after step `at`, or in the next where `depth` says how deep."""
+    """One picture; `fault`: what becomes of rank `who` after step `at`, or within it where `depth` says how deep."""
 
     model: str
     size: tuple[int, int]

@@ -49,7 +49,7 @@ from tests.forks import renew_threads
 
 TIMEOUT = 15.0
 SAME = 1e-11  # of the latents' norm
-SILENCE = 4 * TIMEOUT + 60  # seconds without a word of any rank, after which all of them hang
+SILENCE = 600.0  # seconds without a word of any rank, after which all of them hang
 FIRST = 140  # pictures of round 0
 HOW = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
@@ -93,7 +93,7 @@ class Course:
         return given
 
     def _strike(self, here: bool) -> None:
-        if not (here and self.due and len(self.kept) > self.draw.at):
+        if not (here and self.due and len(self.kept) > self.draw.at - (self.draw.depth is not None)):
             return
         self.due = False
         self.fault.write_text(str(time.monotonic()), encoding="ascii")
@@ -115,6 +115,9 @@ class Rank:
 
     def say(self, **told: Any) -> None:
         say(self.folder / f"{self.number}.{self.rank}.jsonl", **told)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.pt").exists()
 
     def known(self, name: str) -> list[Tensor]:
         return torch.load(self.folder / f"{name}.pt")
@@ -141,9 +144,9 @@ class Rank:
         with course.within(tiny.denoiser(pipe)):
             try:
                 pipe(**draw.call(), callback_on_step_end=course.stepped)
-                outcome = "alone" if course.gone else "whole"
-            except (PeerLost, Planned) as error:
-                outcome = type(error).__name__
+                outcome, error = "alone" if course.gone else "whole", " ".join(handle.report.notes)
+            except (PeerLost, Planned) as raised:
+                outcome, error = type(raised).__name__, str(raised)
         ended = time.monotonic()
         self._restored(handle, draw, outcome)
         if reference:
@@ -153,6 +156,7 @@ class Rank:
         self.slowest = max(self.slowest, course.slowest)
         told: dict[str, Any] = {"index": index, "outcome": outcome, "step_seconds": self.slowest}
         if draw.fault and draw.who != self.rank and self.fault.exists() and outcome != "whole":
+            told["said"] = error
             told["waited"] = (course.gone or [ended])[0] - float(self.fault.read_text(encoding="ascii"))
         self.say(**told, **self._checked(draw, outcome, course), rss=resident())
 
@@ -193,12 +197,14 @@ def resident() -> int:
 
 def references(rank: Rank, draws: list[Draw]) -> None:
     """What one device draws, a share by each rank; then what displaced methods draw without faults."""
-    pictures = {draw.picture: draw for draw in draws}
+    pictures = {d.picture: d for d in draws if not rank.has(d.picture)}
     for k, (name, draw) in enumerate(pictures.items()):
         if k % RANKS == rank.rank:
             torch.save(rank.alone(draw), rank.folder / f"{name}.pt")
     dist.barrier()
-    near = {f"{d.picture} {d.method}": d for d in draws if d.method in NEAR}
+    named = {f"{d.picture} {d.method}": d for d in draws if d.method in NEAR}
+    near = {name: d for name, d in named.items() if not rank.has(name)}
+    dist.barrier()
     for draw in near.values():
         rank.drawn(Draw(draw.model, draw.size, draw.seed, draw.method), 0, reference=True)
 
@@ -277,11 +283,12 @@ def round_(folder: Path, number: int, draws: list[Draw]) -> dict[str, Any]:
             here = {rank: line for rank, line in lines if line["index"] == index}
             waits = {r: round(line["waited"], 2) for r, line in here.items() if "waited" in line}
             over = [line["waited"] - TIMEOUT - line["step_seconds"] for line in here.values() if "waited" in line]
+            late = [line["said"] for line in here.values() if line.get("waited", 0.0) > TIMEOUT / 2]
             faults.append({
                 "fault": draw.fault, "model": draw.model, "method": draw.method, "on_peer_loss": draw.loss,
                 "rank": draw.who, "step": draw.at, "within": draw.depth is not None,
                 "outcomes": {rank: line["outcome"] for rank, line in here.items()},
-                "waited": waits, "over_limit": round(max(over), 2) if over else None,
+                "waited": waits, "late": late, "over_limit": round(max(over), 2) if over else None,
             })  # fmt: skip
     return {
         "round": number, "pictures": len(draws), "seconds": round(time.monotonic() - began, 1), "hung": not ended,
@@ -336,10 +343,10 @@ def main(
     left = [k for k in plans if k not in {row["round"] for row in rows} and (not only or k in only)]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        ended = together(place, -1, partial(references, draws=[draw for k in left for draw in plans[k]]))
-        said = [file.read_text(encoding="utf-8") for file in place.glob("*.jsonl")]
-        assert ended and not said, said
         for number in left:
+            ended = together(place, -number - 1, partial(references, draws=plans[number]))
+            said = [file.read_text(encoding="utf-8") for file in place.glob("-*.jsonl")]
+            assert ended and not said, said
             rows = sorted([*rows, round_(place, number, plans[number])], key=lambda row: row["round"])
             print(jsonlib.dumps({k: v for k, v in rows[-1].items() if k not in ("rss_mb", "methods")}), flush=True)
             told = jsonlib.dumps(facts | summary(rows) | {"rounds": rows}, indent=1) + "\n"
