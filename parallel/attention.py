@@ -27,6 +27,7 @@ class Layout(Protocol):
     """How the tokens of one attention call lie on the patch ranks."""
 
     text_first: bool
+    keys: int | None  # that a mask of keys is for, the picture's of all ranks and then the text's; None takes no mask
 
     def counts(self, own: int) -> list[int]:
         """Tokens of each patch rank at a layer where this rank has `own`."""
@@ -104,13 +105,15 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and the text's in joint attention."""
-    if attn_mask is not None:
-        raise UnsupportedModel(f"{exchange.layer} masks its self-attention, which cannot be split into patches")
+    if attn_mask is not None and attn_mask.shape[1:] != (1, 1, layout.keys):
+        raise UnsupportedModel(
+            f"{exchange.layer} masks its self-attention by more than its keys, which cannot be split into patches"
+        )
     text = layout.text(key.shape[-2])
     begin = text if layout.text_first else 0
     own = slice(begin, begin + key.shape[-2] - text)
     if split.method.attend is not None:
-        return split.method.attend(split, exchange, layout, own, query, key, value, options)
+        return split.method.attend(split, exchange, layout, own, query, key, value, options | {"attn_mask": attn_mask})
     both = torch.cat([key[..., own, :], value[..., own, :]], -1)
     parts = _context(split, exchange, layout, both)
     keys = [part[..., : key.shape[-1]] for part in parts]
@@ -118,7 +121,12 @@ def _attend(
     rest = [slice(0, own.start), slice(own.stop, key.shape[-2])]
     key = torch.cat([*keys, *(key[..., piece, :] for piece in rest)], -2)
     value = torch.cat([*values, *(value[..., piece, :] for piece in rest)], -2)
-    return F.scaled_dot_product_attention(query, key, value, **options)
+    if attn_mask is not None:
+        if key.shape[-2] != layout.keys:
+            raise UnsupportedModel(f"{exchange.layer} masks its keys, of which {split.method.method} has only a part")
+        masks = attn_mask.split([*layout.counts(own.stop - own.start), text], -1)
+        attn_mask = torch.cat([masks[split.place], *masks[: split.place], *masks[split.place + 1 :]], -1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
 def _context(split: Split, exchange: Exchange, layout: Layout, own: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -168,6 +169,10 @@ class Crew:
 
     def _lost(self, error: PeerLost) -> None:
         """Raises, or makes this rank go on alone; the others learn of it in both cases."""
+        for one in filter(
+            None, (error, error.__cause__)
+        ):  # messages in its frames hold connections open, if it is kept
+            traceback.clear_frames(one.__traceback__)
         self.bus.abort()
         if self.method.on_peer_loss == "raise":
             raise error

@@ -21,8 +21,7 @@ from .split import Split
 
 # of the team's picture tokens and then the text's, (batch, heads, tokens, channels), and how many the latter are
 Inner = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-# passes on along some ranks, which have so many tokens each
-Along = Callable[[Split, Exchange, Sequence[int], Sequence[int], Tensor, Tensor, Tensor, int, float | None], Tensor]
+Along = Callable[..., Tensor]  # passes on along some ranks, which have so many tokens each
 
 
 def by_heads(
@@ -89,7 +88,8 @@ def in_teams(along: Along) -> Callable[..., Tensor]:
         together = [sum(counts[k : k + size]) for k in range(0, len(counts), size)]
 
         def inner(q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
-            return along(split, exchange, ranks[place % size :: size], together, q, k, v, text, options.get("scale"))
+            how = options.get("scale"), options.get("attn_mask")
+            return along(split, exchange, ranks[place % size :: size], together, q, k, v, text, *how)
 
         team = slice(first, first + size)
         return by_heads(split, exchange.layer, ranks[team], counts[team], own, query, key, value, inner)

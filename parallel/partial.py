@@ -6,6 +6,7 @@ Source: Ring Attention, https://arxiv.org/abs/2310.01889; the merge is that of T
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,14 @@ def _fused(dtype: torch.dtype, channels: int, device: torch.device) -> str:
     if ampere and dtype in (torch.float16, torch.bfloat16):
         return "flash"
     return "efficient" if dtype in (torch.float16, torch.float32) else ""
+
+
+def masked(mask: Tensor | None, counts: Sequence[int], place: int, text: int = 0) -> Tensor | None:
+    """Of a mask for the picture's keys, of ranks with so many of them, and then the text's: one rank's part."""
+    if mask is None:
+        return None
+    parts = mask.split([*counts, mask.shape[-1] - sum(counts)], -1)
+    return torch.cat([parts[place], parts[-1][..., :text]], -1)
 
 
 def merge(one: Part, other: Part) -> Part:

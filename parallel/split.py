@@ -117,9 +117,9 @@ class Split:
             forget()
 
     def _end(self, run: Run) -> None:
-        """What is still under way is taken in where the run is complete; else the groups are closed, see Crew."""
+        """What is still under way is taken in where all ranks ended the run; else the groups are closed, see Crew."""
         assert self.clock is not None
-        whole = self.clock.index >= run.total
+        whole = self.clock.index >= run.total and not self.bus.alone
         for exchange in self._exchanges:
             exchange.reset() if whole else exchange.forget()
         if not whole:

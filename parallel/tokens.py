@@ -39,6 +39,10 @@ class Tokens:
         self._rows: dict[torch.Size, int] = {}  # tokens in a row, by the shape of a list of places
         split.at_reset(self._rows.clear)
 
+    @property
+    def keys(self) -> int | None:
+        return None if self.text_first else self.split.parts[-1][1] + self.text_tokens
+
     def counts(self, own: int) -> list[int]:
         return [end - begin for begin, end in self.split.parts]
 
@@ -73,10 +77,15 @@ class Tokens:
     def crosses(self, given: dict[str, Any]) -> bool:
         return self.kind == "apart" and given.get("encoder_hidden_states") is not None
 
+    def timed(self, total: int) -> bool:
+        """Whether each token has a time of its own (a first frame that is given)."""
+        time = self.split.latents.get("timestep")
+        return isinstance(time, Tensor) and time.ndim > 1 and time.shape[1] == total
+
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of an argument that has a value for each token; others as they are."""
         total, (begin, end) = self.split.parts[-1][1], self.split.parts[self.split.place]
-        places = any(part in name for part in PLACES) or (name == "temb" and tensor.ndim == 4)
+        places = any(part in name for part in PLACES) or (name == "temb" and self.timed(total))
         for dim, size in enumerate(tensor.shape if places else ()):
             if size == total:
                 return tensor.narrow(dim, begin, end - begin)
@@ -145,6 +154,9 @@ def _block(
                 given[stack.takes[0]] = image[:, begin:end].contiguous()  # as later blocks' are: one graph for all
             for key in given.keys() - set(stack.takes):
                 given[key] = pytree.tree_map_only(Tensor, partial(layout.cut, key), given[key])
+            if "num_tokens" in given:  # of the first frame, which is given
+                begin, end = split.parts[split.place]
+                given["num_tokens"] = min(max(given["num_tokens"] - begin, 0), end - begin)
             output = forward(**given)
             return _whole(split, stack, output) if last else output
 

@@ -29,6 +29,8 @@ _LOCAL = ("AdaGroupNorm", "SpatialNorm")  # normalize by functions that no rule 
 class Rows:
     """Layout of a UNet's attention: tokens are rows of pixels, at some level of down-sampling."""
 
+    keys = None
+
     text_first = False
 
     def __init__(self, split: Split) -> None:

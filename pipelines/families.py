@@ -139,7 +139,9 @@ VIDEOS = {
     "CogVideoXTransformer3DModel": _transformer("cogvideox", _TEXT_LAST_BLOCKS, tokens="text_first"),
     "ConsisIDTransformer3DModel": _transformer("consisid", _TEXT_LAST_BLOCKS, batches=False),
     "EasyAnimateTransformer3DModel": _transformer("easyanimate", _TEXT_LAST_BLOCKS),
-    "HunyuanVideoTransformer3DModel": _transformer("hunyuanvideo", _TEXT_LAST_TWICE, guidance="calls"),
+    "HunyuanVideoTransformer3DModel": _transformer(
+        "hunyuanvideo", _TEXT_LAST_TWICE, guidance="calls", tokens="text_last"
+    ),
     "HunyuanVideoFramepackTransformer3DModel": _transformer(
         "framepack", _TEXT_LAST_TWICE, guidance="calls", batches=False
     ),

@@ -168,12 +168,13 @@ class _Calls:
         return wraps(forward)(kept)
 
     def _both(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        first, self._empty = self._empty, None
+        first = self._empty
         if self.place == 0:
             self.recorder.elsewhere()
         own = first if self.place == 0 else forward(*args, **kwargs)
         ours, spec = pytree.tree_flatten(own)
         told = [self._told("the other half of guidance", x) if isinstance(x, Tensor) else [x, x] for x in ours]
+        self._empty = None  # not before: who is left alone in here has it to fill
         if self.place == 1:
             _overwrite(first, [pair[0] for pair in told])
         return pytree.tree_unflatten([pair[1] for pair in told], spec)

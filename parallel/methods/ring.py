@@ -12,23 +12,25 @@ from torch import Tensor
 from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.exchange import Exchange
 from fastdiff.parallel.heads import in_teams
-from fastdiff.parallel.partial import attend_part, merge
+from fastdiff.parallel.partial import attend_part, masked, merge
 from fastdiff.parallel.split import Split
 from fastdiff.parallel.travel import passed_on
 
 
 def along(
     split: Split, exchange: Exchange, ranks: Sequence[int], counts: Sequence[int],
-    query: Tensor, key: Tensor, value: Tensor, text: int, scale: float | None,
+    query: Tensor, key: Tensor, value: Tensor, text: int, scale: float | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The text's keys and values, which all ranks have, are seen once: with a rank's own."""
+    place, size = ranks.index(split.bus.topology.rank), len(ranks)
     both, width = torch.cat([key, value], -1), key.shape[-1]
     count = both.shape[-2] - text
     blocks = passed_on(split, exchange, both[..., :count, :], ranks, counts)
     next(blocks)  # our own, which leaves now
-    found = attend_part(query, key, value, scale=scale)
-    for block in blocks:
-        found = merge(found, attend_part(query, block[..., :width], block[..., width:], scale=scale))
+    found = attend_part(query, key, value, masked(mask, counts, place, text), scale)
+    for distance, block in enumerate(blocks, 1):
+        seen = masked(mask, counts, (place - distance) % size)
+        found = merge(found, attend_part(query, block[..., :width], block[..., width:], seen, scale))
     return found.out.to(query.dtype)
 
 

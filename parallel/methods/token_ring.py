@@ -13,37 +13,43 @@ from torch import Tensor
 from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.exchange import Exchange
 from fastdiff.parallel.heads import in_teams
-from fastdiff.parallel.partial import Part, attend_part, merge
+from fastdiff.parallel.partial import Part, attend_part, masked, merge
 from fastdiff.parallel.split import Split
 from fastdiff.parallel.travel import Parcels
 
 
 def along(
     split: Split, exchange: Exchange, ranks: Sequence[int], counts: Sequence[int],
-    query: Tensor, key: Tensor, value: Tensor, text: int, scale: float | None,
+    query: Tensor, key: Tensor, value: Tensor, text: int, scale: float | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """While the first guests come, a rank computes half of what its own queries find here; while its last results
     leave, the other half. The text's queries are on all ranks: what they find here is told to all."""
-    own, size = counts[ranks.index(split.bus.topology.rank)], len(ranks)
+    place, size = ranks.index(split.bus.topology.rank), len(ranks)
+    own, seen = counts[place], masked(mask, counts, place, text)
     half, (q, words) = own // 2, query.split([own, text], -2)
-    k, v = key[..., :own, :], value[..., :own, :]
+
+    def attend(queries: Tensor, begin: int, end: int | None) -> Part:
+        keys = slice(begin, end)
+        part = None if seen is None else seen[..., keys]
+        return attend_part(queries, key[..., keys, :], value[..., keys, :], part, scale)
+
     tour, said = _Tour(split, exchange, ranks, counts, q), Parcels(split.bus, exchange)
     tour.leave(1, q, None)
-    spoken = _say(said, ranks, split.bus.topology.rank, attend_part(words, k, v, scale=scale), query) if text else []
-    found = attend_part(q, k[..., :half, :], v[..., :half, :], scale=scale)
+    spoken = _say(said, ranks, split.bus.topology.rank, attend(words, 0, own), query) if text else []
+    found = attend(q, 0, half)
     guest, _ = tour.arrive()
     result: Part | None = None
     for turn in range(2, size + 1):
         tour.leave(turn, guest, result)
-        result = attend_part(guest, k, v, scale=scale)
+        result = attend(guest, 0, own)
         guest, part = tour.arrive()
         found = found if part is None else merge(found, part)
     tour.leave(size + 1, guest, result)
-    found = merge(found, attend_part(q, key[..., half:, :], value[..., half:, :], scale=scale))  # the text's, too
+    found = merge(found, attend(q, half, None))  # the text's, too
     _, part = tour.arrive()
     found = found if part is None else merge(found, part)
     if text:
-        told = attend_part(words, key[..., own:, :], value[..., own:, :], scale=scale)
+        told = attend(words, own, None)
         for part in _heard(said, spoken):
             told = merge(told, part)
         found = Part(torch.cat([found.out, told.out], -2), found.lse)

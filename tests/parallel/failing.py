@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -65,12 +66,37 @@ def killed_half_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "flux", signal.SIGKILL, method="cfg", on_peer_loss="local")
 
 
+def killed_first_half_goes_on(rank: int, ranks: int) -> list[Any]:
+    """Whoever is left has handed out what the other was to fill in."""
+    return _lost(rank, 0, "flux", signal.SIGKILL, method="cfg", on_peer_loss="local")
+
+
 def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGSTOP, method="cfg", on_peer_loss="local", timeout=6)
 
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
+
+
+def told_by_one_that_was_told(rank: int, ranks: int) -> list[Any]:
+    """Rank 0 raises; the others of its half and of its place know by it, the last one by them: though they keep the
+    error, and nobody collects garbage, their connections are closed."""
+    pipe, kept = pipeline("sd15"), list[BaseException]()
+
+    def fails(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == 1 and rank == 0:
+            raise KeyError("a mistake in a callback")
+        return kwargs
+
+    gc.disable()
+    with fastdiff.accelerate(pipe, parallel={"method": "patch", "cfg": 2, "timeout": 8}):
+        try:
+            latents(pipe, "sd15", 4, callback_on_step_end=fails)
+        except (KeyError, PeerLost) as error:
+            kept.append(error)
+        torch.distributed.barrier()
+    return [str(error) for error in kept]
 
 
 def asked_whether_it_lives(rank: int, ranks: int) -> list[Any]:

@@ -14,7 +14,8 @@ from .ranks import start
 
 RAISES = {"killed": (3, 30.0), "killed_in_a_cycle": (2, 30.0), "stopped": (2, 60.0)}  # ranks, most seconds when busy
 GOES_ON = (
-    "killed_patches_go_on", "killed_tokens_go_on", "killed_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on"
+    "killed_patches_go_on", "killed_tokens_go_on", "killed_half_goes_on", "killed_first_half_goes_on",
+    "stopped_half_goes_on", "killed_cycle_goes_on",
 )  # fmt: skip
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def said() -> dict[str, list[Any]]:
     pairs = (*GOES_ON, "asked_whether_it_lives")
     groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in pairs]
+    groups.append((("told_by_one_that_was_told",), 4))
     return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
 
 
@@ -40,10 +42,17 @@ def test_the_others_are_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOES_ON)
 def test_who_is_left_finishes_alone(name: str) -> None:
-    state, notes, far = said()[name][0]
+    state, notes, far = said()[name][1 if "first" in name else 0]
     assert state == "finished" and any("this rank finished alone" in note for note in notes)
     # every rank has whole latents after each step or cycle, so going on alone is what one device does
     assert far < 1e-12
+
+
+def test_who_waits_for_one_that_lost_another_is_told_at_once() -> None:
+    (first, *others) = said()["told_by_one_that_was_told"]
+    assert first == ["'a mistake in a callback'"]
+    for one in others:
+        assert len(one) == 1 and "broke off or died" in one[0], others
 
 
 def test_a_peer_that_died_is_known_by_its_connection() -> None:
