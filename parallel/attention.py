@@ -27,7 +27,10 @@ class Layout(Protocol):
     """How the tokens of one attention call lie on the patch ranks."""
 
     text_first: bool
-    keys: int | None  # that a mask of keys is for, the picture's of all ranks and then the text's; None takes no mask
+
+    @property
+    def keys(self) -> int | None:
+        """Keys that a mask of keys is for, the picture's of all ranks and then the text's; None takes no mask."""
 
     def counts(self, own: int) -> list[int]:
         """Tokens of each patch rank at a layer where this rank has `own`."""

@@ -171,7 +171,7 @@ class Crew:
         """Raises, or makes this rank go on alone; the others learn of it in both cases."""
         for one in filter(
             None, (error, error.__cause__)
-        ):  # messages in its frames hold connections open, if it is kept
+        ):  # if it is kept, messages in its frames hold connections open
             traceback.clear_frames(one.__traceback__)
         self.bus.abort()
         if self.method.on_peer_loss == "raise":
