@@ -79,8 +79,7 @@ class Tokens:
 
     def timed(self, total: int) -> bool:
         """Whether each token has a time of its own (a first frame that is given)."""
-        time = self.split.latents.get("timestep")
-        return isinstance(time, Tensor) and time.ndim > 1 and time.shape[1] == total
+        return getattr(self.split.latents.get("timestep"), "shape", ())[1:2] == (total,)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of an argument that has a value for each token; others as they are."""

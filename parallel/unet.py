@@ -29,9 +29,7 @@ _LOCAL = ("AdaGroupNorm", "SpatialNorm")  # normalize by functions that no rule 
 class Rows:
     """Layout of a UNet's attention: tokens are rows of pixels, at some level of down-sampling."""
 
-    keys = None
-
-    text_first = False
+    text_first, keys = False, None
 
     def __init__(self, split: Split) -> None:
         self.split = split
