@@ -109,9 +109,7 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """query, key, value: (batch, heads, tokens, channels) of this rank's tokens, and the text's in joint attention."""
     if attn_mask is not None and attn_mask.shape[1:] != (1, 1, layout.keys):
-        raise UnsupportedModel(
-            f"{exchange.layer} masks its self-attention by more than its keys, which cannot be split into patches"
-        )
+        raise UnsupportedModel(f"{exchange.layer} masks its self-attention by more than keys, which cannot be split")
     text = layout.text(key.shape[-2])
     begin = text if layout.text_first else 0
     own = slice(begin, begin + key.shape[-2] - text)

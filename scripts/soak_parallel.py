@@ -198,6 +198,7 @@ def resident() -> int:
 def references(rank: Rank, draws: list[Draw]) -> None:
     """What one device draws, a share by each rank; then what displaced methods draw without faults."""
     pictures = {d.picture: d for d in draws if not rank.has(d.picture)}
+    dist.barrier()  # nobody makes a file before all have looked
     for k, (name, draw) in enumerate(pictures.items()):
         if k % RANKS == rank.rank:
             torch.save(rank.alone(draw), rank.folder / f"{name}.pt")
@@ -228,8 +229,9 @@ def process(folder: Path, number: int, rank: int, work: Callable[[Rank], None]) 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
         work(Rank(folder, number, rank))
         os._exit(0)
-    except BaseException:
-        say(folder / f"{number}.{rank}.jsonl", broke=traceback.format_exc())
+    except BaseException as error:
+        traceback.print_exc()
+        say(folder / f"{number}.{rank}.jsonl", broke=f"{type(error).__name__}: {error}")
         os._exit(1)
 
 

@@ -58,6 +58,12 @@ def killed_patches_go_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, method="patch", on_peer_loss="local")
 
 
+def killed_displaced_go_on(rank: int, ranks: int) -> list[Any]:
+    """In its first step with old values: what waits in bundles to be sent is for nobody."""
+    more = {"method": "distrifusion", "warmup_steps": 2, "on_peer_loss": "local"}
+    return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, **more)
+
+
 def killed_tokens_go_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd3", signal.SIGKILL, method="ulysses", on_peer_loss="local", vae=True)
 
