@@ -53,6 +53,9 @@ def attend(
     return torch.nn.functional.scaled_dot_product_attention(query, known[..., :width], known[..., width:], **options)
 
 
+_NEVER_ALONE = {"hunyuanvideo"}  # who cut off the text by its length from the end: an empty one leaves nothing
+
+
 def cuts(blocks: Sequence[nn.Module], parts: int) -> list[range]:
     """Blocks of each stage: in order, with about as many bytes of weights. Raises UnsupportedModel for too few."""
     if len(blocks) < parts:
@@ -90,6 +93,8 @@ class Stages:
             raise UnsupportedModel(f"{anatomy.family.name} gives blocks what much earlier ones made: no stages")
         self.method, self.bus, self.anatomy, self.blocks = method, bus, anatomy, anatomy.blocks
         self.split = Split(method, bus, clock)
+        if anatomy.family.name in _NEVER_ALONE and method.patches_of(len(self.split.ranks)) > 1:
+            raise UnsupportedModel(f"blocks of {anatomy.family.name} take no patch without text; set patches = 1")
         self.layout, self.place = Patches(self.split, anatomy), self.split.place
         self.own, self.whole = cuts(self.blocks, len(self.split.ranks))[self.place], torch.empty(0)
         self.count, self._coming = 1, list[Pending]()

@@ -69,7 +69,7 @@ APART = {
     [
         ("levers and core", 16_000),
         ("solver", 2_250),
-        ("devices", 1_480),
+        ("devices", 1_485),
         ("loading", 600),
         ("predictors", 470),
         ("front", 7_000),

@@ -132,19 +132,25 @@ def errors(rank: int, ranks: int) -> dict[str, float]:
     """How far methods that use what is old are from one device, by number of steps."""
     found = {}
     for name in (*SPLIT, *WHOLE, "wan 2.2"):
-        for steps in (8, 16):
+        for steps in (8, 16, 32):
             pipe, draw = clip(name)
             alone = draw(steps)
-            for method in ("parastep", *(("distrifusion", "pipefusion") if name in SPLIT else ())):
+            for method in ("parastep", *_stale(name)):
                 with fastdiff.accelerate(pipe, parallel={"method": method, "warmup_steps": steps // 4}):
                     found[f"{name} {method} {steps}"] = moved(draw(steps), alone)
     return found
 
 
+def _stale(name: str) -> tuple[str, ...]:
+    if name not in SPLIT:
+        return ()
+    return ("distrifusion",) if name == "hunyuan video" else ("distrifusion", "pipefusion")
+
+
 def refused(rank: int, ranks: int) -> dict[str, str]:
     said = {}
     cases = [(name, method) for name in WHOLE for method in ("distrifusion", "ring", "pipefusion")]
-    for name, method in (*cases, ("hunyuan video", "pcpp")):
+    for name, method in (*cases, ("hunyuan video", "pcpp"), ("hunyuan video", "pipefusion")):
         pipe, draw = clip(name)
         try:
             with fastdiff.accelerate(pipe, parallel=method):
