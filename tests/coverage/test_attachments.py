@@ -28,9 +28,7 @@ CASES = [("sd15", method) for method in OF_A_UNET] + [("flux", method) for metho
 QUICK = (
     ("sd15", "deepcache"),
     ("sd15", "fora"),
-    ("sd15", "tgate"),
     ("flux", "first_block"),
-    ("flux", "faster_diffusion"),
 )
 each = pytest.mark.parametrize(
     ("name", "method"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]

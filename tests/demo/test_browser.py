@@ -195,7 +195,7 @@ def test_a_preset_sets_the_methods_and_a_method_brings_its_fields(screen):
     assert "2 computed" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
-@pytest.mark.parametrize("after", ["Starting", "step "])
+@pytest.mark.parametrize("after", [pytest.param("Starting", marks=pytest.mark.slow), "step "])
 def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen, monkeypatch, after):
     from fastdiff.demo import easel
 
@@ -215,7 +215,7 @@ def test_cancel_stops_the_denoising_and_the_next_run_is_clean(screen, monkeypatc
     assert "4 steps" in screen.one("#explain [role=img]").get_attribute("aria-label")
 
 
-@pytest.mark.parametrize("late", [0.0, 1.5])
+@pytest.mark.parametrize("late", [0.0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_run_before_the_fields_follow_the_preset_draws_nothing_else(screen, monkeypatch, late):
     """`late` seconds after the choice, whose methods take longer to come. Either the picture is that of the new
     preset, or a message says that it is too soon for it."""
@@ -282,8 +282,8 @@ def test_cancel_reaches_who_waits_behind_many(screen, chrome):
     ("name", "text", "message"),
     [
         ("prompt", "", "the prompt is empty"),
-        ("steps", "-3", "steps = -3"),
-        ("width", "65", "multiples of 8"),
+        pytest.param("steps", "-3", "steps = -3", marks=pytest.mark.slow),
+        pytest.param("width", "65", "multiples of 8", marks=pytest.mark.slow),
         ("model", "<img src=x onerror=document.title='hacked'>", "unknown model"),
     ],
 )

@@ -179,8 +179,8 @@ def told(name: str, monkeypatch: Any) -> None:
 
 
 def _pair(case: str, name: str) -> Any:
-    """What looks at the device is quick on FLUX, every second row on the UNet."""
-    quick = (name == "sd15" and [*CACHES].index(case) % 2 == 0) or (name == "flux" and case in READS)
+    """What looks at the device is quick on FLUX, every fourth row on the UNet."""
+    quick = (name == "sd15" and [*CACHES].index(case) % 4 == 0) or (name == "flux" and case in READS)
     return pytest.param(case, name, marks=() if quick else pytest.mark.slow)
 
 

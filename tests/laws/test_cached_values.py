@@ -109,7 +109,7 @@ def test_a_dynamic_policy_compares_with_the_last_computed_step(monkeypatch):
     assert not torch.equal(compared[0][0], first)
 
 
-@pytest.mark.parametrize("row", some(ROWS, 3))
+@pytest.mark.parametrize("row", some(ROWS, 5))
 def test_the_rows_that_skip_differ_from_plain_diffusers_but_not_wildly(row):
     """A cached picture is close to the plain one: one that is not would be a wrong value, not an approximate one."""
     name = ROWS[row].families[0]

@@ -37,7 +37,7 @@ def changes(name: str) -> dict[str, dict]:
     return known
 
 
-@each([*SUPPORTED, *QUANTIZED_KINDS], quick=[*ONCE[::2], *QUANTIZED_ONCE[::3]])  # several runs each
+@each([*SUPPORTED, *QUANTIZED_KINDS], quick=[*ONCE[::4], *QUANTIZED_ONCE[::3]])  # several runs each
 def test_a_call_with_everything_changed_equals_that_of_a_fresh_pipeline(row, name):
     """The solver, too: each takes its own arguments."""
     pipe = tiny.make(name)

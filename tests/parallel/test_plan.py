@@ -93,6 +93,7 @@ def on_four(name: str, **fields: Any) -> Part:
     return rehearse(big(flux), asked(flux_calls, 1024), asks, asks.topology(4, 1)).fresh
 
 
+@pytest.mark.slow
 def test_bytes_and_operations_of_rings_are_the_formula() -> None:
     """Flux at 1024 pixels on 4 ranks: keys and values once round; or queries, what they found and a float for each
     query and head, and what the text's found to all."""

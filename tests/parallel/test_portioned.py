@@ -25,7 +25,7 @@ from tests import tiny
 from . import portioned
 from .asked import Asked
 
-CHECKS = Asked(portioned, {2: ("pictures", "refused", "whole", "foretold", "memory")}, {})
+CHECKS = Asked(portioned, {2: ("pictures", "refused", "whole", "foretold", "memory")}, {2: ("memory",)})
 pytestmark = pytest.mark.xdist_group("shards")
 CPU = torch.device("cpu")
 
@@ -39,6 +39,7 @@ def test_all_checks_run() -> None:
     CHECKS.all_run()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system says what is resident")
 def test_no_rank_ever_has_the_whole_model() -> None:
     """Bytes are counted; the system says little more. Of what is freed glibc keeps up to 64 MiB to give out again."""

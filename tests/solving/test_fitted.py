@@ -394,6 +394,7 @@ def test_a_failing_run_leaves_no_thread_waiting():
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_wan_of_two_transformers_is_calibrated_and_drawn():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
