@@ -75,21 +75,9 @@ def serving(model: str, more: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """A server of its own process: its address and its number."""
     options = [word for name in PRESETS for word in ("--preset", name)]
     words = [
-        sys.executable,
-        "-m",
-        "fastdiff",
-        "serve",
-        "-m",
-        model,
-        "--port",
-        "0",
-        "--queue",
-        "16",
-        "--timeout",
-        str(PATIENCE),
-        *options,
-        *more,
-    ]
+        sys.executable, "-m", "fastdiff", "serve", "-m", model, "--port", "0", "--queue", "16",
+        "--timeout", str(PATIENCE), *options, *more,
+    ]  # fmt: skip
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield (process.stdout.readline().strip() if process.stdout else ""), process.pid

@@ -45,7 +45,8 @@ def calibrate_solver(
     method: Any = config.solver
     if not isinstance(method, Fitted):
         raise BadConfig("a solver is calibrated with --set solver.method=fitted and solver.evaluations=N")
-    budget, passes = method.budget, {"moves": method.moves, "polish": method.polish}
+    budget = method.budget
+    passes = {"moves": method.moves, "polish": method.polish if budget is None else 0}
     if budget is not None and config.quant is not None:
         raise BadConfig(
             "a plan with a budget is fitted on plain weights; leave out quant here (the plan may be used with it), or "

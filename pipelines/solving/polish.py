@@ -38,9 +38,10 @@ def polished(trial: Trial, teacher: Teacher, best: Candidate) -> Candidate:
 
     A draw for each weight begins at its step: outputs of the steps before are those of `best`.
     """
-    held = held_out(teacher.states.shape[1])
+    held, count = held_out(teacher.states.shape[1]), len(best.weights)
     own = [[*w, *[0.0] * (sum(counts(step, best.order)) - len(w))] for step, w in enumerate(best.weights)]
-    end, nudges, _ = _drawn(trial, best, own)
+    nudges: list[list[float]] = []
+    end, _ = _drawn(trial, best, own, count, nudges)
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
         columns = in_file(folder, sum(map(len, own)), *end.shape)
         places = [(step, k) for step, weights in enumerate(own) for k in range(len(weights))]
@@ -51,29 +52,35 @@ def polished(trial: Trial, teacher: Teacher, best: Candidate) -> Candidate:
         wanted = teacher.states[-1] - end
         each = range(len(end))
         found = Products.cat([Products.of([c[s : s + 1] for c in columns], wanted[s : s + 1]) for s in each])
-    sizes = torch.tensor([nudges[step][k] for step, k in places], dtype=torch.float64)
-    tries = [best]
+    fit, nearest = found.at(~held), best
     for ridge in RIDGES:
-        moves = (solve(found.at(~held), torch.zeros_like(sizes), ridge) * sizes).split([*map(len, own)])
-        moved = tuple(tuple((torch.tensor(w).double() + m).tolist()) for w, m in zip(own, moves, strict=True))
-        last, _, outputs = _drawn(trial, best, moved)
-        tries.append(Candidate("fitted", distance(last, teacher), best.points, best.places, moved, best.order, outputs))
-    return max(tries, key=lambda one: one.psnr(held))
+        moves = iter(solve(fit, torch.zeros(len(places), dtype=torch.float64), ridge).tolist())
+        moved = tuple(
+            tuple(w + size * next(moves) for w, size in zip(*one, strict=True)) for one in zip(own, nudges, strict=True)
+        )
+        last, outputs = _drawn(trial, best, moved)
+        one = Candidate("fitted", distance(last, teacher), best.points, best.places, moved, best.order, outputs)
+        nearest = max(nearest, one, key=lambda some: some.psnr(held))  # the outputs of others are let go
+    return nearest
 
 
 def _drawn(
-    trial: Trial, best: Candidate, weights: Weights, until: int = 0
-) -> tuple[Tensor, list[list[float]], Outputs]:
-    """The last latents of all pictures, (S, values), drawn with other weights; by how much each weight is to be varied;
-    and the model's outputs, of which those before step `until` are those of `best`."""
-    nudges: list[list[float]] = []
+    trial: Trial, best: Candidate, weights: Weights, until: int = 0, nudges: list[list[float]] | None = None
+) -> tuple[Tensor, Outputs]:
+    """The last latents of all pictures, (S, values), drawn with other weights, and the model's outputs, of which those
+    before step `until` are those of `best`. nudges: is given by how much each weight is to be varied."""
 
     def settle(index: int, seen: list[list[At]]) -> list[Tensor]:
-        fine = max(_NUDGE, 4 * torch.finfo(seen[0][-1].x.dtype).eps)
-        size = torch.stack([steps[-1].x.float().norm() for steps in seen]).norm()
-        of = torch.stack([torch.stack([part.float().norm() for part in parts(steps, best.order)]) for steps in seen])
-        nudges.append((fine * size / of.norm(dim=0).clamp_min(1e-12)).tolist())
+        if nudges is not None:
+            nudges.append(_nudges(seen, best.order))
         return [onward(steps, weights[index], best.order) for steps in seen]
 
     last, outputs = trial.students(best.places, best.order, settle, best.outputs, until)
-    return last.flatten(1).float().cpu(), nudges, outputs
+    return last.flatten(1).float().cpu(), outputs
+
+
+def _nudges(seen: list[list[At]], order: int) -> list[float]:
+    fine = max(_NUDGE, 4 * torch.finfo(seen[0][-1].x.dtype).eps)
+    size = torch.stack([steps[-1].x.float().norm() for steps in seen]).norm()
+    of = torch.stack([torch.stack([part.float().norm() for part in parts(steps, order)]) for steps in seen])
+    return (fine * size / of.norm(dim=0).clamp_min(1e-12)).tolist()

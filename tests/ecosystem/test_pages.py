@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from typing import Any
 
 import pytest
 import typer
@@ -31,21 +32,33 @@ def options(page: str) -> list[list[str]]:
     return found + [shlex.split(code) for code in re.findall(r"`(-[-\w][^`]*)`", text)]
 
 
+def parsed(words: list[str]) -> Any:
+    """Of `fastdiff generate "a fox"` and these words. Raises what the command line says of others."""
+    root = typer.main.get_command(app)
+    with root.make_context("fastdiff", [], resilient_parsing=True) as context:
+        return root.commands["generate"].make_context("generate", ["a fox", *words], parent=context)
+
+
 @pytest.mark.parametrize("page", [*MODELS, "own-models", "from-others"])
 def test_options_parse(page: str) -> None:
-    root = typer.main.get_command(app)
-    for words in options(page):
-        if len(words) > 1:
-            with root.make_context("fastdiff", [], resilient_parsing=True) as context:
-                root.commands["generate"].make_context("generate", ["a fox", *words], parent=context)
+    whole = [words for words in options(page) if len(words) > 1]
+    assert len(whole) >= 5
+    for words in whole:
+        context = parsed(words)
+        given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+        assert given > {"prompts"}, words
+
+
+def test_what_is_no_option_does_not_parse() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parsed(["--no-such-option", "1"])
 
 
 @pytest.mark.parametrize("page", MODELS)
 def test_a_tiny_model_takes_the_settings(page: str) -> None:
-    root, pipe, tried = typer.main.get_command(app), MODELS[page](), 0
+    pipe, tried = MODELS[page](), 0
     for words in options(page):
-        with root.make_context("fastdiff", [], resilient_parsing=True) as context:
-            given = root.commands["generate"].make_context("generate", ["a fox", *words], parent=context).params
+        given = parsed(words).params
         if given["sets"] or given["preset"]:
             config = resolve(layers(given["preset"], None, None, None, given["sets"] or [], given["devices"]),
                              anatomies(pipe)[0].family).config  # fmt: skip

@@ -25,16 +25,12 @@ NAMES = {
 }  # fmt: skip
 SLOW = {  # minutes on two processors: three and four processes share them
     2: (
-        "in_float32",
-        "several_pictures",
-        "displaced_in_many_steps",
-        "in_more_graphs",
-        "cached_everywhere",
+        "in_float32", "several_pictures", "displaced_in_many_steps", "in_more_graphs", "cached_everywhere",
         "ended_early",
     ),
     3: ("every_family_in_patches", "odd_rows", "decoded", "strangers_become_alike", "replayed"),
     4: ("more_meshes", "replayed"),
-}
+}  # fmt: skip
 CHECKS = Asked(checks, NAMES, SLOW)
 told = CHECKS.told
 pytestmark = pytest.mark.xdist_group("ranks")

@@ -59,4 +59,4 @@ def test_it_draws_as_often_as_is_foretold_and_computes_only_what_a_varied_weight
     batches, weights = len(PROMPTS) // 4, [sum(counts(step, ORDER)) for step in range(4)]
     assert len(steps) == draws(4, ORDER) * 4 * batches
     varied = sum(count * (3 - step) for step, count in enumerate(weights))
-    assert len(calls) / whole - 4 == varied + (1 + len(RIDGES)) * 4
+    assert len(calls) / whole - 4 == varied + len(RIDGES) * 4
