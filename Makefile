@@ -8,7 +8,8 @@ SEED ?= 1
 MODELS := shapes-unet shapes-dit
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+# Python compiles what is imported when it is: compiling all of torch beforehand takes longer than installing it.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS)
 SOURCES := pyproject.toml requirements/constraints.txt
 
 .PHONY: image test test-slow test-machines gpu-kit install lint types bench readme docs wheel

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads of 
 
 import gc
 import logging
+import math
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 # a machine that is busy may stop for a second anywhere
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One worker more than there are processors: a fifth of a worker's time is waiting, for ranks and for a browser."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    from fastdiff.threads import processor_quota, processors
+
+    return math.ceil(min(processors(), processor_quota() or processors())) + 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
