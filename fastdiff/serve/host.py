@@ -24,6 +24,7 @@ from .desk import Desk
 
 _MORE_GRACE = 5.0  # seconds for answers to go out after the last picture
 _CONNECTIONS = 1000
+_KEPT = 75  # seconds that an idle connection is kept: the official client closes it after 5, and must be the first
 _SPARE = 8  # requests of a replica beyond its queue: for health, metrics, and those that it refuses itself
 
 
@@ -43,7 +44,8 @@ def serve(options: Options, host: str, port: int, ready: Callable[[str], object]
         app = build(options)
         grace = int(options.limits.grace + _MORE_GRACE)
         server = _Server(uvicorn.Config(
-            app, log_config=None, server_header=False, timeout_graceful_shutdown=grace, limit_concurrency=_CONNECTIONS,
+            app, log_config=None, server_header=False, timeout_graceful_shutdown=grace, timeout_keep_alive=_KEPT,
+            limit_concurrency=_CONNECTIONS,
         ))  # fmt: skip
         server.desk = app.state.desk
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done

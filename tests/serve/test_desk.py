@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from openai import DEFAULT_CONNECTION_LIMITS
 
 from fastdiff.cli import run
 from fastdiff.cli.serve import shelf
@@ -175,11 +176,26 @@ def fork(model: str, *options: str) -> Any:
     return process
 
 
+def stays_open(server: Server) -> bool:
+    """A connection on which nothing is asked for longer than the official client keeps one: where the server is the
+    first to close it, a request that is just on its way is lost."""
+    kept = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=900)
+    kept.connect()
+    before = kept.sock
+    for pause in (0.0, DEFAULT_CONNECTION_LIMITS.keepalive_expiry + 1):
+        time.sleep(pause)
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+    return kept.sock is before
+
+
 @pytest.mark.parametrize("grace", ["600", "0"])  # seconds; ample on a busy machine, and none
 def test_shutdown_finishes_or_fails_what_is_in_flight(cli, model: str, grace: str, pool) -> None:
     process = fork(model, "--grace", grace)
     try:
         server = Server(Path("out").read_text().strip(), None)  # type: ignore[arg-type]
+        if grace == "600":
+            assert stays_open(server)
         answers = [later(server, pool, steps=60, seed=n) for n in range(3)]
         busy = {"drawing": True, "waiting": 2}
         wait_for(lambda: busy.items() <= server.call("/health")[1].items())
