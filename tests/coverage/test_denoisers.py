@@ -213,3 +213,6 @@ def test_the_docs_list_every_description_as_it_is():
     page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     listed = [line for line in page.splitlines() if line.startswith("| ") and line.split(" | ")[0][2:] in KNOWN]
     assert listed == rows()
+    tried = len({pipe for pipe, _ in classes_of_the_zoo()})
+    for page in ("README.md", "docs/index.md"):
+        assert f"{tried} pipeline classes" in (ROOT / page).read_text(encoding="utf-8")
