@@ -1,6 +1,7 @@
 """Quality of caching with quantization, mixed bits, pruning and rounding on held-out captions: benchmarks/*.json.
 
     python scripts/measure_cachequant.py cachequant --model shapes-unet     # adds to benchmarks/cachequant.json
+    python scripts/measure_cachequant.py halves --model shapes-unet         # adds to benchmarks/cachequant-halves.json
     python scripts/measure_cachequant.py mixed --model shapes-unet          # adds to benchmarks/quant-mixed.json
     python scripts/measure_cachequant.py prune --model shapes-unet          # adds to benchmarks/quant-prune.json
     python scripts/measure_cachequant.py rounding --model shapes-unet       # adds to benchmarks/quant-rounding.json
@@ -37,6 +38,7 @@ from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.hearing import hear_each
 from fastdiff.pipelines.planning import plan
 from fastdiff.pipelines.quantize import quantize
+from fastdiff.quant.base import KEPT
 from fastdiff.quant.pruning import prune as removable
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import FORMAT
@@ -44,6 +46,7 @@ from fastdiff.quant.sensitivity import FORMAT
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 FILES = {
     "cachequant": "cachequant.json",
+    "halves": "cachequant-halves.json",
     "mixed": "quant-mixed.json",
     "prune": "quant-prune.json",
     "rounding": "quant-rounding.json",
@@ -55,6 +58,11 @@ Rows = Iterator[tuple[str, Config, dict[str, Any]]]
 CACHE = {
     "shapes-unet": {"method": "cachequant", "site": "output", "coordinate": "logsnr"},
     "shapes-dit": {"method": "cachequant", "site": "stack", "live_blocks": 0, "coordinate": "logsnr"},
+}
+# where quantized layers read the cached value: behind the innermost skips, and a last projection that is not left float
+FED = {
+    "shapes-unet": ({"site": "inner"}, {}),
+    "shapes-dit": ({"site": "stack", "live_blocks": 1}, {"keep": [name for name in KEPT if name != "proj_out"]}),
 }
 
 
@@ -148,6 +156,23 @@ def cachequant(study: Study, interval: int) -> Rows:
     yield "cache only: even steps, reuse", uniform(alone, predictor="reuse"), {}
 
 
+def halves(study: Study, interval: int) -> Rows:
+    """Both halves of the correction by themselves, on reuse as in the paper and on a line: of the cached value, and of
+    the quantized layers that it feeds."""
+    site, kept = FED[study.model]
+    for scheme, predictor in (("w8a8", "reuse"), ("w4a8", "reuse"), ("w8a8", "adams_bashforth")):
+        cache = {"method": "cachequant", "coordinate": "logsnr", "interval": interval, "predictor": predictor, **site}
+        quant = {"method": scheme, **kept, **_ALL}
+        whole = calibrate(study.pipe, Config(cache=cache, quant=quant), study.prompts, batch=study.batch, **study.call)
+        method: Any = whole.cache
+        told = {"plan": list(method.plan.compute), "fed_layers": len(method.plan.layers)}
+        parts = {"schedule": ("affine", "layers"), "cached value": ("layers",), "fed layers": ("affine",), "both": ()}
+        for name, gone in parts.items():
+            plan = method.plan.model_copy(update={half: {} for half in gone})
+            config = whole.model_copy(update={"cache": method.model_copy(update={"plan": plan})})
+            yield f"{scheme}, {predictor}: {name}", config, told
+
+
 def mixed(study: Study, _interval: int) -> Rows:
     """Bits by layer against the same bits for all, at equal bytes."""
     yield "float", Config(), {"denoiser_mb": round(size_of(study, Config()) / 1e6, 4)}
@@ -215,6 +240,7 @@ def size_of(study: Study, config: Config) -> int:
 
 STUDIES: dict[str, Callable[[Study, int], Rows]] = {
     "cachequant": cachequant,
+    "halves": halves,
     "mixed": mixed,
     "prune": prune,
     "rounding": rounding,
@@ -222,7 +248,7 @@ STUDIES: dict[str, Callable[[Study, int], Rows]] = {
 
 
 def main(
-    study: Annotated[str, typer.Argument(help="cachequant, mixed, prune or rounding")],
+    study: Annotated[str, typer.Argument(help=", ".join(STUDIES))],
     model: Annotated[str, typer.Option(help="shapes-unet or shapes-dit")] = "shapes-unet",
     steps: Annotated[int, typer.Option(min=2)] = 50,
     captions: Annotated[int, typer.Option(min=1, help="held-out captions, one image each")] = 64,

@@ -233,7 +233,7 @@ def test_a_convolution_is_no_product_where_the_copy_would_be_too_large(monkeypat
     assert torch.equal(IntConv()(quantized, IntConv().pack(quantized), x), reference(quantized, x))
 
 
-def test_only_the_clock_can_prefer_a_convolution_as_a_product(monkeypatch):
+def test_only_the_clock_can_prefer_a_convolution_as_a_product(monkeypatch, exact_int_mm):
     """What is not timed has the reference: on what card copies pay, nobody knows beforehand."""
     monkeypatch.setattr("fastdiff.quant.kernels.cuda.lacks_cuda", lambda layer, capability: None)
     monkeypatch.setattr(OneDNN, "refuses", lambda self, layer: "is not here")
@@ -243,7 +243,7 @@ def test_only_the_clock_can_prefer_a_convolution_as_a_product(monkeypatch):
     assert [kernel.name for kernel, _ in choose(small)[0]] == ["reference"]
 
 
-def test_a_faster_form_of_a_kernel_that_proves_itself_is_the_only_one(monkeypatch):
+def test_a_faster_form_of_a_kernel_that_proves_itself_is_the_only_one(monkeypatch, exact_int_mm):
     monkeypatch.setattr("fastdiff.quant.kernels.cuda.lacks_cuda", lambda layer, capability: None)
     monkeypatch.setattr("fastdiff.quant.kernels.fused._lacks_triton", lambda: None)
     monkeypatch.setattr(FusedIntMM, "levels", staticmethod(levels_of))
