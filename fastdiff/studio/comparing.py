@@ -61,7 +61,8 @@ def paint(studio: Any, order: Any, job: Sampling, target: Path) -> None:
     else:
         print("\n".join(str(file) for file in (path, sheet) if file is not None), flush=True)
     say(f"{path}  seed {fast.made.seed}  {fast.summary}")
-    say(f"{labels[0]}, {labels[1]} (one run of each after a warm-up; bench measures)")
+    aim = "" if studio.fast.config.solver is None else "; a solver aims at the converged picture, not at this plain one"
+    say(f"{labels[0]}, {labels[1]} (one run of each after a warm-up; bench measures{aim})")
 
 
 def psnr(plain: Any, fast: Any) -> float:

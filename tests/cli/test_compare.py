@@ -37,7 +37,24 @@ def test_both_pictures_and_their_numbers(cli, model: str) -> None:
 
 def test_what_changes_nothing_is_identical(cli, model: str) -> None:
     done = cli("generate", "a cat", "-m", model, "--steps", 2, "--seed", 1, "--compare")
-    assert done.files == ["out.png", "out_compared.png"] and "identical" in done.err
+    assert done.files == ["out.png", "out_compared.png"] and "identical" in done.err and "aims" not in done.err
+
+
+def test_a_solver_is_said_to_aim_elsewhere(cli) -> None:
+    words = (
+        "-m",
+        "shapes-unet",
+        "--set",
+        "solver.method=fitted",
+        "--set",
+        "solver.evaluations=5",
+        "--steps",
+        5,
+        "--seed",
+        1,
+    )
+    done = cli("generate", "a cat", *words, "--compare")
+    assert "a solver aims at the converged picture, not at this plain one" in done.err
 
 
 def test_videos_side_by_side(cli, tmp_path: Path) -> None:
