@@ -12,7 +12,7 @@ import fastdiff
 from fastdiff.config import Config
 from fastdiff.errors import BadConfig
 from fastdiff.quant.activations import Present
-from fastdiff.quant.build import Found, build
+from fastdiff.quant.build import Found, build, layers_of
 from fastdiff.quant.histogram import Histogram
 from fastdiff.quant.observe import Observer
 from fastdiff.quant.recipe import Recipe
@@ -61,16 +61,31 @@ def test_zero_is_held_and_extremes_are_in_the_last_bins(values, edges):
 
 def test_all_values_are_the_ranges_of_all_that_was_seen_bit_for_bit():
     pipe = tiny.make(SMALL)
-    plain = calibrated(pipe).of("unet")
+    observer = Observer(list(layers_of(pipe.unet)), 1, count=True)
+    observer.bucket = 0
+    with observer.watching():
+        tiny.run(pipe, SMALL, steps=2)
+    plain = observer.ranges(W8A8(), {})
     for settings in ({"observer": "percentile"}, {"smooth": "percentile"}):
-        found = calibrated(pipe, percentile=100, **settings).of("unet")
+        found = observer.ranges(W8A8(percentile=100, **settings), {})
         assert found.keys() == plain.keys()
         for name, ranges in plain.items():
             assert all(torch.equal(found[name][kind], ranges[kind]) for kind in ("low", "high")), name
             assert (found[name].get("smooth", torch.ones(1)) == 1).all()
-    tight = calibrated(pipe, observer="percentile", percentile=99).of("unet")
-    inner = [tight[name]["high"] - tight[name]["low"] < plain[name]["high"] - plain[name]["low"] for name in plain]
-    assert all(bool(narrower.all()) for narrower in inner)
+    tight = observer.ranges(W8A8(observer="percentile", percentile=99), {})
+    for name, ranges in plain.items():
+        assert (tight[name]["low"] >= ranges["low"]).all() and (tight[name]["high"] <= ranges["high"]).all(), name
+    narrower = [bool((tight[name]["high"] < ranges["high"]).all()) for name, ranges in plain.items()]
+    assert sum(narrower) > len(narrower) / 2, "some lose less than a bin is wide"
+
+
+def test_a_calibration_counts_what_it_is_told_to():
+    pipe = tiny.make(SMALL)
+    loose = calibrated(pipe, smooth="percentile")
+    tight = calibrated(pipe, observer="percentile", percentile=90)
+    assert loose.origin.smooth == "percentile" and tight.origin.smooth is None
+    wide = {name: float(ranges["high"].max() * ranges["smooth"].max()) for name, ranges in loose.of("unet").items()}
+    assert all(float(ranges["high"].max()) <= wide[name] for name, ranges in tight.of("unet").items())
 
 
 def off(x: torch.Tensor, layer: nn.Linear, heard: torch.Tensor, **settings) -> float:
@@ -125,5 +140,3 @@ def test_what_is_refused_is_told():
         with pytest.raises(BadConfig, match=said):
             fastdiff.Config(quant={"method": "w8a8", **settings})
     assert Config(quant={"method": "w8a8", "smooth": "0.5"}).quant.smooth == 0.5
-    both = calibrated(tiny.make(SMALL), smooth="percentile")
-    assert both.origin.smooth == "percentile"
