@@ -49,6 +49,9 @@ class QuantMethod(Method):
         64, ge=2, le=4096, multiple_of=2, description="weights that share a scale, of 4-bit formats; even"
     )
     rounding: Rounding = Field("mse", description="how weights are rounded: nearest, mse (clipping search), flexround")
+    reconstruct: Literal["layer", "block"] = Field(
+        "layer", description="what flexround makes right: the output of each layer, or then of blocks as a whole"
+    )
     low_rank: int = Field(0, ge=0, le=512, description="rank of a 16-bit residual of the weight error; no calibration")
     smooth: Power | Literal["percentile"] | None = Field(
         None,
@@ -90,11 +93,15 @@ class QuantMethod(Method):
         return str(value) if isinstance(value, Path) else value
 
     @model_validator(mode="after")
-    def _counted_as_they_are(self) -> QuantMethod:
+    def _together(self) -> QuantMethod:
         if self.observer == "percentile" and (self.smooth is not None or self.split):
             raise ValueError(
                 "observer = percentile counts values as they are, before smooth or split: leave those out, or take "
                 "observer = minmax"
+            )
+        if self.reconstruct == "block" and (self.rounding != "flexround" or self.low_rank):
+            raise ValueError(
+                "reconstruct = block is of rounding = flexround, without low_rank: set that, or leave it out"
             )
         return self
 
