@@ -92,7 +92,7 @@ def main(
     (calls,) = hear_each(study.pipe, study.prompts, batch=fit, **study.call).values()
     method = Mixed(budget_mb=1)
     layers = {f.name: f for f in layers_of(study.denoiser) if method.takes(f.name)}
-    table = sensitivities(calls, layers, ALL, GROUP, ROUNDING)
+    table = sensitivities(calls, layers, ALL if captions else SUMMED, GROUP, ROUNDING)
     rows = [sums(calls, table), *([pictures(study, calls, table)] if captions else [])]
     for row in (row for part in rows for row in part):
         row = {"model": model, "fit_captions": fit, **row, "command": command(), "environment": environment(study.pipe)}
