@@ -29,7 +29,7 @@ VECTORS = (
 
 
 Power = Annotated[float, Field(ge=0, le=1)]
-VALUES, CHANNELS = 99.99, 99.5  # percentiles of values that ranges hold, and of channels that are not smoothed
+VALUES, CHANNELS = 99.999, 99.5  # percentiles of values that ranges hold, and of channels that are not smoothed
 
 
 class QuantMethod(Method):
@@ -64,7 +64,7 @@ class QuantMethod(Method):
         "minmax", description="static ranges: all that was seen, the least error on a sample, or most values"
     )
     percentile: float | None = Field(
-        None, gt=50, le=100, description="of values within a range (99.99), or channels not smoothed (99.5); 100 is all"
+        None, gt=50, le=100, description="of values in a range (99.999), or channels not smoothed (99.5); 100 is all"
     )
     ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
     prune: PruneOption = Field(
