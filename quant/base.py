@@ -99,6 +99,10 @@ class QuantMethod(Method):
                 "observer = percentile counts values as they are, before smooth or split: leave those out, or take "
                 "observer = minmax"
             )
+        if self.percentile is not None and "percentile" not in (self.observer, self.smooth):
+            raise ValueError(
+                f"percentile = {self.percentile:g} is of observer = percentile or smooth = percentile: set one"
+            )
         if self.reconstruct == "block" and (self.rounding != "flexround" or self.low_rank):
             raise ValueError(
                 "reconstruct = block is of rounding = flexround, without low_rank: set that, or leave it out"

@@ -132,6 +132,7 @@ def test_what_is_refused_is_told():
     for settings, said in (
         ({"observer": "percentile", "smooth": 0.5}, "leave those out"),
         ({"observer": "percentile", "split": True}, "leave those out"),
+        ({"percentile": 99}, "set one"),
         ({"percentile": 50}, "greater than 50"),
         ({"percentile": 101}, "less than or equal to 100"),
         ({"smooth": 2}, "less than or equal to 1"),
