@@ -8,10 +8,13 @@ from typing import Any
 from fastdiff.errors import BadConfig
 from fastdiff.plans import Each
 from fastdiff.quant.base import QuantMethod
+from fastdiff.quant.build import chosen
 from fastdiff.quant.calls import Calls
+from fastdiff.quant.components import roots
 from fastdiff.quant.flexround import FlexRound
 from fastdiff.quant.prune import PrunePlan
 from fastdiff.quant.pruning import prune
+from fastdiff.quant.reconstruct import Reconstruction
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 
 from .calibrate import Watch
@@ -58,7 +61,7 @@ def with_plans(method: QuantMethod, heard: Heard | None, watch: Watch | None) ->
     return method
 
 
-def learned_by(method: QuantMethod, heard: Heard | None) -> dict[str, FlexRound] | None:
+def learned_by(method: QuantMethod, heard: Heard | None) -> dict[str, FlexRound | Reconstruction] | None:
     """What learns the rounding of weights from calls, by denoiser, if the method wants that."""
     if method.rounding != "flexround":
         return None
@@ -67,4 +70,12 @@ def learned_by(method: QuantMethod, heard: Heard | None) -> dict[str, FlexRound]
             "rounding = flexround learns from calls of the denoiser: give prompts, and leave out smooth, split and "
             "other components; or take rounding = mse"
         )
-    return {name: FlexRound(calls) for name, calls in heard.items()}
+    return {name: _learner(method.of(name, name == next(iter(heard))), calls) for name, calls in heard.items()}
+
+
+def _learner(own: QuantMethod | None, calls: Calls) -> FlexRound | Reconstruction:
+    if own is None or own.reconstruct == "layer":
+        return FlexRound(calls)
+    if calls.anatomy.opaque or calls.anatomy.family.kind == "language":
+        raise calls.anatomy.without("blocks that rounding could be learned for", "set quant.reconstruct to layer")
+    return Reconstruction(FlexRound(calls), chosen(own, calls.anatomy.denoiser), dict(roots(calls.anatomy)))

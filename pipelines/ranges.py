@@ -35,8 +35,9 @@ def calibrate_ranges(
     found = anatomies(pipe)
     parts = targets(pipe, method, found)
     methods = methods_of(method, parts, found)
+    kept, count = method.timestep_buckets, method.observer == "percentile"
     seen = {
-        name: Observer([layer for layer, _ in chosen(methods[name], part)], method.timestep_buckets)
+        name: Observer([layer for layer, _ in chosen(methods[name], part)], kept, count)
         for name, part in parts.items()
         if name in methods
     }

@@ -15,8 +15,9 @@ import numpy as np
 
 from fastdiff.errors import BadConfig
 
-Table = Mapping[str, Mapping[int, float]]
-Sizes = Mapping[str, Mapping[int, int]]
+Choice = int | str  # bits, or the name of a format
+Table = Mapping[str, Mapping[Choice, float]]
+Sizes = Mapping[str, Mapping[Choice, int]]
 _WIDEST = 1 << 17  # columns of the table; a model of more bytes is counted in coarser units, rounded up
 
 
@@ -24,7 +25,7 @@ _WIDEST = 1 << 17  # columns of the table; a model of more bytes is counted in c
 class Allocation:
     """Bits by layer, the bytes they take and the error that the linear model predicts."""
 
-    bits: dict[str, int]
+    bits: dict[str, Choice]
     bytes: int
     error: float
 
@@ -86,7 +87,7 @@ def _table(errors: Table, sizes: Sizes, least: Mapping[str, int], unit: int, wid
 def _read_off(
     errors: Table, sizes: Sizes, least: Mapping[str, int], unit: int, taken: list, column: int
 ) -> Allocation:  # fmt: skip
-    bits: dict[str, int] = {}
+    bits: dict[str, Choice] = {}
     for name, chosen in zip(reversed(list(errors)), reversed(taken), strict=True):
         bits[name] = list(errors[name])[chosen[column]]
         column -= _columns(sizes[name], least[name], unit)[bits[name]]
@@ -103,7 +104,7 @@ def _unit(sizes: Sizes, least: Mapping[str, int]) -> int:
     return exact if most // exact < _WIDEST else -(-most // _WIDEST)
 
 
-def _columns(choices: Mapping[int, int], least: int, unit: int) -> dict[int, int]:
+def _columns(choices: Mapping[Choice, int], least: int, unit: int) -> dict[Choice, int]:
     return {bits: -(-(size - least) // unit) for bits, size in choices.items()}
 
 

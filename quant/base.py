@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from fastdiff.method import Method
@@ -28,6 +28,10 @@ VECTORS = (
 )  # fmt: skip
 
 
+Power = Annotated[float, Field(ge=0, le=1)]
+VALUES, CHANNELS = 99.999, 99.5  # percentiles of values that ranges hold, and of channels that are not smoothed
+
+
 class QuantMethod(Method):
     """A scheme: a format of weights, how activations are treated, and the options around them."""
 
@@ -45,14 +49,22 @@ class QuantMethod(Method):
         64, ge=2, le=4096, multiple_of=2, description="weights that share a scale, of 4-bit formats; even"
     )
     rounding: Rounding = Field("mse", description="how weights are rounded: nearest, mse (clipping search), flexround")
+    reconstruct: Literal["layer", "block"] = Field(
+        "layer", description="what flexround makes right: the output of each layer, or then of blocks as a whole"
+    )
     low_rank: int = Field(0, ge=0, le=512, description="rank of a 16-bit residual of the weight error; no calibration")
-    smooth: float | None = Field(
-        None, ge=0, le=1, description="move outliers of the input into the weights, by this power; needs `ranges`"
+    smooth: Power | Literal["percentile"] | None = Field(
+        None,
+        description="move outliers of the input into the weights: by this power, or percentile, which brings channels "
+        "above it down to it (DGQ); needs `ranges`",
     )
     split: bool = Field(False, description="apart ranges for both halves of what a skip connection joins")
     timestep_buckets: int = Field(8, ge=1, le=1000, description="static ranges of the input, by noise level")
-    observer: Literal["minmax", "mse"] = Field(
-        "minmax", description="static ranges: all that was seen, or shrunk to the least error on a sample"
+    observer: Literal["minmax", "mse", "percentile"] = Field(
+        "minmax", description="static ranges: all that was seen, the least error on a sample, or most values"
+    )
+    percentile: float | None = Field(
+        None, gt=50, le=100, description="of values in a range (99.999), or channels not smoothed (99.5); 100 is all"
     )
     ranges: str | None = Field(None, description="file of a calibration; without it ranges are dynamic")
     prune: PruneOption = Field(
@@ -79,6 +91,23 @@ class QuantMethod(Method):
     @classmethod
     def _path(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _together(self) -> QuantMethod:
+        if self.observer == "percentile" and (self.smooth is not None or self.split):
+            raise ValueError(
+                "observer = percentile counts values as they are, before smooth or split: leave those out, or take "
+                "observer = minmax"
+            )
+        if self.percentile is not None and "percentile" not in (self.observer, self.smooth):
+            raise ValueError(
+                f"percentile = {self.percentile:g} is of observer = percentile or smooth = percentile: set one"
+            )
+        if self.reconstruct == "block" and (self.rounding != "flexround" or self.low_rank):
+            raise ValueError(
+                "reconstruct = block is of rounding = flexround, without low_rank: set that, or leave it out"
+            )
+        return self
 
     def of(self, component: str, main: bool) -> QuantMethod | None:
         """The method with what it planned for this component; None where it must be planned, and was not.

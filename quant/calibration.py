@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Origin(Settings):
     steps: int = Field(0, ge=0)
     guidance_scale: float | None = None
     prompts: int = Field(ge=0)
-    smooth: float | None = None
+    smooth: float | Literal["percentile"] | None = None
     split: bool = False
 
     def bucket(self, share: float) -> int:

@@ -41,7 +41,7 @@ class Calls:
                 step = now()
                 if step is None or step.index not in self._chosen(step.run.total):
                     return forward(*args, **kwargs)
-                self.given.append(_copied((args, kwargs)))  # before the model may write into them
+                self.given.append(copied((args, kwargs)))  # before the model may write into them
                 output = forward(*args, **kwargs)
                 self.truth.append(_first(output).detach().clone())
                 self.when.append((step.run.number, step.index))
@@ -76,7 +76,7 @@ class Calls:
     def outputs(self) -> Iterator[Tensor]:
         """What the denoiser gives now, call by call."""
         for args, kwargs in self.given:
-            args, kwargs = _copied((args, kwargs))
+            args, kwargs = copied((args, kwargs))
             yield _first(self.anatomy.denoiser(*args, **kwargs))
 
     def error(self) -> float:
@@ -106,7 +106,8 @@ def swapped(root: nn.Module, instead: dict[str, nn.Module]) -> Iterator[None]:
         patches.restore()
 
 
-def _copied(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
+    """Arguments whose tensors nobody else may write into."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -35,10 +35,10 @@ def components(anatomy: Anatomy) -> list[Component]:
     """In call order: ResNet blocks and transformers of a UNet, attention and feed-forward layers, and whole blocks."""
     if anatomy.opaque:
         raise anatomy.without("blocks, whose parts could be left out", "leave out quant.prune")
-    roots = list(_roots(anatomy))
+    blocks = list(roots(anatomy))
     out: list[Component] = []
-    for number, (path, root) in enumerate(roots):
-        depth = number / len(roots)
+    for number, (path, root) in enumerate(blocks):
+        depth = number / len(blocks)
         if anatomy.family.kind == "unet":
             if _same_width(root):
                 out.append(Component((path,), "resnet", depth, residual=True))
@@ -52,7 +52,9 @@ def components(anatomy: Anatomy) -> list[Component]:
     return out
 
 
-def _roots(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
+def roots(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of each block in call order: of a transformer's stacks, or ResNet blocks and transformers of a
+    UNet."""
     if anatomy.family.kind == "transformer":
         for stack in anatomy.family.stacks:
             for name, block in anatomy.denoiser.get_submodule(stack.path).named_children():

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from .activations import batched, given_to, rows_of
 from .build import Found
 from .calls import Calls
-from .packing import FORMATS, Int4, Int8, Tensors
+from .divisors import Divided
+from .packing import Tensors
 from .recipe import Recipe
-from .rounding import best_scale, in_groups, to_integers
 
 _ROWS = 512  # of each call, for the second moments of convolutions and long sequences
 
@@ -39,64 +39,48 @@ class FlexRound:
     def __call__(self, found: Found, recipe: Recipe) -> Callable[[Tensor, Recipe], Tensors] | None:
         """What makes the stored tensors of the layer's weight; None for formats without integers, grouped convolutions
         and layers that the calls do not run."""
-        if recipe.format not in ("int8", "int4") or getattr(found.layer, "groups", 1) > 1:
+        moments = self.moments(found, recipe)
+        return None if moments is None else lambda weight, own: self.learned(weight, own, moments).tensors()
+
+    def moments(self, found: Found, recipe: Recipe) -> tuple[Tensor, Tensor] | None:
+        """Second moments of the layer's inputs, of calls to fit on and calls to judge by; None as above."""
+        if not takes(found, recipe):
             return None
-        moments = [_moments(found.layer, half) for half in self.calls.halves()]
-        if any(moment is None for moment in moments):
-            return None
-        return lambda weight, own: learn(weight, own, moments[0], moments[1], self.steps, self.rate)  # type: ignore
+        fitted, judged = (_moments(found.layer, half) for half in self.calls.halves())
+        return None if fitted is None or judged is None else (fitted, judged)
+
+    def learned(self, weight: Tensor, recipe: Recipe, moments: tuple[Tensor, Tensor]) -> Divided:
+        return learned(weight, recipe, *moments, self.steps, self.rate)
 
 
-def learn(weight: Tensor, recipe: Recipe, fitted: Tensor, judged: Tensor, steps: int, rate: float) -> Tensors:
-    """Stored tensors of a weight [n, k]; fitted, judged [k, k] are second moments X^T X of inputs."""
-    form = FORMATS[recipe.format]
-    assert isinstance(form, Int4 | Int8)
-    grouped, low, high, start = _start(weight, recipe)
-    scale = start.abs().log().clamp_min(-60).requires_grad_()
-    sign = torch.where(start < 0, -1.0, 1.0)
-    divisor = torch.zeros_like(grouped, requires_grad=True)
-    row = torch.zeros(len(grouped), *[1] * (grouped.ndim - 1), device=weight.device, requires_grad=True)
+def takes(found: Found, recipe: Recipe) -> bool:
+    """Whether the layer's weight is stored as integers whose rounding can be learned."""
+    return recipe.format in ("int8", "int4") and getattr(found.layer, "groups", 1) == 1
 
-    def stored(scale: Tensor) -> Tensor:
-        return sign * (scale.exp().half().float() if isinstance(form, Int4) else scale.exp())
 
-    def integers() -> Tensor:
-        return to_integers(grouped, stored(scale) * (divisor + row).exp(), low, high)
+def learned(weight: Tensor, recipe: Recipe, fitted: Tensor, judged: Tensor, steps: int, rate: float) -> Divided:
+    """A weight [n, k] that keeps its best rounding; fitted, judged [k, k] are second moments X^T X of inputs."""
+    divided = Divided(weight, recipe)
 
     def loss(values: Tensor, moment: Tensor) -> Tensor:
-        off = values.flatten(1)[:, : weight.shape[1]] - weight
+        off = values - weight
         return ((off @ moment) * off).sum()
 
-    best = to_integers(grouped, start, low, high), start
-    least = float(loss(best[0] * start, judged))
-    optimizer = torch.optim.Adam([scale, divisor, row], lr=rate * 7 / high)  # a level of 8 bits is a smaller step
+    least = float(loss(divided.kept(), judged))
+    optimizer = torch.optim.Adam(divided.parameters, lr=divided.rate(rate))
     with torch.enable_grad():
-        unit = loss(torch.zeros_like(grouped), fitted).clamp_min(1e-12)
+        unit = loss(torch.zeros_like(weight), fitted).clamp_min(1e-12)
         for step in range(steps):
-            divided = grouped / (sign * (scale + divisor + row).exp())
-            rounded = (divided + (divided.round() - divided).detach()).clamp(low, high)
-            error = loss(rounded * sign * scale.exp(), fitted) / unit
+            error = loss(divided.soft(), fitted) / unit
             optimizer.zero_grad()
             error.backward()
             optimizer.step()
             if step % 20 == 19 or step == steps - 1:
-                with torch.no_grad():
-                    found, own = integers(), stored(scale)
-                    judgement = float(loss(found * own, judged))
+                judgement = float(loss(divided.now(), judged))
                 if judgement < least:
-                    best, least = (found, own.clone()), judgement
-    return form.store(*best)
-
-
-def _start(weight: Tensor, recipe: Recipe) -> tuple[Tensor, int, int, Tensor]:
-    """The weight in the format's groups, its levels, and the scales of the clipping search."""
-    if recipe.format == "int8":
-        scale = best_scale(weight, weight.abs().amax(-1, keepdim=True) / 127, -127, 127, "mse")
-        return weight, -127, 127, scale.clamp_min(1e-12)
-    grouped = in_groups(weight, recipe.group)
-    top = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
-    scale = best_scale(grouped, -top / 8, -8, 7, "mse").half().float()
-    return grouped, -8, 7, torch.where(scale == 0, torch.full_like(scale, 2**-14), scale)
+                    least = judgement
+                    divided.keep()
+    return divided
 
 
 def _moments(layer: nn.Linear | nn.Conv2d, calls: Calls) -> Tensor | None:

@@ -15,8 +15,9 @@ from fastdiff.clock import Run, StepClock
 from fastdiff.errors import UnsupportedModel
 
 from .activations import channels_of, given_to, rows_of
-from .base import QuantMethod
+from .base import CHANNELS, VALUES, QuantMethod
 from .build import Found
+from .histogram import Histogram
 from .packing import Tensors
 
 _ROWS = 48  # tokens or pixels of each layer and bucket that are kept, for the search of ranges
@@ -41,12 +42,15 @@ class Seen:
     low: dict[int, Tensor] = field(default_factory=dict)
     high: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Histogram] | None = None  # where percentiles are wanted
 
     def add(self, bucket: int, rows: Tensor, generator: torch.Generator) -> None:
         low, high = rows.amin(0), rows.amax(0)
         if bucket in self.low:
             low, high = torch.minimum(low, self.low[bucket]), torch.maximum(high, self.high[bucket])
         self.low[bucket], self.high[bucket] = low, high
+        if self.counts is not None:
+            self.counts.setdefault(bucket, Histogram()).add(rows)
         some = rows[torch.randint(len(rows), (8,), generator=generator)].clone()
         kept = torch.cat([self.rows[bucket], some]) if bucket in self.rows else some
         if len(kept) > _ROWS:
@@ -61,14 +65,17 @@ class Seen:
 
 
 class Observer:
-    """Looks at the inputs of float layers. `bucket` is set by whoever knows the step; None is outside a run."""
+    """Looks at the inputs of float layers. `bucket` is set by whoever knows the step; None is outside a run.
 
-    def __init__(self, layers: list[Found], buckets: int) -> None:
+    count: whether values are counted, for ranges by percentile.
+    """
+
+    def __init__(self, layers: list[Found], buckets: int, count: bool = False) -> None:
         self.layers, self.buckets = layers, buckets
         self.bucket: int | None = None
         self.run: Run | None = None
         self.times: dict[float, float] = {}  # noise share by what the denoiser was told of the time
-        self.seen: dict[str, Seen] = {f.name: Seen() for f in layers}
+        self.seen: dict[str, Seen] = {f.name: Seen(counts={} if count else None) for f in layers}
         self.partners: dict[str, str] = {}  # of each layer, the first that was given the same tensor
         self._generator = torch.Generator().manual_seed(0)
         self._last: tuple[Any, str, int] | None = None  # a tensor, the first layer it was given to, its channels
@@ -133,7 +140,7 @@ class Observer:
             if not seen.low:
                 continue
             smooth = self._smooth(f, method, halves.get(f.name))
-            low, high = self._edges(seen, smooth, method.observer == "mse")
+            low, high = self._edges(seen, smooth, method)
             found[f.name] = {"low": low, "high": high} | ({} if smooth is None else {"smooth": smooth})
         return found
 
@@ -142,7 +149,9 @@ class Observer:
         if getattr(f.layer, "groups", 1) > 1:
             return None
         peak, factors = self.seen[f.name].peak, None
-        if method.smooth is not None:
+        if method.smooth == "percentile":
+            factors = _clipping(peak, method.percentile or CHANNELS)
+        elif method.smooth is not None:
             first = self.partners[f.name]
             sharing = [g.layer for g in self.layers if self.partners.get(g.name) == first]
             heaviest = torch.stack([_column_peaks(layer) for layer in sharing]).amax(0).clamp_min(1e-6)
@@ -152,13 +161,18 @@ class Observer:
             factors = (tops / tops.log().mean().exp()).repeat_interleave(torch.tensor([half, len(peak) - half]))
         return None if factors is None else factors.to(f.layer.weight.device)
 
-    def _edges(self, seen: Seen, smooth: Tensor | None, search: bool) -> tuple[Tensor, Tensor]:
+    def _edges(self, seen: Seen, smooth: Tensor | None, method: QuantMethod) -> tuple[Tensor, Tensor]:
         inverse = torch.ones(()) if smooth is None else 1 / smooth.cpu()
         pairs = {}
         for bucket in seen.low:
             low = min(0.0, float((seen.low[bucket] * inverse).min()))
             high = max(0.0, float((seen.high[bucket] * inverse).max()))
-            pairs[bucket] = _searched(seen.rows[bucket] * inverse, low, high) if search else (low, high)
+            if seen.counts is not None and method.observer == "percentile":
+                least, most = seen.counts[bucket].edges(method.percentile or VALUES)
+                low, high = max(low, least), min(high, most)
+            elif method.observer == "mse":
+                low, high = _searched(seen.rows[bucket] * inverse, low, high)
+            pairs[bucket] = low, high
         whole = (min(low for low, _ in pairs.values()), max(high for _, high in pairs.values()))
         table = [pairs.get(bucket, whole) for bucket in range(self.buckets)] + [whole]
         low_edges, high_edges = zip(*table, strict=True)
@@ -191,6 +205,15 @@ def told_time(args: tuple, kwargs: Mapping[str, Any]) -> float | None:
 def _column_peaks(layer: nn.Linear | nn.Conv2d) -> Tensor:
     """Largest magnitude of the weights of each input channel [c]."""
     return layer.weight.detach().abs().float().transpose(0, 1).flatten(1).amax(1).cpu()
+
+
+def _clipping(peak: Tensor, percentile: float) -> Tensor:
+    """DGQ's factors [c]: what brings a channel's peak down to this percentile of all channels' peaks, at least 1.
+
+    Source: https://arxiv.org/abs/2310.04836, "percentile clipping", where a channel above is smoothed, not cut.
+    """
+    level = torch.quantile(peak, percentile / 100, interpolation="higher")
+    return (peak / level).clamp_min(1)
 
 
 def _searched(rows: Tensor, low: float, high: float) -> tuple[float, float]:

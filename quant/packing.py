@@ -2,7 +2,8 @@
 
 A weight is a matrix [outputs, inputs]; a convolution's kernel is flattened behind its input channels. Grouped formats
 have a scale for each `group` weights of a row; the last group is filled up with zeros where the group does not divide
-the row, and a row shorter than a group is one group. Two 4-bit numbers share a byte, the first in the low half.
+the row, and a row shorter than a group is one group. Two 4-bit numbers share a byte, the first in the low half;
+those of 2 and 3 bits, which only the normal grid has, are eight to 2 and 3 bytes.
 
 Sources: dual-grained 4 bit, https://arxiv.org/abs/2310.04836; Hadamard rotation and MSE-optimal grid (HIGGS),
 https://arxiv.org/abs/2411.17525.
@@ -13,13 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import UnknownName
 
+from .grids import from_bytes, in_bytes, normal_levels
 from .rounding import (
     Rounding,
     best_scale,
@@ -33,16 +34,6 @@ from .rounding import (
 )
 
 Tensors = dict[str, Tensor]
-
-_NORMAL = torch.tensor(
-    [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326]
-)  # Lloyd-Max of N(0, 1), 16 levels
-
-
-@cache
-def _normal_levels(device: torch.device) -> Tensor:
-    """Brought to a device once, not at each call of a layer."""
-    return torch.cat([-_NORMAL.flip(0), _NORMAL]).to(device)
 
 
 @dataclass(frozen=True)
@@ -164,10 +155,11 @@ class Dual4(Format, Integers):
 
 
 @dataclass(frozen=True)
-class Normal4(Format):
-    """Groups turned by a Hadamard matrix with random signs look normal; 16 levels that are optimal for that.
+class Normal(Format):
+    """Groups turned by a Hadamard matrix with random signs look normal; 16, 8 or 4 levels that are optimal for that.
 
-    q uint8 [n, k' / 2] are level numbers, scale float16 [n, groups] the groups' root mean squares, signs int8 [k'].
+    q uint8 are level numbers, `bits` for each of the k' weights of a row (`grids.in_bytes`), scale float16 [n, groups]
+    the groups' root mean squares, signs int8 [k'].
     Groups are powers of two. `rounding` is always to the nearest level.
     """
 
@@ -176,13 +168,14 @@ class Normal4(Format):
         signs = self._signs(grouped.shape[1] * grouped.shape[2]).to(weight.device)
         turned = hadamard(grouped * signs.view(grouped.shape[1:]))
         scale = turned.square().mean(-1, keepdim=True).sqrt().half().float()
-        levels = _normal_levels(weight.device)
+        levels = normal_levels(self.bits, weight.device)
         numbers = torch.bucketize(turned / scale.clamp_min(1e-12), (levels[1:] + levels[:-1]) / 2)
-        return {"q": nibbles(numbers.flatten(1)), "scale": scale[..., 0].half(), "signs": signs}
+        return {"q": in_bytes(numbers.flatten(1), self.bits), "scale": scale[..., 0].half(), "signs": signs}
 
     def unpack(self, tensors: Mapping[str, Tensor], inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
         scale, signs = tensors["scale"].float(), tensors["signs"].float()
-        values = _normal_levels(scale.device)[from_nibbles(tensors["q"]).long()].unflatten(-1, (scale.shape[1], -1))
+        numbers = from_bytes(tensors["q"], self.bits, len(signs)).long()
+        values = normal_levels(self.bits, scale.device)[numbers].unflatten(-1, (scale.shape[1], -1))
         return (hadamard(values * scale[..., None]).flatten(1) * signs)[:, :inputs].to(dtype)
 
     def _signs(self, length: int) -> Tensor:
@@ -219,7 +212,9 @@ FORMATS: Mapping[str, Format] = {
         Int8("int8", 8),
         Int4("int4", 4),
         Dual4("dual4", 4),
-        Normal4("normal4", 4),
+        Normal("normal4", 4),
+        Normal("normal3", 3),
+        Normal("normal2", 2),
         Float8("float8", 8),
         Half("half", 16),
     )

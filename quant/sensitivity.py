@@ -14,28 +14,36 @@ from torch import Tensor, nn
 from fastdiff.errors import BadModel
 from fastdiff.weights import require
 
+from .allocate import Choice
 from .build import Found
 from .calls import Calls
 from .packing import format_named
 from .rounding import Rounding
 
-FORMAT = {4: "int4", 5: "int4", 8: "int8", 16: "half"}  # of a number of bits
+FORMAT: Mapping[Choice, str] = {
+    4: "int4", 5: "int4", 8: "int8", 16: "half", "normal2": "normal2", "normal3": "normal3", "normal4": "normal4",
+}  # fmt: skip
 _FINE = 16  # weights that share a scale, in 5 bits a weight
 
 
-def stored_as(bits: int, group: int) -> tuple[str, int]:
+def said(bits: Choice) -> str:
+    """A number of bits has uniform levels, a name normal ones."""
+    return bits if isinstance(bits, str) else f"{bits} bits"
+
+
+def stored_as(bits: Choice, group: int) -> tuple[str, int]:
     """Format and group size of so many bits; 5 are 4 in groups of 16, whose scales take the fifth."""
     return FORMAT[bits], min(group, _FINE) if bits == 5 else group
 
 
-def stored(layer: nn.Linear | nn.Conv2d, bits: int, group: int) -> int:
+def stored(layer: nn.Linear | nn.Conv2d, bits: Choice, group: int) -> int:
     """Bytes of the layer's weight in so many bits."""
     outputs, inputs = layer.weight.flatten(1).shape
     form, group = stored_as(bits, group)
     return format_named(form).bytes(outputs, inputs, group)
 
 
-def rounded(layer: nn.Linear | nn.Conv2d, bits: int, group: int, rounding: Rounding) -> Tensor:
+def rounded(layer: nn.Linear | nn.Conv2d, bits: Choice, group: int, rounding: Rounding) -> Tensor:
     """The float weight that is left of a layer's when it is stored in so many bits."""
     weight = layer.weight.detach().float().flatten(1)
     name, group = stored_as(bits, group)
@@ -45,23 +53,23 @@ def rounded(layer: nn.Linear | nn.Conv2d, bits: int, group: int, rounding: Round
 
 
 def sensitivities(
-    calls: Calls, layers: Mapping[str, Found], choices: tuple[int, ...], group: int, rounding: Rounding,
+    calls: Calls, layers: Mapping[str, Found], choices: tuple[Choice, ...], group: int, rounding: Rounding,
     watch: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[int, float]]:  # fmt: skip
+) -> dict[str, dict[Choice, float]]:  # fmt: skip
     """Relative squared error of the denoiser's output with one layer quantized, by layer and bits.
 
     Each is a mean over `calls`, made again with that weight in the layer's place; only one rounded weight is held at a
     time. Raises BadModel, naming the layer, where an output is not finite.
     """
     require(calls.anatomy.denoiser, calls.anatomy.component)
-    table: dict[str, dict[int, float]] = {}
+    table: dict[str, dict[Choice, float]] = {}
     for number, (name, found) in enumerate(layers.items(), 1):
         table[name] = {}
         for bits in choices:
             with weights({found.layer: rounded(found.layer, bits, group, rounding)}):
                 error = calls.error()
             if not math.isfinite(error):
-                raise BadModel(f"with {name} in {bits} bits the denoiser's output is not finite; add it to quant.skip")
+                raise BadModel(f"with {name} in {said(bits)} the denoiser's output is not finite; add it to quant.skip")
             table[name][bits] = error
         if watch is not None:
             watch(number, len(layers))
@@ -69,7 +77,7 @@ def sensitivities(
 
 
 def together(
-    calls: Calls, layers: Mapping[str, Found], bits: Mapping[str, int], group: int, rounding: Rounding
+    calls: Calls, layers: Mapping[str, Found], bits: Mapping[str, Choice], group: int, rounding: Rounding
 ) -> float:  # fmt: skip
     """Relative squared error of the output with all layers quantized as told: what the linear model predicts."""
     with weights({found.layer: rounded(found.layer, bits[name], group, rounding) for name, found in layers.items()}):

@@ -5,6 +5,7 @@
     python scripts/measure_cachequant.py mixed --model shapes-unet          # adds to benchmarks/quant-mixed.json
     python scripts/measure_cachequant.py prune --model shapes-unet          # adds to benchmarks/quant-prune.json
     python scripts/measure_cachequant.py rounding --model shapes-unet       # adds to benchmarks/quant-rounding.json
+    python scripts/measure_cachequant.py blocks --model shapes-unet         # adds its row to the same
 
 Image k has caption k of the held-out split and seed k; every row is compared with the float, uncached images of the
 same seeds. Plans are made on other captions. Rows are written as they are measured, in the place of older ones of the
@@ -50,6 +51,7 @@ FILES = {
     "mixed": "quant-mixed.json",
     "prune": "quant-prune.json",
     "rounding": "quant-rounding.json",
+    "blocks": "quant-rounding.json",
 }
 _ALL: dict[str, Any] = {"speed": "smallest"}  # all layers run quantized, whatever the clock says
 _EIGHT = {"method": "w8a8", **_ALL}
@@ -222,13 +224,22 @@ def prune(study: Study, _interval: int) -> Rows:
 def rounding(study: Study, _interval: int) -> Rows:
     """Three ways to round 4-bit weights; output_error is on the calls that flexround learns from, images are not."""
     for way in ("nearest", "mse", "flexround"):
-        study.pipe = fastdiff.load(study.model)
-        study.pipe.set_progress_bar_config(disable=True)
-        config, begun = {"quant": {"method": "w4a16", "rounding": way}}, time.process_time()
-        report = quantize(study.pipe, config, study.prompts[:4], batch=4, **study.call)
-        seconds = round(time.process_time() - begun, 1)
-        assert report.output_error is not None
-        yield f"w4a16 {way}", Config(), {"output_error": round(report.output_error, 5), "cpu_seconds": seconds}
+        yield _rounded(study, way, {"rounding": way})
+
+
+def blocks(study: Study, _interval: int) -> Rows:
+    """The row of flexround on the outputs of blocks, beside those of `rounding`."""
+    yield _rounded(study, "flexround, blocks", {"rounding": "flexround", "reconstruct": "block"})
+
+
+def _rounded(study: Study, name: str, options: dict[str, Any]) -> tuple[str, Config, dict[str, Any]]:
+    study.pipe = fastdiff.load(study.model)
+    study.pipe.set_progress_bar_config(disable=True)
+    config, begun = {"quant": {"method": "w4a16", **options}}, time.process_time()
+    report = quantize(study.pipe, config, study.prompts[:4], batch=4, **study.call)
+    seconds = round(time.process_time() - begun, 1)
+    assert report.output_error is not None
+    return f"w4a16 {name}", Config(), {"output_error": round(report.output_error, 5), "cpu_seconds": seconds}
 
 
 def size_of(study: Study, config: Config) -> int:
@@ -244,6 +255,7 @@ STUDIES: dict[str, Callable[[Study, int], Rows]] = {
     "mixed": mixed,
     "prune": prune,
     "rounding": rounding,
+    "blocks": blocks,
 }
 
 

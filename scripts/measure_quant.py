@@ -45,9 +45,14 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "w8a8 static": {"method": "w8a8"},
     "w8a8 static, 1 bucket": {"method": "w8a8", "timestep_buckets": 1},
     "w8a8 static, mse": {"method": "w8a8", "observer": "mse"},
+    "w8a8 static, percentile 99.9": {"method": "w8a8", "observer": "percentile", "percentile": 99.9},
+    "w8a8 static, percentile 99.99": {"method": "w8a8", "observer": "percentile", "percentile": 99.99},
+    "w8a8 static, percentile 99.999": {"method": "w8a8", "observer": "percentile", "percentile": 99.999},
     "w8a8 static, smooth 0.5": {"method": "w8a8", "smooth": 0.5},
+    "w8a8 static, smooth percentile": {"method": "w8a8", "smooth": "percentile"},
     "w8a8 static, split": {"method": "w8a8", "split": True},
     "w4a8 static": {"method": "w4a8"},
+    "w4a8 static, smooth percentile": {"method": "w4a8", "smooth": "percentile"},
 }
 SCHEMES: dict[str, dict[str, Any]] = {
     "float": {},

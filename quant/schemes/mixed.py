@@ -12,15 +12,16 @@ from fastdiff.anatomy import fingerprint
 from fastdiff.errors import BadConfig
 from fastdiff.method import Settings
 from fastdiff.plans import Each, from_file, own
-from fastdiff.quant.allocate import Allocation, allocate
+from fastdiff.quant.allocate import Allocation, Choice, Table, allocate
 from fastdiff.quant.base import QuantMethod
 from fastdiff.quant.build import Found, layers_of
 from fastdiff.quant.calls import Calls
 from fastdiff.quant.recipe import Recipe
-from fastdiff.quant.sensitivity import FORMAT, sensitivities, stored, stored_as, together
+from fastdiff.quant.sensitivity import FORMAT, said, sensitivities, stored, stored_as, together
 from fastdiff.weights import nbytes
 
-Bits = Literal[4, 5, 8, 16]
+Bits = Literal[4, 5, 8, 16, "normal2", "normal3", "normal4"]
+Name = Annotated[int | str, Field(union_mode="left_to_right")]  # JSON has strings for names: "4" is 4 again
 _HINT = "fastdiff quantize -o PLAN.json --set quant.method=mixed makes one"
 
 
@@ -34,7 +35,7 @@ class BitPlan(Settings):
     bytes: int = Field(ge=0, description="of the denoiser's weights, those that stay as they are included")
     predicted: float = Field(ge=0, description="sum of the layers' errors: relative squared error of the output")
     measured: float = Field(ge=0, description="the same error with all layers quantized at once")
-    table: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
+    table: Mapping[str, Mapping[Name, float]] = Field(default_factory=dict)
 
     @property
     def additivity(self) -> float:
@@ -43,7 +44,7 @@ class BitPlan(Settings):
 
     def summary(self) -> str:
         counts = {b: sum(chosen == b for chosen in self.bits.values()) for b in FORMAT}
-        layers = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items() if count)
+        layers = ", ".join(f"{count} layers of {said(bits)}" for bits, count in counts.items() if count)
         return (
             f"{layers}: {self.bytes / 1e6:.2f} MB; output error {self.measured**0.5:.2%}, predicted "
             f"{self.predicted**0.5:.2%}"
@@ -65,8 +66,9 @@ class Mixed(QuantMethod):
         None, gt=0, lt=1, description="relative error of the denoiser's output, as the linear model predicts it"
     )
     choices: tuple[Bits, ...] = Field(
-        (4, 5, 8, 16), min_length=1, description="bits a layer may have; 5 are 4 in groups of 16"
-    )
+        (4, 5, 8, 16), min_length=1,
+        description="bits a layer may have; 5 are 4 in groups of 16; normal2, normal3, normal4 are HIGGS' levels",
+    )  # fmt: skip
     plan: Annotated[BitPlan | Each[BitPlan] | None, from_file(BitPlan, "bit plan", _HINT)] = Field(
         None, description="what was chosen, or the path of its file; of several denoisers one each, by component"
     )
@@ -119,7 +121,9 @@ class Mixed(QuantMethod):
         known = known if known is not None and known.denoiser == fingerprint(anatomy) else None
         rows = known.table if known is not None and known.group_size == self.group_size else {}
         if set(rows) == set(layers) and all(set(self.choices) <= set(row) for row in rows.values()):
-            table = {name: {int(bits): row[bits] for bits in self.choices} for name, row in rows.items()}
+            table: dict[str, dict[Choice, float]] = {
+                name: {bits: row[bits] for bits in self.choices} for name, row in rows.items()
+            }
         else:
             table = sensitivities(calls, layers, self.choices, self.group_size, self.rounding, watch)
         found = self._allocated(table, layers, rest)
@@ -130,7 +134,7 @@ class Mixed(QuantMethod):
         )  # fmt: skip
 
     def _allocated(
-        self, table: Mapping[str, Mapping[int, float]], layers: Mapping[str, Found], rest: int
+        self, table: Table, layers: Mapping[str, Found], rest: int
     ) -> Allocation:  # fmt: skip
         sizes = {name: {b: stored(f.layer, b, self.group_size) for b in table[name]} for name, f in layers.items()}
         if self.budget_mb is not None:

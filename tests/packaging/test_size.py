@@ -59,7 +59,10 @@ SERVING = {
 # Decisions for each picture of a batch, with what of the session moved out for them; a second denoiser by turns.
 PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
 SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
+# Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
+LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
 APART = {
+    "learned": LEARNED,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
 }  # fmt: skip
 
@@ -77,6 +80,7 @@ APART = {
         ("serving", 930),
         ("pictures", 250),
         ("switch", 170),
+        ("learned", 480),
     ],
     ids=lambda value: str(value),
 )

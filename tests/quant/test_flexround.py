@@ -12,7 +12,7 @@ from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.planning import learned_by
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.build import Found
-from fastdiff.quant.flexround import FlexRound, _moments, learn
+from fastdiff.quant.flexround import FlexRound, _moments, learned
 from fastdiff.quant.packing import FORMATS
 from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.schemes.w4a16 import W4A16
@@ -39,10 +39,10 @@ def test_what_is_learned_has_a_smaller_output_error(form, group, width, share):
     fitted, judged = (x.T @ x / len(x) for x in (correlated(512, width, 2), correlated(512, width, 3)))
     x = correlated(512, width, 4)
     plain = FORMATS[form].pack(weight, group, "mse")
-    learned = learn(weight, recipe, fitted, judged, 300, 3e-3)
-    assert {k: (t.shape, t.dtype) for k, t in learned.items()} == {k: (t.shape, t.dtype) for k, t in plain.items()}
+    found = learned(weight, recipe, fitted, judged, 300, 3e-3).tensors()
+    assert {k: (t.shape, t.dtype) for k, t in found.items()} == {k: (t.shape, t.dtype) for k, t in plain.items()}
     errors = [
-        float((x @ (FORMATS[form].unpack(tensors, width) - weight).T).square().mean()) for tensors in (plain, learned)
+        float((x @ (FORMATS[form].unpack(tensors, width) - weight).T).square().mean()) for tensors in (plain, found)
     ]
     assert errors[1] < share * errors[0]
 
@@ -51,7 +51,7 @@ def test_a_rounding_that_does_not_generalise_is_not_kept():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
     one = torch.zeros(16, 16)
     one[0, 0] = 1.0  # only the first input was ever seen
-    kept = learn(weight, Recipe("int4", group=16), one, torch.eye(16), 100, 3e-3)
+    kept = learned(weight, Recipe("int4", group=16), one, torch.eye(16), 100, 3e-3).tensors()
     plain = FORMATS["int4"].pack(weight, 16, "mse")
     off = [float((FORMATS["int4"].unpack(t, 16) - weight).square().sum()) for t in (kept, plain)]
     assert off[0] <= off[1] * (1 + 1e-6)

@@ -9,7 +9,7 @@ import torch
 
 import fastdiff
 from fastdiff.caching.plan import LARGEST
-from fastdiff.errors import BadConfig, BadModel
+from fastdiff.errors import BackendUnavailable, BadConfig, BadModel
 from fastdiff.quant.build import layers_of
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import rounded, sensitivities, stored, together, weights
@@ -83,6 +83,33 @@ def test_measuring_leaves_no_trace_and_the_choice_keeps_the_budget():
         assert (recipe.format, recipe.group) == (form, group)
     with pytest.raises(BadConfig, match=r"the smallest is [\d.]+ MB"):
         Mixed(budget_mb=0.001).planned(calls)
+
+
+def test_normal_levels_are_chosen_from_too(sd3):
+    """3 and 2 bits are smaller and worse; a plan of them is what a file says, and is quantized and drawn with."""
+    pipe, calls, layers, _ = sd3
+    few = {name: layers[name] for name in list(layers)[:4]}
+    skip = tuple(name for name in layers if name not in few)
+    table = sensitivities(calls, few, (4, "normal4", "normal3", "normal2"), 64, "mse")
+    sums = {bits: sum(row[bits] for row in table.values()) for bits in (4, "normal4", "normal3", "normal2")}
+    assert sums["normal4"] < sums["normal3"] < sums["normal2"]
+    layer = few[name := next(iter(few))].layer
+    sizes = [stored(layer, bits, 64) for bits in ("normal2", "normal3", "normal4")]
+    assert sizes == sorted(set(sizes)) and sizes[1] < stored(layer, 4, 64)
+    least = Mixed(target_error=0.99, choices=("normal2", 16), skip=skip).planned(calls)
+    assert set(least.bits.values()) == {"normal2"}, "the fewest bytes"
+    assert least.summary().startswith("4 layers of normal2: ")
+    again = BitPlan.model_validate_json(least.model_dump_json())
+    assert again == least and {type(bits) for bits in again.table[name]} == {str, int}
+    before = tiny.run(pipe, "sd3", steps=2)
+    told = {"method": "mixed", "plan": again, "skip": skip}
+    with fastdiff.accelerate(pipe, quant={**told, "speed": "smallest"}) as handle:
+        report = handle.quantized.report
+        assert [(one.format, one.kernel) for one in report.layers] == [("normal2", "reference")] * 4, "the only kernel"
+        assert not torch.equal(tiny.run(pipe, "sd3", steps=2), before)
+    assert torch.equal(tiny.run(pipe, "sd3", steps=2), before)
+    with pytest.raises(BackendUnavailable, match="computes grouped 4-bit weights only"):
+        fastdiff.accelerate(pipe, quant={**told, "kernel": "triton"})
 
 
 def test_a_layer_that_breaks_is_named(sd3):

@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from fastdiff.errors import UnknownName
+from fastdiff.quant import grids
 from fastdiff.quant.activations import quantized
 from fastdiff.quant.packing import FORMATS, Dual4, format_named
 from fastdiff.quant.rounding import from_nibbles, hadamard, nibbles
 
 # relative squared error of normal weights, g64: what the formats promise
-PROMISED = {"int8": 1e-4, "int4": 9.5e-3, "dual4": 9e-3, "normal4": 1e-2, "float8": 1e-3, "half": 1e-6}
+PROMISED = {
+    "int8": 1e-4,
+    "int4": 9.5e-3,
+    "dual4": 9e-3,
+    "normal4": 1e-2,
+    "normal3": 3.7e-2,
+    "normal2": 0.122,
+    "float8": 1e-3,
+    "half": 1e-6,
+}
 SHAPES = [(64, 512), (48, 432), (5, 7), (3, 33), (1, 1), (2, 130)]
 
 
@@ -73,6 +83,26 @@ def test_dual_grained_weights_are_8_bit_integers_and_come_back_from_them(shape, 
 def test_nibbles():
     numbers = torch.randint(0, 16, (5, 8))
     assert torch.equal(from_nibbles(nibbles(numbers)), numbers.to(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("width", [2, 6, 8, 130])
+def test_numbers_of_few_bits_take_so_many_bits_and_come_back(bits, width):
+    numbers = torch.randint(0, 1 << bits, (5, width))
+    held = grids.in_bytes(numbers, bits)
+    assert held.dtype == torch.uint8 and held.shape == (5, width // 2 if bits == 4 else -(-width // 8) * bits)
+    assert torch.equal(grids.from_bytes(held, bits, width).long(), numbers)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_are_each_the_mean_of_what_is_rounded_to_it(bits):
+    """Lloyd's condition on N(0, 1), whose mean between a and b is (p(a) - p(b)) / (P(b) - P(a))."""
+    levels = grids.normal_levels(bits, torch.device("cpu")).double()
+    assert len(levels) == 1 << bits
+    edges = torch.cat([torch.tensor([-40.0]), (levels[1:] + levels[:-1]) / 2, torch.tensor([40.0])])
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1)
+    density, below = normal.log_prob(edges).exp(), normal.cdf(edges)
+    torch.testing.assert_close((density[:-1] - density[1:]) / below.diff(), levels, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
