@@ -7,13 +7,14 @@ those of DICE (https://github.com/Cobalt-27/DICE), which hides the exchange of e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Annotated
 
 from pydantic import Field
 
 from fastdiff.anatomy import Anatomy, fingerprint
-from fastdiff.errors import BadConfig, UnknownName
+from fastdiff.errors import BadConfig
 from fastdiff.plans import from_file
 
 from .base import ParallelMethod
@@ -59,10 +60,11 @@ class Displaced(ParallelMethod):
             )
         for name in self._waiting:
             if not any(_is(layer, name) for layer in layers):
-                kind = (
-                    f"layer of {type(anatomy.denoiser).__name__} that waits for other ranks, of parallel.sync_layers:"
+                near = " and ".join(get_close_matches(name, layers, 2, 0))
+                raise BadConfig(
+                    f"parallel.sync_layers names {name!r}, but none of the {len(layers)} layers of "
+                    f"{type(anatomy.denoiser).__name__} that ask other ranks matches it; nearest are {near}"
                 )
-                raise UnknownName(kind, name, layers)
 
     @property
     def _waiting(self) -> tuple[str, ...]:

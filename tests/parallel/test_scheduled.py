@@ -51,9 +51,9 @@ def test_all_ranks_make_the_same_plan() -> None:
 
 
 SAID = {
-    "name": "unknown layer of SD3Transformer2DModel that waits for other ranks, of parallel.sync_layers: "
-    "'transformer_blocks.1.atn', did you mean 'transformer_blocks.1.attn'? Known: transformer_blocks.0.attn, ",
-    "pattern": "of parallel.sync_layers: 'down*'",
+    "name": "parallel.sync_layers names 'transformer_blocks.1.atn', but none of the 4 layers of SD3Transformer2DModel "
+    "that ask other ranks matches it; nearest are transformer_blocks.1.attn and transformer_blocks",
+    "pattern": "parallel.sync_layers names 'down*', but none of the 4 layers",
     "model": "the layer plan was made for Other 0, this model is SD3Transformer2DModel",
     "method": "unknown key in parallel: 'sync_layers'",
     "budget": "layers that wait are chosen for parallel.method = distrifusion or pcpp with step = 1, and within",
