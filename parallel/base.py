@@ -27,7 +27,9 @@ class ParallelMethod(Shared):
     cfg: Literal[1, 2] = Field(1, description="2 gives each half of classifier-free guidance its own ranks (exact)")
     step: int = Field(1, ge=1, description="ranks that compute different steps at a time (see parastep)")
     warmup_steps: int = Field(4, ge=0, description="steps at the start in which every rank waits for fresh values")
-    codec: Codec = Field("raw", description="keys and values on the wire: raw, int8, or residual (4 bits)")
+    codec: Codec = Field(
+        "raw", description="keys and values on the wire: raw, int8, residual (4 bits), residual2 (2 bits)"
+    )
     max_age: int = Field(4, ge=1, description="steps after which a value that a cached layer did not renew is too old")
     vae: bool = Field(False, description="decode by patches too (exact)")
     timeout: float = Field(60.0, gt=0, description="seconds that a rank waits for another")

@@ -1,7 +1,7 @@
 """When and where a displaced method waits after all: freshness as a schedule over steps and layers.
 
 Warm-up and strided synchronous steps are DistriFusion's and PCPP's; cool-down and layers that stay synchronous are
-those of DICE (https://github.com/Cobalt-27/DICE), which hides the exchange of experts in the same way.
+those of DICE (https://arxiv.org/abs/2411.16786), which hides the exchange of experts in the same way.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.clock import Step
 
 from .bus import SMALL, Bus, Pending
-from .codec import Codec, Wire
+from .codec import CHANGES, Codec, Wire
 
 Messages: TypeAlias = Mapping[int, Tensor]  # by peer
 Shapes: TypeAlias = Mapping[int, tuple[int, ...]]
@@ -164,7 +164,7 @@ class Exchange:
         packed: dict[int, Tensor] = {}  # what several peers get alike is coded once
         for peer, value in sends.items():
             wire = slot.out.setdefault(peer, Wire(self.codec))
-            if id(value) in packed and self.codec != "residual":
+            if id(value) in packed and self.codec not in CHANGES:
                 messages[peer] = packed[id(value)]
             else:
                 message = wire.pack(value)

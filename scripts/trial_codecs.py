@@ -1,15 +1,16 @@
 """Codecs of fewer bits than `residual`, tried on the embedded models with real processes over gloo.
 
-2 bits and low rank of what changed since the last message, with the error fed back (CompactFusion,
-https://arxiv.org/abs/2507.17511). They live here alone until they beat `residual` on some link: see docs/parallel.md.
-Rows are written one by one; those that the file has are kept.
+2 bits (`bits2`) and low rank of what changed since the last message, with the error fed back (CompactFusion,
+https://arxiv.org/abs/2507.17511). What beat `residual` on some link has moved into the package: 2 bits are its codec
+`residual2`. Low rank lives here alone: see docs/parallel.md. Rows are written one by one; those in the file are kept.
 
-    python scripts/trial_codecs.py [--model shapes-unet] [--ranks 2] [--count 4] [--links]
+    python scripts/trial_codecs.py [--model shapes-unet] [--ranks 2] [--count 4]
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from itertools import product
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from measure_parallel import TIMEOUT, alone, drawn, keep, known, quality, read, setting, traffic
+from measure_parallel import STEPS, TIMEOUT, alone, drawn, keep, known, quality, read, setting, traffic
 from torch import Tensor
 
 import fastdiff
@@ -29,25 +30,21 @@ from fastdiff.parallel.codec import Wire, packed_size, raw
 from fastdiff.studio.ranks import launch
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "parallel-codecs.json"
-LEVELS = (0.4528, 1.5104)  # of 2 bits for a normal distribution of variance 1 (Lloyd and Max), either sign
-BETWEEN = 0.9816
 ROUNDS = 2  # of the power iteration, which starts from the last message's factor
 TRIALS = ("bits2", "rank4", "rank8")
 Row = dict[str, Any]
 
 
-class Trial(Wire):
-    """As `residual`, with another quantizer of the change."""
+class LowRank(Wire):
+    """As `residual`, but the change is sent as a product of two narrow matrices."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__("residual")
-        self.kind, self.start = kind, torch.empty(0)
+        self.rank, self.start = rank, torch.empty(0)
 
     def size(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         if self.known is None:
             return packed_size("residual", shape, dtype, True)
-        if self.kind == "bits2":
-            return 2 * torch.Size(shape[:-1]).numel() + torch.Size(shape[:-1]).numel() * -(-shape[-1] // 4)
         batch, heads, tokens, width = shape
         return 2 * batch * self._rank(shape) * (tokens + heads * width)
 
@@ -56,23 +53,20 @@ class Trial(Wire):
             self.known = value.clone()
             return raw(value)
         change = (value - self.known).float()
-        message = _two_bits(change) if self.kind == "bits2" else self._factors(change)
-        self.known = self.known + self._back(message, tuple(value.shape)).to(value.dtype)
+        message = self._factors(change)
+        self.known = self.known + self._product(message, tuple(value.shape)).to(value.dtype)
         return message
 
     def unpack(self, message: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.known is None:
             self.known = message.view(dtype).reshape(shape)
         else:
-            self.known = self.known + self._back(message, shape).to(dtype)
+            self.known = self.known + self._product(message, shape).to(dtype)
         return self.known
-
-    def _back(self, message: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return _from_two_bits(message, shape) if self.kind == "bits2" else self._product(message, shape)
 
     def _rank(self, shape: tuple[int, ...]) -> int:
         _, heads, tokens, width = shape
-        return min(int(self.kind.removeprefix("rank")), tokens, heads * width)
+        return min(self.rank, tokens, heads * width)
 
     def _factors(self, change: Tensor) -> Tensor:
         """Tokens x channels of all heads, as a product of two narrow matrices in bfloat16."""
@@ -94,28 +88,9 @@ class Trial(Wire):
         return flat.view(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _two_bits(change: Tensor) -> Tensor:
-    """A scale in bfloat16 for each row, and four numbers to a byte: the sign, and whether it is large."""
-    rows = change.reshape(-1, change.shape[-1])
-    scale = rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30).bfloat16()
-    codes = (rows < 0).to(torch.uint8) * 2 + (rows.abs() > BETWEEN * scale.float()).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -rows.shape[-1] % 4)).reshape(len(rows), -1, 4)
-    weights = torch.tensor([1, 4, 16, 64], dtype=torch.uint8)
-    return torch.cat([raw(scale), raw((codes * weights).sum(-1, dtype=torch.uint8))])
-
-
-def _from_two_bits(message: Tensor, shape: tuple[int, ...]) -> Tensor:
-    count, width = torch.Size(shape[:-1]).numel(), shape[-1]
-    scale = message[: 2 * count].view(torch.bfloat16).float().reshape(count, 1)
-    packed = message[2 * count :].reshape(count, -1, 1)
-    codes = (packed >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8) & 3).reshape(count, -1)[:, :width]
-    values = torch.tensor([LEVELS[0], LEVELS[1], -LEVELS[0], -LEVELS[1]])[codes.long()]
-    return (values * scale).reshape(shape)
-
-
 def wanted(model: str, ranks: int) -> Iterator[Row]:
     for method, codec in product(("patch", "distrifusion"), ("residual", *TRIALS)):
-        settings = {"method": method, "devices": ranks, "codec": "residual"}
+        settings = {"method": method, "devices": ranks, "codec": "residual2" if codec == "bits2" else "residual"}
         yield {"model": model, "ranks": ranks, "name": f"{method} {codec}", "codec": codec, "parallel": settings}
 
 
@@ -129,9 +104,9 @@ def together(model: str, rows: list[Row], count: int, file: Path, reference: Pat
     prompts, first, whole = prompts_for(pipe, count, 0), dist.get_rank() == 0, np.load(reference)
     plain: Any = exchange.Wire
     for row in rows:
-        codec = row["codec"]
-        made = plain if codec == "residual" else lambda _, codec=codec: Trial(codec)
-        exchange.Wire = lambda asked, made=made: made(asked) if asked == "residual" else plain(asked)  # type: ignore
+        if row["codec"].startswith("rank"):
+            rank = int(row["codec"].removeprefix("rank"))
+            exchange.Wire = lambda codec, rank=rank: LowRank(rank) if codec == "residual" else plain(codec)  # type: ignore
         with fastdiff.accelerate(pipe, parallel=row["parallel"] | {"timeout": TIMEOUT}) as fast:
             told = list(drawn(pipe, prompts, count, handle=fast, latent=not first))
         exchange.Wire = plain  # type: ignore[misc]
@@ -140,6 +115,25 @@ def together(model: str, rows: list[Row], count: int, file: Path, reference: Pat
             found |= traffic([report for _, report in told], count)
             keep(file, row | found, setting(pipe, count, count))
             print(row["model"], row["ranks"], row["name"], found["psnr"], found["bytes_by_kind"], flush=True)
+
+
+def rivals(model: str, ranks: int, count: int, file: Path, reference: Path) -> None:
+    """One device with as many steps as `patch` with `residual` takes on a link so slow that bytes are all of the time,
+    while a trial takes all of its steps: what each trial has to be nearer than. Faster links leave the rival more."""
+    pipe: Any = fastdiff.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, whole = prompts_for(pipe, count, 0), np.load(reference)
+    sent = {
+        row["codec"]: row["bytes_per_step_and_image"]
+        for row in read(file)["rows"]
+        if (row["model"], row["ranks"], row["name"].split()[0]) == (model, ranks, "patch")
+    }
+    for codec in TRIALS:
+        steps = math.ceil(STEPS * sent.get(codec, math.inf) / sent["residual"]) if codec in sent else STEPS
+        row = {"model": model, "ranks": 1, "name": f"one device, {steps} steps", "steps": steps}
+        if steps < STEPS and not known(file, row):
+            images = np.concatenate([some for some, _ in drawn(pipe, prompts, count, steps)])
+            keep(file, row | quality(images, whole, prompts), setting(pipe, count, count))
 
 
 def main(
@@ -154,10 +148,10 @@ def main(
         rows = [row for row in wanted(name, number) if not known(file, row)]
         with tempfile.TemporaryDirectory() as folder:
             reference = Path(folder) / "plain.npy"
-            if rows:
-                alone(name, count, count, file, reference, rivals=False)
+            alone(name, count, count, file, reference, rivals=False)
             if rows and (code := launch(number, TIMEOUT, together, name, rows, count, file, reference)):
                 raise SystemExit(code)
+            rivals(name, number, count, file, reference)
     print(json.dumps({row["name"]: row.get("psnr") for row in read(file)["rows"]}))
 
 

@@ -29,7 +29,9 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of each device. Default: as here; a CPU's is shared.")
     ] = None,
-    codec: Annotated[Literal["raw", "int8", "residual"], typer.Option(help="Keys and values on the wire.")] = "raw",
+    codec: Annotated[
+        Literal["raw", "int8", "residual", "residual2"], typer.Option(help="Keys and values on the wire.")
+    ] = "raw",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as generate takes it.")
     ] = None,

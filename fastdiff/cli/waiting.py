@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .calibration import Calibration, progress
 
@@ -35,7 +36,7 @@ def calibrate_waiting(asked: Calibration, output: Path, prompts: int, as_json: b
     return ranks.launch(devices, settings.timeout(layers), _work, asked, layers, output, prompts, as_json)
 
 
-def _unplanned(values: dict) -> dict:
+def _unplanned(values: Mapping[str, Any]) -> Mapping[str, Any]:
     table = values.get("parallel")
     if not isinstance(table, dict):
         return values

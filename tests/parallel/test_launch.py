@@ -52,8 +52,8 @@ def test_a_plan_of_layers_that_wait_is_made_and_used(model: str, tmp_path: Path)
     told = json.loads(done.stdout)
     assert told == {"file": "layers.json"} | json.loads((tmp_path / "layers.json").read_text())
     found = call(
-        tmp_path, "generate", "a cat", "-m", model, *TALL, *sets, "--set", "parallel.plan=layers.json", "--devices", "2",
-        "-o", "a.png", "--json",
+        tmp_path, "generate", "a cat", "-m", model, *TALL, *sets, "--set", "parallel.plan=layers.json",
+        "--devices", "2", "-o", "a.png", "--json",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)["report"]

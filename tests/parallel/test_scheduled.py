@@ -37,6 +37,8 @@ def test_bytes_are_the_formula() -> None:
     message, blocks, steps = 8 * 2 * 32 * 4 * 2, 4, scheduled.STEPS
     for one in told(2, "who_waits_sends_once_more"):
         assert one["none"] == one["cooldown"] == message * blocks * (steps - 1)
+        coded = 2 * 4 * 8 * (2 + 16 // 4)  # batch, heads and tokens are rows: a scale, and 16 numbers of 2 bits
+        assert one["two bits"] == blocks * (message + (steps - 2) * coded), "the first is raw"
         assert one["layer"] == message * (blocks * (steps - 1) + 1)
         assert one["layers"] == message * (blocks * (steps - 1) + 2)
 
