@@ -84,7 +84,8 @@ def who_waits_sends_once_more(rank: int, ranks: int) -> dict[str, int]:
     """Keys and values sent for SD3 in float32."""
     pipe, found = pipeline("sd3", torch.float32), {}
     cases: dict[str, dict[str, Any]] = {
-        "none": {}, "two bits": {"codec": "residual2"}, "cooldown": {"cooldown_steps": 2}, "layer": {"sync_layers": ["transformer_blocks.1"]},
+        "none": {}, "two bits": {"codec": "residual2"}, "cooldown": {"cooldown_steps": 2},
+        "layer": {"sync_layers": ["transformer_blocks.1"]},
         "layers": {"sync_layers": ["transformer_blocks.[12].attn"]},
     }  # fmt: skip
     for label, more in cases.items():
