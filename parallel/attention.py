@@ -133,7 +133,8 @@ def _attend(
 def _context(split: Split, exchange: Exchange, layout: Layout, own: Tensor) -> list[Tensor]:
     """Keys and values that this rank may see: of all ranks, or of parts of its neighbours where the method says so."""
     counts = layout.counts(own.shape[-2])
-    portion = None if split.step is not None and split.method.whole(split.step.index) else split.method.context
+    seen = split.step is not None and split.method.whole(split.step.index, split.step.run.total)
+    portion = None if seen else split.method.context
     if portion is None:
         shapes = {rank: (*own.shape[:-2], counts[k], own.shape[-1]) for k, rank in enumerate(split.ranks)}
         shapes.pop(split.bus.topology.rank)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fastdiff.anatomy import Anatomy
 from fastdiff.errors import BadConfig
 
 from .codec import Codec
@@ -26,7 +27,9 @@ class ParallelMethod(Shared):
     cfg: Literal[1, 2] = Field(1, description="2 gives each half of classifier-free guidance its own ranks (exact)")
     step: int = Field(1, ge=1, description="ranks that compute different steps at a time (see parastep)")
     warmup_steps: int = Field(4, ge=0, description="steps at the start in which every rank waits for fresh values")
-    codec: Codec = Field("raw", description="keys and values on the wire: raw, int8, or residual (4 bits)")
+    codec: Codec = Field(
+        "raw", description="keys and values on the wire: raw, int8, residual (4 bits), residual2 (2 bits)"
+    )
     max_age: int = Field(4, ge=1, description="steps after which a value that a cached layer did not renew is too old")
     vae: bool = Field(False, description="decode by patches too (exact)")
     timeout: float = Field(60.0, gt=0, description="seconds that a rank waits for another")
@@ -50,13 +53,24 @@ class ParallelMethod(Shared):
         """The part of a neighbour's rows that attention sees; None for all rows of all ranks."""
         return None
 
-    def fresh(self, index: int) -> bool:
-        """Whether a step waits for this very step's values of the other ranks."""
+    def fresh(self, index: int, total: int | None = None) -> bool:
+        """Whether a step, of so many if that is known, waits for this very step's values of the other ranks."""
         return True
 
-    def whole(self, index: int) -> bool:
+    def whole(self, index: int, total: int | None = None) -> bool:
         """Whether attention sees everything in a step, whatever `context` says."""
         return True
+
+    def last(self, total: int) -> int:
+        """The last step of a run that may use what was sent in the step before."""
+        return total - 1
+
+    def waits(self, layer: str) -> bool:
+        """Whether a layer waits in every step, whatever `fresh` says."""
+        return False
+
+    def check_layers(self, anatomy: Anatomy, layers: Sequence[str]) -> None:
+        """Raises BadConfig where the settings name a layer that is not among these, which all talk to other ranks."""
 
     def stretch(self, ranks: int, fresh: bool) -> float:
         """How many times its own computing a rank takes for a step, where others compute before and behind it."""

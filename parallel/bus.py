@@ -84,6 +84,7 @@ class Bus:
         self.device = torch.device("cpu")
         self.traffic, self._watch = Traffic(), self._watched()
         self.speeds = Speeds()
+        self.splits: list[Any] = []  # the denoisers that are split over the patch ranks
         self.sharded, self.broken, self.spared = False, 0, 0  # needs others' weights; groups closed; bytes not here
         self.alone = False  # whether the others are lost, and this rank goes on without them
         self.opaque: Opaque | None = None  # where layers that talk are compiled

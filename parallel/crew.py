@@ -117,10 +117,10 @@ class Crew:
         self.bus.device = run.device
         self.bus.begin()
         self._others_inputs = False
-        if run.total <= self.method.warmup_steps and not self.method.fresh(self.method.warmup_steps + 1):
-            self.recorder.note(
-                f"parallel.warmup_steps = {self.method.warmup_steps} covers all {run.total} steps: each of them waited"
-            )
+        warmup, ends = self.method.warmup_steps, getattr(self.method, "cooldown_steps", 0)
+        if run.total <= warmup + ends and not self.method.fresh(warmup + 1):
+            told = f"{warmup} and cooldown_steps = {ends} cover" if ends else f"{warmup} covers"
+            self.recorder.note(f"parallel.warmup_steps = {told} all {run.total} steps: each of them waited")
 
     def _together(self, forward: Forward) -> Forward:
         """The denoiser's forward with rank 0's inputs, and with an end to it where a rank is lost."""

@@ -7,7 +7,8 @@ A displaced value is sent when it is made and used one step later, so that it ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastdiff.clock import Step
 
 from .bus import SMALL, Bus, Pending
-from .codec import Codec, Wire
+from .codec import CHANGES, Codec, Wire
 
 Messages: TypeAlias = Mapping[int, Tensor]  # by peer
 Shapes: TypeAlias = Mapping[int, tuple[int, ...]]
@@ -45,6 +46,12 @@ class Slot:
     into: dict[int, Wire] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     alike: Any = None
+    size: int = 0  # bytes that were sent last
+    own: Tensor | None = None  # of the step that old values are of, where a rule compares with it
+
+    def copy(self) -> Slot:
+        ends = ({peer: copy(wire) for peer, wire in wires.items()} for wires in (self.out, self.into))
+        return replace(self, out=next(ends), into=next(ends))
 
 
 class Bundle:
@@ -81,6 +88,7 @@ class Exchange:
     def __init__(self, bus: Bus, layer: str, kind: str, codec: Codec = "raw", bundle: Bundle | None = None) -> None:
         self.bus, self.layer, self.kind, self.codec, self.bundle = bus, layer, kind, codec, bundle
         self._slots: dict[int, Slot] = {}
+        self.waits: bool | None = None  # in every step, or in none; None goes by the step
 
     def reset(self) -> None:
         """Forget a run; what is still under way has to arrive first, so that no later message is taken for it."""
@@ -92,18 +100,28 @@ class Exchange:
         """After a failure: nothing will arrive any more."""
         self._slots = {}
 
+    def held(self) -> dict[int, Slot]:
+        """What is known now, to be known again; nothing may be under way."""
+        return {branch: slot.copy() for branch, slot in self._slots.items()}
+
+    def hold(self, held: dict[int, Slot]) -> None:
+        """Know what was known."""
+        self.reset()
+        self._slots = {branch: slot.copy() for branch, slot in held.items()}
+
     def slot(self, step: Step | None) -> Slot:
         return self._slots.setdefault(step.branch if step else 0, Slot())
 
     def swap(
         self, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step | None, fresh: bool, max_age: int,
-        alike: Any,
+        alike: Any, last: int | None = None,
     ) -> dict[int, Tensor]:  # fmt: skip
         """The peers' tensors: of this very step if `fresh` or nothing else is known, else of the step before.
 
         sends: what each peer is to get. shapes: what each peer will give. max_age: steps after which a value that no
         step has renewed (its layer was cached) is too old. alike: where it changes, what is known is of no use; the
-        same on all ranks, which one rank's shapes are not: half of a single row is that row.
+        same on all ranks, which one rank's shapes are not: half of a single row is that row. last: the step, if not
+        the run's last, after which nobody uses what is sent on.
         """
         slot = self.slot(step)
         if step is None or fresh or slot.alike != alike:
@@ -114,7 +132,7 @@ class Exchange:
             return self._now(slot, sends, shapes, dtype, step, alike)
         self.bus.traffic.oldest = max(self.bus.traffic.oldest, age)
         values = slot.values
-        if step.index + 1 < step.run.total:
+        if step.index < (step.run.total - 1 if last is None else last):
             self._later(slot, sends, shapes, dtype, step)
         return values
 
@@ -127,7 +145,7 @@ class Exchange:
         messages, sizes = self._packed(slot, sends, shapes, dtype)
         got = self.bus.swap(self.kind, self.layer, messages, sizes)
         slot.values = {peer: slot.into[peer].unpack(got[peer], shape, dtype) for peer, shape in shapes.items()}
-        slot.made = step.index if step else 0
+        slot.made, slot.own = step.index if step else 0, None
         return slot.values
 
     def _later(self, slot: Slot, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step) -> None:
@@ -146,12 +164,13 @@ class Exchange:
         packed: dict[int, Tensor] = {}  # what several peers get alike is coded once
         for peer, value in sends.items():
             wire = slot.out.setdefault(peer, Wire(self.codec))
-            if id(value) in packed and self.codec != "residual":
+            if id(value) in packed and self.codec not in CHANGES:
                 messages[peer] = packed[id(value)]
             else:
                 message = wire.pack(value)
                 # what leaves while the layers go on must not change under way
                 messages[peer] = packed[id(value)] = message.clone() if later and self.codec == "raw" else message
+        slot.size = sum(message.numel() for message in messages.values())
         wires = {peer: slot.into.setdefault(peer, Wire(self.codec)) for peer in shapes}
         return messages, {peer: wires[peer].size(shape, dtype) for peer, shape in shapes.items()}
 

@@ -99,14 +99,13 @@ def _rows(x: Tensor, count: int) -> tuple[int, ...]:
 
 
 def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) -> None:
-    exchange, before = split.exchange(name, "norm"), dict[int, Tensor]()
-    split.at_reset(before.clear)
+    exchange = split.exchange(name, "norm")
 
     def told(shape: Sequence[int], own: Tensor) -> Tensor:
         got = split.swap(exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype)
-        branch = split.step.branch if split.step else 0
-        whole = _whole(own, list(got.values()), before.get(branch) if not split.fresh else None)
-        before[branch] = own.clone()  # a graph uses its memory again
+        slot = exchange.slot(split.step)
+        whole = _whole(own, list(got.values()), slot.own)
+        slot.own = own.clone()  # a graph uses its memory again
         return torch.stack(whole)
 
     talk = split.hidden(told)

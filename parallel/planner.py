@@ -148,7 +148,7 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
         output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link
         return max(computing(part, fresh=False), part.bytes_of(False) / site.link) + output
 
-    fresh = sum(method.fresh(index) for index in range(site.steps))
+    fresh = sum(method.fresh(index, site.steps) for index in range(site.steps))
     total = fresh * synchronous(rank.fresh) + (site.steps - fresh) * displaced(rank.stale)
     counted = rank.stale.sent
     if mesh.step > 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step, StepClock
 
 from .bus import Bus
@@ -37,12 +38,13 @@ class Split:
         self.parts: list[tuple[int, int]] = []
         self.width = 1  # columns of the latents, or tokens in a row
         self.shape: tuple[int, ...] = ()  # of what is split: the latents, or the tokens of all ranks
-        self._exchanges: list[Exchange] = []
+        self.exchanges: list[Exchange] = []
         self._bundles: dict[str, Bundle] = {}
         self.latents: dict[str, Any] = {}  # what the denoiser was given, by name
         self._forget: list[Callable[[], None]] = []
         self._ruled: dict[tuple[int, str], nn.Module] = {}
         self._looked = False
+        self.root: nn.Module | None = None
         if clock is not None:
             clock.on_start.append(self._start)
             clock.on_end.append(self._end)
@@ -60,8 +62,15 @@ class Split:
         small = kind != "kv"
         bundle = self._bundles.setdefault(kind, Bundle(self.bus, kind)) if small else None
         made = Exchange(self.bus, layer, kind, "raw" if small else self.method.codec, bundle)
-        self._exchanges.append(made)
+        made.waits = self.method.waits(layer) or None
+        self.exchanges.append(made)
         return made
+
+    def belongs_to(self, anatomy: Anatomy) -> None:
+        """All layers are ruled. Raises BadConfig where the method's settings name one that is not here."""
+        self.method.check_layers(anatomy, [one.layer for one in self.exchanges])
+        self.root = anatomy.denoiser
+        self.bus.splits.append(self)
 
     def hidden(self, layer: Talk) -> Talk:
         """A layer that talks to other ranks, as a graph may hold it."""
@@ -73,7 +82,9 @@ class Split:
     ) -> dict[int, Tensor]:  # fmt: skip
         """`whole`: whether all that a rank has is shown, or a part; the same on all ranks."""
         alike = (self.shape, dtype, whole)
-        return exchange.swap(sends, shapes, dtype, self.step, self.fresh, self.method.max_age, alike)
+        last = self.method.last(self.step.run.total) if self.step is not None else None
+        fresh = self.fresh if exchange.waits is None else exchange.waits
+        return exchange.swap(sends, shapes, dtype, self.step, fresh, self.method.max_age, alike, last)
 
     def whole(self, own: Tensor, dim: int, what: str = "the output") -> Tensor:
         """What all ranks have of a tensor, put together along the dimension that is split, in units of `parts`."""
@@ -99,7 +110,7 @@ class Split:
 
     def enter(self) -> None:
         self.step = self.clock.now if self.clock is not None else None
-        self.fresh = self.step is None or self.method.fresh(self.step.index)
+        self.fresh = self.step is None or self.method.fresh(self.step.index, self.step.run.total)
         self.active = True
 
     def leave(self) -> None:
@@ -120,11 +131,11 @@ class Split:
         """What is still under way is taken in where all ranks ended the run; else the groups are closed, see Crew."""
         assert self.clock is not None
         whole = self.clock.index >= run.total and not self.bus.alone
-        for exchange in self._exchanges:
+        for exchange in self.exchanges:
             exchange.reset() if whole else exchange.forget()
         if not whole:
             self._bundles = {kind: Bundle(self.bus, kind) for kind in self._bundles}
-            for exchange in self._exchanges:
+            for exchange in self.exchanges:
                 exchange.bundle = self._bundles.get(exchange.kind)
 
 

@@ -116,7 +116,7 @@ def split_tokens(
 
     def seen(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         split.parts = []
-        split.rules(lambda: _rules(split, blocks, layout, patches))
+        split.rules(lambda: _rules(split, anatomy, layout, patches))
         split.latents = root_by_name(args, kwargs)
         return args, kwargs
 
@@ -125,14 +125,16 @@ def split_tokens(
             stack = anatomy.stack_of(block)
             _block(split, layout, block, stack, block is blocks[0], block is blocks[-1], patches)
 
-    _rules(split, blocks, layout, patches)
+    _rules(split, anatomy, layout, patches)
+    split.belongs_to(anatomy)
     patches.wrap_forward(anatomy.denoiser, lambda forward: around(split, forward, seen))
     return outside
 
 
-def _rules(split: Split, blocks: list[nn.Module], layout: Tokens, patches: PatchSet) -> None:
-    for number, block in enumerate(blocks):
-        split_attention(split, block, layout, patches, prefix=f"block {number} ")
+def _rules(split: Split, anatomy: Anatomy, layout: Tokens, patches: PatchSet) -> None:
+    names = {id(module): name for name, module in anatomy.denoiser.named_modules()}
+    for block in anatomy.blocks:
+        split_attention(split, block, layout, patches, prefix=f"{names[id(block)]}.")
 
 
 def _block(

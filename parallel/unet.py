@@ -83,6 +83,7 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
         return (), given
 
     _rules(split, unet, patches)
+    split.belongs_to(anatomy)
     patches.wrap_forward(unet, lambda forward: around(split, forward, change, partial(split.whole, dim=-2)))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import waiting
 from .calibration import Calibration, calibrating, progress
 from .options import Json
 
@@ -22,13 +23,13 @@ def calibrate(
     asked: Calibration,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write, JSON.")],
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Images to calibrate on. Default: 8, of a solver 32.")
+        int | None, typer.Option(min=1, help="Images to calibrate on. Default: 8, of a solver 32, of ranks 4.")
     ] = None,
     teacher_steps: Annotated[int, typer.Option(min=10, help="Steps of the solution that a solver is fitted to.")] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Json = False,
-) -> None:
-    """Find what a cache method or a solver wants to know of a model, and write it to a plan file.
+) -> int:
+    """Find what a cache method, a solver or a displaced method wants to know of a model, and write it to a plan file.
 
     For dp (the default) and cachequant that is which steps to compute, --set cache.computed_steps=K or
     --set cache.interval=N; for magcache and teacache their ratios and coefficients, for a_sdm the sites by time. Use it
@@ -36,14 +37,20 @@ def calibrate(
 
     --set solver.evaluations=N, without a cache, fits a solver: where to evaluate the model, and with which weights to
     go on. Use it with --set solver.method=fitted --set solver.plan=FILE.
+
+    --set parallel.sync_kb=KB with a displaced method and its devices, without a cache or solver, chooses layers that
+    wait. Use it with --set parallel.plan=FILE.
     """
+    from fastdiff import output as files
+
+    files.check([output], overwrite)
+    if waiting.asks(asked.layers):
+        return waiting.calibrate_waiting(asked, output, prompts or 4, as_json)
     layers = _unplanned(asked.layers)
 
-    from fastdiff import output as files
     from fastdiff.pipelines.calibrate import calibrate as plan_for
     from fastdiff.pipelines.solving.calibrate import calibrate_solver
 
-    files.check([output], overwrite)
     pipe, resolved = asked.loaded(layers)
     solved = resolved.cache is None
     call = asked.call(pipe) | ({"teacher_steps": teacher_steps} if solved else {})
@@ -53,6 +60,7 @@ def calibrate(
     plan: Any = (found.solver if solved else found.cache).plan
     files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))
     _tell(output, plan, as_json)
+    return 0
 
 
 def _unplanned(layers: list[Layer]) -> list[Layer]:

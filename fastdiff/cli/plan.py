@@ -11,6 +11,7 @@ from .options import Json, ModelName, StepCount
 if TYPE_CHECKING:
     from fastdiff.parallel.planner import Plan, Prediction
 
+Coded = Literal["raw", "int8", "residual", "residual2"]
 NOTE = (
     "seconds of a step on one device and of a rank's part are measured here, bytes are counted; step times, speed-ups "
     "and memory are predictions for devices like this one, of the denoising alone"
@@ -29,7 +30,7 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of each device. Default: as here; a CPU's is shared.")
     ] = None,
-    codec: Annotated[Literal["raw", "int8", "residual"], typer.Option(help="Keys and values on the wire.")] = "raw",
+    codec: Annotated[Coded, typer.Option(help="Keys and values on the wire.")] = "raw",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as generate takes it.")
     ] = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastdiff.parallel.base import ParallelMethod
+from fastdiff.parallel.displaced import Displaced
 
 
-class DistriFusion(ParallelMethod):
+class DistriFusion(Displaced):
     """Displaced patch parallelism: after the warm-up, layers use the other ranks' values of the step before.
 
     Neighbouring steps are alike, so old keys, values and halos are nearly right, and every transfer has a whole step to
@@ -19,6 +19,3 @@ class DistriFusion(ParallelMethod):
     """
 
     method: Literal["distrifusion"] = "distrifusion"
-
-    def fresh(self, index: int) -> bool:
-        return index <= self.warmup_steps

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastdiff.parallel.base import ParallelMethod
+from fastdiff.parallel.displaced import Displaced
 
 
-class PCPP(ParallelMethod):
+class PCPP(Displaced):
     """Displaced patch parallelism in which attention sees its own patch and a portion of each neighbour.
 
     Unlike the authors' code, what is not seen is not sent, and the portion is cut at whole rows. `refresh` lets a rank
@@ -21,16 +21,11 @@ class PCPP(ParallelMethod):
 
     method: Literal["pcpp"] = "pcpp"
     portion: float = Field(0.3, ge=0, le=1, description="part of each neighbour's rows that is seen")
-    refresh: int | None = Field(None, ge=1, description="see everything every so many steps after the warm-up")
     synchronous: bool = Field(False, description="wait for this step's values always")
 
     @property
     def context(self) -> float | None:
         return self.portion
 
-    def fresh(self, index: int) -> bool:
-        return self.synchronous or self.whole(index)
-
-    def whole(self, index: int) -> bool:
-        late = index - self.warmup_steps
-        return late <= 0 or (self.refresh is not None and late % self.refresh == 0)
+    def fresh(self, index: int, total: int | None = None) -> bool:
+        return self.synchronous or self.whole(index, total)

@@ -38,7 +38,7 @@ class PipeFusion(ParallelMethod):
             )
         return self
 
-    def fresh(self, index: int) -> bool:
+    def fresh(self, index: int, total: int | None = None) -> bool:
         return index < self.warmup_steps
 
     def patches_of(self, ranks: int) -> int:

@@ -103,6 +103,10 @@ REFUSED = {
         "cache method ab_cache has nothing to calibrate",
     ),
     "a file that is no config": (("-o", "p.json", "--config", "none.toml"), "'none.toml' does not exist"),
+    "layers that wait for nobody": (
+        ("-o", "p.json", "--set", "parallel.method=distrifusion", "--set", "parallel.sync_kb=9"),
+        "say how many there are with --set parallel.devices=N",
+    ),
     "both": (("-o", "p.json", "--config", "c.toml", "--preset", "fast"), "exclude each other"),
     "no prompts": (("-o", "p.json", "--prompts", "0"), "--prompts"),
     "too many computed": (("-o", "p.json", "--steps", "6"), "computed_steps = 20: a run of 6 takes 1 to 6"),

@@ -41,6 +41,25 @@ def pixels(path: Path) -> torch.Tensor:
         return torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.int16)
 
 
+@pytest.mark.slow
+def test_a_plan_of_layers_that_wait_is_made_and_used(model: str, tmp_path: Path) -> None:
+    sets = ("--set", "parallel.method=distrifusion", "--set", "parallel.warmup_steps=0")
+    done = call(
+        tmp_path, "calibrate", "-m", model, *sets, "--set", "parallel.devices=2", "--set", "parallel.sync_kb=1e6",
+        "--steps", "6", "--prompts", "1", "-o", "layers.json", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told == {"file": "layers.json"} | json.loads((tmp_path / "layers.json").read_text())
+    found = call(
+        tmp_path, "generate", "a cat", "-m", model, *TALL, *sets, "--set", "parallel.plan=layers.json",
+        "--devices", "2", "-o", "a.png", "--json",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)["report"]
+    assert {one["oldest"] for one in report["ranks"]} <= {0, 1} and len(told["layers"]) > 10
+
+
 def test_ranks_of_our_own_draw_the_picture_of_one(
     cli,  # noqa: F811
     model: str,

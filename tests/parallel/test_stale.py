@@ -30,7 +30,9 @@ class Mirror(Echo):
 RUN = Run(1, (5.0, 4.0, 3.0, 2.0, 1.0, 0.0), (5.0, 4.0, 3.0, 2.0, 1.0, 0.0), False)
 
 
-def seen(visited: Sequence[int], codec: Codec = "raw", bundled: bool = False, max_age: int = 4) -> list[float]:
+def seen(
+    visited: Sequence[int], codec: Codec = "raw", bundled: bool = False, max_age: int = 4, last: int | None = None
+) -> list[float]:
     """What each step gets where step i sends i + 1, and steps 0 and 1 wait."""
     bus = Mirror(Topology(1, 1, 2, 0), torch.device("cpu"))
     exchange = Exchange(bus, "layer", "kv", codec, Bundle(bus, "kv") if bundled else None)
@@ -38,7 +40,16 @@ def seen(visited: Sequence[int], codec: Codec = "raw", bundled: bool = False, ma
     for index in visited:
         own = torch.full((2, 3), index + 1.0)
         step = Step(RUN, index, 0)
-        got = exchange.swap({1: own}, {1: (2, 3)}, own.dtype, step, index <= 1, max_age, "alike")
+        got = exchange.swap(
+            {1: own},
+            {1: (2, 3)},
+            own.dtype,
+            step,
+            index <= 1 or (last is not None and index > last),
+            max_age,
+            "alike",
+            last,
+        )
         own.fill_(-9.0)  # a layer that works in place
         found.append(round(float(got[1].mean()), 3))
     return found
@@ -53,6 +64,14 @@ def test_a_displaced_value_is_that_of_the_step_before(codec: Codec, bundled: boo
 def test_steps_that_are_left_out_make_values_older() -> None:
     assert seen([0, 1, 2, 4, 5]) == [1, 2, 2, 3, 5], "step 3 was cached"
     assert seen([0, 1, 2, 4, 5], max_age=1) == [1, 2, 2, 5, 5], "too old: waited for"
+
+
+def test_nothing_is_sent_on_to_steps_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float] = []
+    later = Exchange._later
+    monkeypatch.setattr(Exchange, "_later", lambda *given: (sent.append(given[2][1][0, 0].item()), later(*given))[1])
+    assert seen(range(6), last=3) == [1, 2, 2, 3, 5, 6], "the last two wait"
+    assert sent == [3], "by step 2 for step 3; step 3 has nobody to send to"
 
 
 def test_group_normalization_is_corrected_by_the_change_of_its_own_part() -> None:
