@@ -27,6 +27,11 @@ LOADING = {
     "fastdiff/memory.py", "parallel/portions.py",
     *(f"pipelines/{name}.py" for name in ("expected", "portioned", "room", "stored")),
 }  # fmt: skip
+# When displaced methods wait, and which of their layers always do.
+WAITING = {
+    "fastdiff/cli/waiting.py", "parallel/displaced.py", "parallel/methods/distrifusion.py", "parallel/methods/pcpp.py",
+    "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
+}  # fmt: skip
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.
 SETS_ENVIRONMENT = "fastdiff/threads.py"
 
@@ -62,7 +67,7 @@ SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
 # Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
 LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
 APART = {
-    "learned": LEARNED,
+    "learned": LEARNED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
 }  # fmt: skip
 
@@ -81,6 +86,7 @@ APART = {
         ("pictures", 250),
         ("switch", 170),
         ("learned", 480),
+        ("waiting", 460),
     ],
     ids=lambda value: str(value),
 )
