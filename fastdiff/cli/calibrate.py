@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 def calibrate(
     asked: Calibration,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write, JSON.")],
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="Images to calibrate on. Default: 8, of a solver 32, of ranks 4.")
-    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Images. Default: 8, of a solver 32, of ranks 4.")] = None,
     teacher_steps: Annotated[int, typer.Option(min=10, help="Steps of the solution that a solver is fitted to.")] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Json = False,
@@ -37,9 +35,7 @@ def calibrate(
 
     --set solver.evaluations=N, without a cache, fits a solver: where to evaluate the model, and with which weights to
     go on. Use it with --set solver.method=fitted --set solver.plan=FILE.
-
-    --set parallel.sync_kb=KB with a displaced method and its devices, without a cache or solver, chooses layers that
-    wait. Use it with --set parallel.plan=FILE.
+    --set parallel.sync_kb=KB, with a displaced method and its devices, chooses layers that wait, for parallel.plan.
     """
     from fastdiff import output as files
 
@@ -71,13 +67,8 @@ def _unplanned(layers: list[Layer]) -> list[Layer]:
     asked = {lever: any(v.get(lever) not in (None, OFF) for _, v in layers) for lever in ("solver", "cache")}
     solver = asked["solver"] and not asked["cache"]
     lever, method = ("solver", "fitted") if solver else ("cache", "dp")
-    kept: list[Layer] = [("calibrate", {lever: {"method": method}})]
-    for origin, values in layers:
-        table = values.get(lever)
-        if isinstance(table, dict):
-            values = {**values, lever: {key: value for key, value in table.items() if key != "plan"}}
-        kept.append((origin, values))
-    return kept
+    unplanned = ((origin, waiting.unplanned(values, lever)) for origin, values in layers)
+    return [("calibrate", {lever: {"method": method}}), *unplanned]
 
 
 def _tell(output: Path, plan: Plan | Each[Plan] | SolverPlan, as_json: bool) -> None:

@@ -26,7 +26,7 @@ def calibrate_waiting(asked: Calibration, output: Path, prompts: int, as_json: b
     from fastdiff.studio import ranks, settings
     from fastdiff.studio.drawing import described
 
-    layers = [(origin, _unplanned(values)) for origin, values in asked.layers]
+    layers = [(origin, unplanned(values, "parallel")) for origin, values in asked.layers]
     resolved = settings.early(layers, described(asked.model), asked.model) or resolve(layers, None, asked.model)
     devices = getattr(resolved.config.parallel, "devices", None)
     if ranks.launched():
@@ -36,11 +36,12 @@ def calibrate_waiting(asked: Calibration, output: Path, prompts: int, as_json: b
     return ranks.launch(devices, settings.timeout(layers), _work, asked, layers, output, prompts, as_json)
 
 
-def _unplanned(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    table = values.get("parallel")
+def unplanned(values: Mapping[str, Any], lever: str) -> Mapping[str, Any]:
+    """A config's values without the plan of one lever, which is still to be made."""
+    table = values.get(lever)
     if not isinstance(table, dict):
         return values
-    return {**values, "parallel": {key: value for key, value in table.items() if key != "plan"}}
+    return {**values, lever: {key: value for key, value in table.items() if key != "plan"}}
 
 
 def _work(asked: Calibration, layers: list[Layer], output: Path, prompts: int, as_json: bool) -> int:
