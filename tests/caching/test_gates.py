@@ -258,7 +258,7 @@ def test_a_static_method_never_waits_for_the_device(method):
     assert own == plain[: len(own)]
 
 
-@pytest.mark.parametrize("method", ["first_block", "dbcache", "teacache", "easycache", "seacache"])
+@pytest.mark.parametrize("method", ["first_block", "dbcache", "dicache", "teacache", "easycache", "seacache"])
 def test_a_dynamic_method_looks_once_where_no_guard_decides(method):
     guards = {"warmup_steps": 3, "cooldown_steps": 2, "threshold": 1e9, "predictor": "reuse"}
     plain = looks("pixart", None)
@@ -269,4 +269,4 @@ def test_a_dynamic_method_looks_once_where_no_guard_decides(method):
 def test_all_gated_methods_are_here():
     found = {sub for cls in (Gated, *Gated.__subclasses__()) for sub in cls.__subclasses__()}
     names = {cls.model_fields["method"].default for cls in found if cls.__module__.startswith("fastdiff.")}
-    assert names == {"first_block", "dbcache", "teacache", "easycache", "seacache"}
+    assert names == {"first_block", "dbcache", "dicache", "teacache", "easycache", "seacache"}
