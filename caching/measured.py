@@ -52,7 +52,7 @@ def group_errors(
         raise BadConfig(
             'objective = "lemica" is for one denoiser, and here several share a run; set objective = "minimax"'
         )
-    total, forced = run.total, method.forced(run, range(run.total))
+    total, origin, forced = run.total, calibrator.origin(run), method.forced(run, range(run.total))
     pairs = [
         (step, end)
         for step in range(total)
@@ -61,7 +61,7 @@ def group_errors(
     ]
     for step, end in pairs:
         kept = tuple(k for k in range(total) if not step < k < end)
-        plan = Schedule(**calibrator.origin(calibrator.run), compute=kept)
+        plan = Schedule(**origin, compute=kept)
         own = method.model_copy(update={"plan": plan, "guard": "none"})
         finals: list[Finals] = []
         yield partial(_install, own, calibrator, finals)

@@ -64,7 +64,7 @@ class DiCache(FirstBlock):
 
 
 def _size(difference: Tensor) -> Tensor:
-    return difference.abs().mean().float()
+    return difference.abs().mean(dtype=torch.float32)
 
 
 def _further(before: Tensor, last: Tensor, share: Tensor) -> Tensor:

@@ -126,7 +126,8 @@ class DP(Scheduled):
         edges: Edges = {}
         if self.objective == "lemica":
             edges = yield from group_errors(self, calibrator, finals[0].found, self._longest)
-        return self.planned(traces[0], calibrator, seen, edges)
+            yield install  # the calibrator knows of its last pass: one that calls the denoiser in all steps
+        return self.planned(traces[-1], calibrator, seen, edges)
 
     def planned(self, trace: Trace, calibrator: Calibrator, seen: SiteTrace, edges: Edges | None = None) -> DP:
         """This method with the plan of least predicted error, of the outputs, or of what was `seen` of another site.

@@ -72,7 +72,7 @@ def test_ranks_agree_on_both_sizes():
 def test_values_are_bounded_by_the_furthest_it_may_go_and_half_numbers_summed_in_float32():
     weigh = DiCache(slope_max=3, damping=0.5).weigher(run_of(10))
     assert weigh(4, [0, 2]) == [-1.0, 2.0] and weigh(1, [0]) == [1.0]
-    (found, _), exact = forecast(on_a_line(1.4, dtype=torch.float16)), DEEP.lerp(DEEPER, 1.4)
+    (found, _), exact = forecast(on_a_line(1.25, dtype=torch.float16)), DEEP.lerp(DEEPER, 1.25)
     assert found.dtype == torch.float16 and torch.allclose(found.float(), exact, rtol=2e-3)
 
 
@@ -86,7 +86,7 @@ class Moves(nn.Module):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         self.at = Moves.now
         along = torch.linspace(-1, 1, hidden_states.numel()).view_as(hidden_states)
-        return hidden_states + along.cos() + self.speed * self.at * along + self.bent * self.at**2
+        return hidden_states + along.cos() + self.speed * self.at * along + self.bent * self.at**2 * along.sin()
 
     now = 0
 
@@ -108,7 +108,8 @@ def drawn(cache: Any, bent: float = 0.0) -> tuple[Tensor, Any]:
 def test_a_run_whose_blocks_move_together_is_drawn_exactly_from_two_steps(slope_max, bent, exact):
     cache = {"method": "dicache", "threshold": 1e9, "warmup_steps": 2, "cooldown_steps": 0, "slope_max": slope_max}
     latents, handle = drawn(cache, bent)
-    assert did(handle) == [True, True] + [False] * (STEPS - 2) and handle.report.to_dict()["predicted"] == STEPS - 2
+    assert did(handle) == [True, True] + [False] * (STEPS - 2)
+    assert handle.report.to_dict()["predicted"] == (STEPS - 2 if slope_max > 1 else 0)
     plain = drawn(None, bent)[0]
     assert (float((latents - plain).norm() / plain.norm()) < 1e-5) is exact
 
