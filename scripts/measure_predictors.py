@@ -45,8 +45,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "line, ridge": {"ridge": 0.01},
     "line, minimax": {"objective": "minimax"},
 }
-# The same at most 5 steps skipped in a row: LeMiCa's runs are that many a step. It is traced on one caption, as its
-# authors find enough; the sum on one is beside it.
+# LeMiCa's plan takes a run for each group, so it is of a short run of the transformer, and traced on one caption, which
+# its authors find enough; the sum on one is beside it.
 OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
     "sum": (8, {}),
     "sum, 1 caption": (1, {}),
@@ -54,7 +54,7 @@ OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
     "meancache": (8, {"objective": "meancache"}),
     "lemica, 1 caption": (1, {"objective": "lemica"}),
 }
-LONGEST = 5
+SHORT = {"num_inference_steps": 14}
 PROBED: dict[str, dict[str, Any]] = {
     f"{method} {threshold}, {name}": {"method": method, "threshold": threshold, **more}
     for method, thresholds in {"dicache": (0.2, 0.4, 0.8), "first_block": (0.16, 0.3)}.items()
@@ -142,12 +142,17 @@ def guarded(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def objectives(study: Study) -> Iterator[dict[str, Any]]:
-    """Plans of as many steps by another objective each; LeMiCa's on the transformer alone, a run for each group."""
-    computed = round(study.call["num_inference_steps"] * 0.24)
+    """Plans of as many steps by another objective each; LeMiCa's on the transformer alone."""
+    computed, longest = (5, 4) if study.probes else (12, 5)
+    call, kept = study.call, study.truth
+    if study.probes:
+        study.call = {**call, **SHORT}
+        study.truth = study.drawn(None)[0]
     for name, (captions, settings) in OBJECTIVES.items():
         if study.probes or settings.get("objective") != "lemica":
-            plan = study.planned(computed, {"longest": LONGEST, **settings}, captions)
+            plan = study.planned(computed, {"longest": longest, **settings}, captions)
             yield study.row(f"dp: {name}", plan) | {"compute": plan.plan.compute}
+    study.call, study.truth = call, kept
 
 
 def probed(study: Study) -> Iterator[dict[str, Any]]:

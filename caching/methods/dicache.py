@@ -25,7 +25,7 @@ class DiCache(FirstBlock):
     """
 
     method: Literal["dicache"] = "dicache"  # type: ignore[assignment]
-    threshold: float = Field(0.4, ge=0, description="sum of relative changes from which on a step is computed")
+    threshold: float = Field(0.2, ge=0, description="sum of relative changes from which on a step is computed")
     predictor: str = Field("slope", description="how a skipped value is made: slope, by the probe, or any other")
     slope_max: float = Field(1.5, ge=1, description="most that slope takes of the last change between computed steps")
     warmup_steps: int = Field(4, ge=0, description="computed steps at the start")
@@ -59,8 +59,8 @@ class DiCache(FirstBlock):
         whole, gap = sizes if agree is None else map(agree, sizes)
         slope = (whole / gap.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1, self.slope_max)
         share = self.damping * (slope - 1)
-        pairs = zip(*memory.values, strict=True)
-        return [_further(*pair, share) if isinstance(pair[-1], Tensor) else pair[-1] for pair in pairs]
+        pairs = zip(*memory.values[-2:], strict=True)
+        return [_further(old, new, share) if isinstance(new, Tensor) else new for old, new in pairs]
 
 
 def _size(difference: Tensor) -> Tensor:
