@@ -55,12 +55,15 @@ OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
     "lemica, 1 caption": (1, {"objective": "lemica"}),
 }
 SHORT = {"num_inference_steps": 14}
+MADE: dict[str, dict[str, Any]] = {"line": {"predictor": "adams_bashforth"}, "reuse": {"predictor": "reuse"}}
 PROBED: dict[str, dict[str, Any]] = {
     f"{method} {threshold}, {name}": {"method": method, "threshold": threshold, **more}
-    for method, thresholds in {"dicache": (0.2, 0.4, 0.8), "first_block": (0.16, 0.3)}.items()
+    for method, thresholds, made in (
+        ("dicache", (0.2, 0.4, 0.8), {"slope": {}} | {name: {"slope": False, **own} for name, own in MADE.items()}),
+        ("first_block", (0.16, 0.3), MADE),
+    )
     for threshold in thresholds
-    for name, more in {"slope": {}, "line": {"predictor": "adams_bashforth"}, "reuse": {"predictor": "reuse"}}.items()
-    if (method, name) != ("first_block", "slope")
+    for name, more in made.items()
 }
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fastdiff.caching.base import Agree, CacheMethod, Weigh, relative_change
+from fastdiff.caching.base import Agree, Weigh, relative_change
 from fastdiff.caching.region import Memory
 from fastdiff.clock import Run, Step
 
@@ -26,33 +26,34 @@ class DiCache(FirstBlock):
 
     method: Literal["dicache"] = "dicache"  # type: ignore[assignment]
     threshold: float = Field(0.2, ge=0, description="sum of relative changes from which on a step is computed")
-    predictor: str = Field("slope", description="how a skipped value is made: slope, by the probe, or any other")
+    predictor: str = Field("adams_bashforth", description="how a skipped value is made without slope")
+    slope: bool = Field(True, description="go as far along the last change as the probe did along its own")
     slope_max: float = Field(1.5, ge=1, description="most that slope takes of the last change between computed steps")
     warmup_steps: int = Field(4, ge=0, description="computed steps at the start")
     cooldown_steps: int = Field(1, ge=0, description="computed steps at the end")
 
-    @field_validator("predictor")
-    @classmethod
-    def _known_predictor(cls, name: str) -> str:
-        return name if name == "slope" else CacheMethod._known_predictor(name)
-
-    @property
-    def history(self) -> int:
-        return 2 if self.predictor == "slope" else super().history
+    @model_validator(mode="after")
+    def _one_forecast(self) -> DiCache:
+        if self.slope and (self.predictor not in ("adams_bashforth", "taylor") or self.order != 2):
+            raise ValueError(
+                f'predictor = "{self.predictor}" with order = {self.order}: slope goes along the line through two values;'
+                " set slope = false for any other"
+            )
+        return self
 
     def change(self, step: Step, memory: Memory) -> Tensor:
         assert memory.probe is not None and memory.previous is not None
         return memory.drift + relative_change(memory.probe, memory.previous)
 
     def weigher(self, run: Run) -> Weigh:
-        """Of slope the largest factors that it may have: what the values must not leave their dtype with."""
-        if self.predictor != "slope":
+        """With `slope` the largest factors that it may have: what values must not leave their dtype with."""
+        if not self.slope:
             return super().weigher(run)
         most = 1 + self.damping * (self.slope_max - 1)
         return lambda index, anchors: [1 - most, most] if len(anchors) > 1 else [1.0]
 
     def forecast(self, factors: Sequence[float], memory: Memory, agree: Agree | None) -> list[Any]:
-        if self.predictor != "slope" or len(memory.values) < 2 or memory.probe is None:
+        if not self.slope or len(memory.values) < 2 or memory.probe is None:
             return super().forecast(factors, memory, agree)
         before, last = memory.probes
         sizes = _size(memory.probe - before), _size(last - before)

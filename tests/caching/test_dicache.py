@@ -114,11 +114,12 @@ def test_a_run_whose_blocks_move_together_is_drawn_exactly_from_two_steps(slope_
     assert (float((latents - plain).norm() / plain.norm()) < 1e-5) is exact
 
 
-def test_any_other_predictor_takes_the_slopes_place_and_an_unknown_one_is_refused():
-    assert DiCache(predictor="reuse").history == 1 and DiCache().history == 2
-    (reused, _) = forecast(on_a_line(1.4), predictor="reuse")
+def test_any_predictor_takes_the_slopes_place_where_that_is_off():
+    assert DiCache(predictor="reuse", slope=False).history == 1 and DiCache().history == 2
+    (reused, _) = forecast(on_a_line(1.4), predictor="reuse", slope=False)
     assert torch.equal(reused, DEEPER)
-    with pytest.raises(BadConfig, match="slop"):
-        fastdiff.Config(cache={"method": "dicache", "predictor": "slop"})
+    for other in ({"predictor": "reuse"}, {"order": 3}):
+        with pytest.raises(BadConfig, match="slope goes along the line through two values; set slope = false"):
+            fastdiff.Config(cache={"method": "dicache", **other})
     with pytest.raises(BadConfig, match="dicache decides at each step, by its threshold; guards check what is planned"):
         fastdiff.Config(cache={"method": "dicache", "guard": "speca"})
