@@ -36,8 +36,8 @@ class DiCache(FirstBlock):
     def _one_forecast(self) -> DiCache:
         if self.slope and (self.predictor not in ("adams_bashforth", "taylor") or self.order != 2):
             raise ValueError(
-                f'predictor = "{self.predictor}" with order = {self.order}: slope goes along the line through two values;'
-                " set slope = false for any other"
+                f'predictor = "{self.predictor}" with order = {self.order}: slope goes along the line through two '
+                "values; set slope = false for any other"
             )
         return self
 
