@@ -51,7 +51,7 @@ class DP(Scheduled):
     objective: Literal["sum", "minimax", "meancache", "lemica"] = Field(
         "sum",
         description="what calibrate makes least: the sum of groups' errors, the worst group of the worst image, errors "
-        "of the mean velocity with peaks suppressed, or the worst group as runs of their own show (hours, not minutes)",
+        "of the mean velocity with peaks suppressed, or the worst group, with a run for each group",
     )
     longest: int = Field(8, ge=1, description="longest run of skipped steps calibrate may plan")
     ridge: float | None = Field(
