@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastdiff.anatomy import named
+from fastdiff.anatomy import parameters
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.patch import PatchSet, current_forward
@@ -73,7 +73,7 @@ class Speculating(Session):
                     'set guard = "verify"'
                 )
             self._streams = self.anatomy.stack_of(self._unit).takes
-        self._named = named(self._unit)
+        self._order = parameters(self._unit)
         self._entered: dict[int, dict[int, list[Any]]] = {}  # by branch and step: the streams of the last block
 
     def attach(self, patches: PatchSet) -> None:
@@ -93,20 +93,22 @@ class Speculating(Session):
             memory = None if self._current is None else self._current[-1]
             if memory is None or self.clock.now is None or self._verify is None:
                 return forward(*args, **kwargs)
-            step, given = self.clock.now, self._named(args, kwargs)
+            step, given = self.clock.now, dict(zip(self._order, args, strict=False)) | kwargs
             known = self._entered.setdefault(step.branch, {})
             if memory.keep and self._streams:
                 known[step.index] = owned([given[stream] for stream in self._streams])
             output = forward(*args, **kwargs)
             if memory.skipping and memory.visits <= 1 and not memory.torn:
-                self._compare(step.index, memory, known, given, output)
+                placed = self._order[: len(args)]  # called in the same way: a compiled block has a graph for each
+                self._compare(step.index, memory, known, given, placed, output)
             return output
 
         return checked
 
     def _compare(
-        self, index: int, memory: Memory, known: dict[int, list[Any]], given: dict[str, Any], output: Any
-    ) -> None:
+        self, index: int, memory: Memory, known: dict[int, list[Any]], given: dict[str, Any], placed: Sequence[str],
+        output: Any,
+    ) -> None:  # fmt: skip
         assert isinstance(self._verify, Checks)
         for step in set(known) - set(memory.indices):
             del known[step]
@@ -117,6 +119,7 @@ class Speculating(Session):
             column = [known[anchor][place] for anchor in anchors]
             if isinstance(column[-1], Tensor):  # a copy: a block may write into what it is given
                 given[stream] = combine(memory.factors, column).clone()
-        truth = pytree.tree_leaves(self._plain(**given))
+        first = [given.pop(name) for name in placed]
+        truth = pytree.tree_leaves(self._plain(*first, **given))
         self._verify.blocks += 1
         self._verify.saw(index, [apart(pytree.tree_leaves(output), truth)])
