@@ -8,6 +8,7 @@ METHODS = {
     "cachequant": "fastdiff.caching.methods.cachequant:CacheQuant",
     "dbcache": "fastdiff.caching.methods.dbcache:DBCache",
     "deepcache": "fastdiff.caching.methods.deepcache:DeepCache",
+    "dicache": "fastdiff.caching.methods.dicache:DiCache",
     "dp": "fastdiff.caching.methods.dp:DP",
     "easycache": "fastdiff.caching.methods.easycache:EasyCache",
     "fast_dllm": "fastdiff.caching.methods.fast_dllm:FastDLLM",

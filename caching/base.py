@@ -14,14 +14,15 @@ from fastdiff.clock import Run, Step
 from fastdiff.errors import BadConfig, UnknownName, UnsupportedModel
 from fastdiff.method import Method
 
-from .predictors import FEWEST, PREDICTORS, Axis, weights
+from .predictors import FEWEST, PREDICTORS, Axis, combine, weights
 from .protocols import Calibrator, Live, Passes
 from .region import Memory, Region
-from .verify import USUAL
+from .verify import FIRST, USUAL
 
 Forward = Callable[..., Any]
 Weigh = Callable[[int, Sequence[int]], Sequence[float]]
 Correct = Callable[[int, int, Tensor], Tensor]
+Agree = Callable[[Tensor], Tensor]
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[tuple[NonNegativeInt, ...], AfterValidator(lambda steps: tuple(sorted(set(steps))))]
 
@@ -53,12 +54,17 @@ class CacheMethod(Method):
         None, ge=1, description="compute at the latest after so many cached steps"
     )
     max_cached_steps: int | None = Field(None, ge=0, description="most cached steps in a run")
-    guard: Literal["none", "verify"] = Field(
-        "none", description="verify: compare forecasts with computed steps; while they fail, compute all"
+    guard: Literal["none", "verify", "speca"] = Field(
+        "none",
+        description="compare forecasts, verify: with computed steps, speca: with one block of skipped ones; compute "
+        "where they fail",
     )
     verify_bound: float | None = Field(
-        None, ge=0, description=f"relative error at which a forecast fails; empty: by the plan, {USUAL:g} without one"
-    )
+        None, ge=0,
+        description=f"relative error at which a forecast fails; empty: by the plan, {USUAL:g} without one "
+        f"(speca: {FIRST:g})",
+    )  # fmt: skip
+    verify_decay: float = Field(0.3, gt=0, le=1, description="share of speca's bound that is left at the last step")
 
     language: ClassVar[bool] = False  # whether the method is for language models, not for images and video
 
@@ -70,7 +76,7 @@ class CacheMethod(Method):
     @property
     def predicts_inside(self) -> bool:
         """Whether predictions are made while the denoiser runs, so that no graph of all of it can hold."""
-        return False
+        return self.guard == "speca"
 
     @field_validator("predictor")
     @classmethod
@@ -86,13 +92,13 @@ class CacheMethod(Method):
             raise ValueError(
                 f"order = {self.order}: {self.predictor} goes by {least} to 6 computed values; set order to one of them"
             )
-        if self.guard == "verify" and (why := self.unverifiable) is not None:
-            raise ValueError(f'guard = "verify": {why}')
+        if self.guard != "none" and (why := self.unverifiable) is not None:
+            raise ValueError(f'guard = "{self.guard}": {why}')
         return self
 
     @property
     def unverifiable(self) -> str | None:
-        """Why the guard `verify` cannot check this method, and what can be done; None if it can."""
+        """Why no guard can check this method, and what can be done; None if it can."""
         return None
 
     def bounds(self, run: Run) -> Sequence[float]:
@@ -127,6 +133,12 @@ class CacheMethod(Method):
             return weights(self.predictor, self.order, self.lebesgue_max, axis[index], known, self.damping)
 
         return weigh
+
+    def forecast(self, factors: Sequence[float], memory: Memory, agree: Agree | None) -> list[Any]:
+        """The leaves of a predicted value: the newest of a memory, by their factors. agree: makes numbers that a rank
+        worked out the same on all."""
+        columns = zip(*memory.values, strict=True)
+        return [combine(factors, own) if isinstance(own[-1], Tensor) else own[-1] for own in columns]
 
     def corrector(self, run: Run, number: int) -> Correct | None:
         """For a run: what is made of a prediction (step, leaf number, value) of region `number`."""
@@ -187,7 +199,7 @@ class Gated(CacheMethod):
     @property
     def unverifiable(self) -> str | None:
         return (
-            f"{self.method} decides at each step, by its threshold; verify checks what is planned before the run: "
+            f"{self.method} decides at each step, by its threshold; guards check what is planned before the run: "
             'take static, ab_cache or dp, or leave guard at "none"'
         )
 

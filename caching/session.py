@@ -21,7 +21,6 @@ from .companions import at_key_steps
 from .gate import read_probe, wishes
 from .holding import Holding, bytes_of
 from .pictures import assembled, each, parts_of, run_some, settle
-from .predictors import combine
 from .readers import Readers
 from .reading import Together, peak, unbounded
 from .region import Memory, Region, entries_of, owned, placeholder, signature, unread, wants_gradients
@@ -94,14 +93,17 @@ class Session:
             masks = [mask and [True] * len(mask) for mask in masks]
         self.masks = [placed(mask, own, run.total) for mask in masks]
         self._needed = [placed(mask and needed(mask, self.method.order), own, run.total) for mask in masks]
-        if self.method.guard == "verify" and not all(all(mask) for mask in self.masks if mask):
-            self._verify = Verify(self.method.bounds(run), self._combined, self.agree)
+        if self.method.guard != "none" and not all(all(mask) for mask in self.masks if mask):
+            self._verify = self._checks(run)
             self._needed = [use if use is None or not any(use) else None for use in self._needed]  # all are checked
         self.holding.start(max((sum(mask) if mask else run.total for mask in self.masks), default=run.total))
         self._weigh = self.method.weigher(run)
         self._correct = [self.method.corrector(run, number) for number in range(len(self.regions))]
         for note in self.method.notes(run, self.anatomy):
             self.recorder.note(note)
+
+    def _checks(self, run: Run) -> Verify:
+        return Verify(self.method.bounds(run), self._combined, self.agree)
 
     def _told(self, index: int, output: Any) -> None:
         self._solved = len(output) if isinstance(output, Tensor) and output.ndim else 0
@@ -343,11 +345,7 @@ class Session:
         return self._combined(number, self._current[number], index)
 
     def _combined(self, number: int, memory: Memory, index: int) -> list[Any]:
-        factors = self.weigh(index, memory.indices)
-        leaves = [
-            combine(factors, column) if isinstance(column[-1], Tensor) else column[-1]
-            for column in zip(*memory.values, strict=True)
-        ]
+        leaves = self.method.forecast(self.weigh(index, memory.indices), memory, self.agree)
         correct = self._correct[number]
         if correct is None:
             return leaves

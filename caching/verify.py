@@ -16,6 +16,7 @@ from torch import Tensor
 from .reading import Reading
 from .region import Memory
 
+FIRST = 0.1  # of speca, at the first step: its authors' floor for FLUX, where forecasts are of one block
 USUAL = 0.5  # relative error of a forecast that has failed, where nothing was calibrated
 MARGIN = 1.5  # times the largest error that calibration saw at a step
 LEAST = 0.01  # relative error that rounding may make of a forecast which is exact
@@ -50,8 +51,11 @@ class Verify:
             for memory in (first, *first.again)
             if memory.values and memory.taken is not None and not memory.torn
         ]
-        if not errors:
-            return
+        if errors:
+            self.saw(index, errors)
+
+    def saw(self, index: int, errors: Sequence[Tensor]) -> None:
+        """Relative errors of forecasts of a step, scalars; its worst counts."""
         worst = torch.stack([error.to(errors[0].device) for error in errors]).amax()
         worst = worst if self._agree is None else self._agree(worst)
         before = self._worst.get(index, worst)

@@ -14,6 +14,7 @@ from fastdiff import strip
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.methods.cachequant import CacheQuant
 from fastdiff.caching.session import Session
+from fastdiff.caching.speca import Speculating
 from fastdiff.clock import WATCHED
 from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
@@ -210,8 +211,16 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
+        if method is not None and method.guard == "speca" and self.crew is not None:
+            raise BadConfig(
+                'cache.guard = "speca" runs a block more in some steps, which parallel methods do not expect; set '
+                'cache.guard = "verify"'
+            )
         why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
-        return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
+        if method is None:
+            return None
+        kind = Speculating if method.guard == "speca" else Session
+        return kind(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
 
     def __enter__(self) -> Accelerated:
         return self

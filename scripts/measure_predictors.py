@@ -1,5 +1,5 @@
-"""Writes benchmarks/predictors.json: what predictors, dp's objectives and weights by group are worth, and the guard
-`verify`, on the embedded models.
+"""Writes benchmarks/predictors.json: what predictors, dp's objectives and weights by group are worth, the guards
+`verify` and `speca`, and the slope of DiCache, on the embedded models.
 
 Run it from the root: python scripts/measure_predictors.py [PART or MODEL...]. Plans and weights are made on captions of
 the training's kind; all numbers are of captions held out from it.
@@ -45,6 +45,26 @@ PLANS: dict[str, dict[str, Any]] = {
     "line, ridge": {"ridge": 0.01},
     "line, minimax": {"objective": "minimax"},
 }
+# LeMiCa's plan takes a run for each group, so it is of a short run of the transformer, and traced on one caption, which
+# its authors find enough; the sum on one is beside it.
+OBJECTIVES: dict[str, tuple[int, dict[str, Any]]] = {
+    "sum": (8, {}),
+    "sum, 1 caption": (1, {}),
+    "minimax": (8, {"objective": "minimax"}),
+    "meancache": (8, {"objective": "meancache"}),
+    "lemica, 1 caption": (1, {"objective": "lemica"}),
+}
+SHORT = {"num_inference_steps": 14}
+MADE: dict[str, dict[str, Any]] = {"line": {"predictor": "adams_bashforth"}, "reuse": {"predictor": "reuse"}}
+PROBED: dict[str, dict[str, Any]] = {
+    f"{method} {threshold}, {name}": {"method": method, "threshold": threshold, **more}
+    for method, thresholds, made in (
+        ("dicache", (0.2, 0.4, 0.8), {"slope": {}} | {name: {"slope": False, **own} for name, own in MADE.items()}),
+        ("first_block", (0.16, 0.3), MADE),
+    )
+    for threshold in thresholds
+    for name, more in made.items()
+}
 
 
 class Study:
@@ -77,16 +97,23 @@ class Study:
         images, reports = self.drawn(cache)
         psnr = metrics.psnr(images, self.truth)
         told = {"mean": round(float(psnr.mean()), 2), "worst": round(float(psnr.min()), 2)}
+        each = [count for report in reports for counts in report.pictures.values() for count in counts]
+        by_picture = {"computed_by_picture": round(float(np.mean(each)), 2)} if each else {}
         print(name, reports[0].computed, told, reports[0].verified, file=sys.stderr)
-        return {"name": name, "computed": reports[0].computed, "of": reports[0].steps, "psnr": told} | (
+        return {"name": name, "computed": reports[0].computed, "of": reports[0].steps, "psnr": told, **by_picture} | (
             {"verified": {key: sum(r.verified[key] for r in reports) for key in reports[0].verified}}
             if reports[0].verified
             else {}
         )
 
-    def planned(self, computed: int, settings: dict[str, Any]) -> Any:
+    def planned(self, computed: int, settings: dict[str, Any], captions: int = DRAWN) -> Any:
         config = fastdiff.Config(cache={"method": "dp", "computed_steps": computed, **settings})
-        return calibrate(self.pipe, config, self.known[:DRAWN], batch=BATCH, **self.call).cache
+        return calibrate(self.pipe, config, self.known[:captions], batch=BATCH, **self.call).cache
+
+    @property
+    def probes(self) -> bool:
+        """Whether the model is one of blocks."""
+        return hasattr(self.pipe, "transformer")
 
 
 def intervals(study: Study) -> Iterator[dict[str, Any]]:
@@ -114,6 +141,46 @@ def guarded(study: Study) -> Iterator[dict[str, Any]]:
     kept, study.truth = study.truth, study.drawn(None)[0]
     yield study.row("guidance 7.5: dp", plan)
     yield study.row("guidance 7.5: dp, verify", verify)
+    study.truth, study.call["guidance_scale"] = kept, default
+
+
+def objectives(study: Study) -> Iterator[dict[str, Any]]:
+    """Plans of as many steps by another objective each; LeMiCa's on the transformer alone."""
+    computed, longest = (5, 4) if study.probes else (12, 5)
+    call, kept = study.call, study.truth
+    if study.probes:
+        study.call = {**call, **SHORT}
+        study.truth = study.drawn(None)[0]
+    for name, (captions, settings) in OBJECTIVES.items():
+        if study.probes or settings.get("objective") != "lemica":
+            plan = study.planned(computed, {"longest": longest, **settings}, captions)
+            yield study.row(f"dp: {name}", plan) | {"compute": plan.plan.compute}
+    study.call, study.truth = call, kept
+
+
+def probed(study: Study) -> Iterator[dict[str, Any]]:
+    for name, cache in PROBED.items() if study.probes else ():
+        yield study.row(name, cache)
+
+
+def speculated(study: Study) -> Iterator[dict[str, Any]]:
+    """What is refused by a block that runs, beside the check at computed steps, none, and shorter intervals."""
+    if not study.probes:
+        return
+    usual = {"method": "ab_cache", "site": "stack", "coordinate": "logsnr"}
+    guards: dict[str, dict[str, Any]] = {"no guard": {}, "verify": {"guard": "verify"}} | {
+        f"speca {bound}": {"guard": "speca", "verify_bound": bound} for bound in (0.3, 0.1, 0.03)
+    }
+    for interval in (3, 4):
+        yield study.row(f"every {interval}: no guard", usual | {"interval": interval})
+    for name, guard in guards.items():
+        yield study.row(f"every 5: {name}", usual | {"interval": 5} | guard)
+    plan = study.planned(round(study.call["num_inference_steps"] * 0.4), {"site": "stack"})
+    default = study.call["guidance_scale"]
+    study.call["guidance_scale"] = 7.5
+    kept, study.truth = study.truth, study.drawn(None)[0]
+    for name, guard in guards.items():
+        yield study.row(f"guidance 7.5, dp: {name}", plan.model_copy(update=guard))
     study.truth, study.call["guidance_scale"] = kept, default
 
 
@@ -200,6 +267,7 @@ def error_of(
 def main() -> int:
     torch.set_num_threads(1)
     parts = {"groups": grouped, "intervals": intervals, "plans": plans, "verify": guarded}
+    parts |= {"objectives": objectives, "dicache": probed, "speca": speculated}
     asked = [part for part in parts if part in sys.argv] or [*parts]
     models = [model for model in CALL_DEFAULTS if model in sys.argv] or [*CALL_DEFAULTS]
     path = ROOT / "benchmarks" / "predictors.json"

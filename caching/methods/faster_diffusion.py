@@ -40,7 +40,7 @@ class FasterDiffusion(CacheMethod):
 
     @property
     def predicts_inside(self) -> bool:
-        return self.max_parallel > 1
+        return self.max_parallel > 1 or super().predicts_inside
 
     @property
     def unverifiable(self) -> str | None:

@@ -258,9 +258,10 @@ def test_a_static_method_never_waits_for_the_device(method):
     assert own == plain[: len(own)]
 
 
-@pytest.mark.parametrize("method", ["first_block", "dbcache", "teacache", "easycache", "seacache"])
+@pytest.mark.parametrize("method", ["first_block", "dbcache", "dicache", "teacache", "easycache", "seacache"])
 def test_a_dynamic_method_looks_once_where_no_guard_decides(method):
     guards = {"warmup_steps": 3, "cooldown_steps": 2, "threshold": 1e9, "predictor": "reuse"}
+    guards |= {"slope": False} if method == "dicache" else {}
     plain = looks("pixart", None)
     own = looks("pixart", {"method": method, "max_consecutive_cached": 2, **guards})
     assert [mine - theirs for mine, theirs in zip(own, plain, strict=True)] == [0, 0, 0, 1, 1, 0, 0, 0]
@@ -269,4 +270,4 @@ def test_a_dynamic_method_looks_once_where_no_guard_decides(method):
 def test_all_gated_methods_are_here():
     found = {sub for cls in (Gated, *Gated.__subclasses__()) for sub in cls.__subclasses__()}
     names = {cls.model_fields["method"].default for cls in found if cls.__module__.startswith("fastdiff.")}
-    assert names == {"first_block", "dbcache", "teacache", "easycache", "seacache"}
+    assert names == {"first_block", "dbcache", "dicache", "teacache", "easycache", "seacache"}

@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "seacache inner": {"threshold": 0.4, "site": "inner", **FREE},
     "first_block": {"threshold": 0.4, **FREE},
     "dbcache": {"threshold": 0.4, "live_blocks": 1, "warmup_steps": 1, **FREE},
+    "dicache": {"threshold": 0.4, "warmup_steps": 2, **FREE},
     "teacache": {"threshold": 0.4, **FREE},
 }
 UNET = ("easycache", "seacache output", "seacache inner")

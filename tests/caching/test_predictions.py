@@ -142,6 +142,7 @@ ON_PIXART = {
     "ab_cache": {"interval": 6},
     "first_block": {"threshold": FAR},
     "dbcache": {"threshold": FAR, "live_blocks": 1},
+    "dicache": {"threshold": FAR, "slope": False},
     "teacache": {"threshold": FAR},
     "easycache": {"threshold": FAR},
     "seacache": {"threshold": FAR},

@@ -158,7 +158,7 @@ def test_a_second_run_begins_without_the_verdicts_of_the_first():
 @pytest.mark.parametrize(
     ("cache", "said"),
     [
-        ({"method": "first_block"}, "first_block decides at each step, by its threshold; verify checks .* take static"),
+        ({"method": "first_block"}, "first_block decides at each step, by its threshold; guards check .* take static"),
         ({"method": "faster_diffusion"}, "max_parallel = 8 decodes steps before .*; set max_parallel = 1"),
         ({"method": "static", "compute_steps": [0], "verify_bound": -1}, "verify_bound"),
     ],

@@ -44,6 +44,7 @@ OUTSIDE = {  # decided on what enters the denoiser
 INSIDE = {
     "first_block": {"method": "first_block", "threshold": 1.0},
     "dbcache": {"method": "dbcache", "threshold": 1.0, "warmup_steps": 1},
+    "dicache": {"method": "dicache", "threshold": 1e9, "warmup_steps": 2},
     "teacache": {"method": "teacache", "threshold": 1.0},
     "seacache stack": {"method": "seacache", "threshold": 1e9, "site": "stack"},
 }
@@ -239,7 +240,7 @@ def test_methods_around_compiled_blocks_give_the_same_and_add_no_graphs(row, nam
     entry.run(pipe, STEPS + 3)
     probed = row == "teacache" and name == "flux"  # the first block differs from the rest: it is looked into
     assert len(graphs.sizes) == alone + probed
-    if cached and not row.startswith(("a_sdm", "first_block", "dbcache", "teacache")):
+    if cached and not row.startswith(("a_sdm", "first_block", "dbcache", "dicache", "teacache")):
         graphs.executed.clear()
         entry.run(pipe, STEPS)
         assert graphs.reads(leaf(pipe, name)) == (STEPS - cached) * entry.calls

@@ -46,13 +46,17 @@ TABLE = {
     "switch pixart": ("pixart", "denoiser", 1),
     "first_block": ("pixart", "blocks", 2),
     "dbcache": ("pixart", "blocks", 2),
+    "dicache": ("pixart", "blocks", 2),
+    "dicache slope": ("pixart", "blocks", 2),
+    "static speca": ("pixart", "blocks", 2),
     "teacache": ("pixart", "blocks", 2),
     "faster_diffusion": ("pixart", "blocks", 3),  # one step, and the several that it decodes ahead
 }
 # With other graphs than these: blocks whose layers have other bits are of another kind, and where inputs are quantized,
 # both kinds of layout are decoded ahead.
 OTHERS = {
-    **{(row, "mixed"): 4 for row in ("first_block", "dbcache", "teacache")}, ("faster_diffusion", "mixed"): 6,
+    **{(row, "mixed"): 4 for row in ("first_block", "dbcache", "dicache", "dicache slope", "static speca", "teacache")},
+    ("faster_diffusion", "mixed"): 6,
     **{("faster_diffusion", scheme): 4 for scheme in ("w8a8", "w8a8 static", "w4a8")},
 }  # fmt: skip
 # Written as text for a language model, which no scheme here is for; the same method on another family.

@@ -25,7 +25,7 @@ FROM_OUTSIDE: dict[str, dict[str, Any]] = {
     "easycache": {"threshold": 1e9, "warmup_steps": 3, "cooldown_steps": 0},
     "seacache": {"threshold": 1e9, "max_consecutive_cached": 1, "site": "output"},
 }
-FROM_INSIDE = ("first_block", "dbcache", "teacache", "taylorseer", "fora", "pab", "deepcache", "a_sdm")
+FROM_INSIDE = ("first_block", "dbcache", "dicache", "teacache", "taylorseer", "fora", "pab", "deepcache", "a_sdm")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not described")
 
 

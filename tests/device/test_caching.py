@@ -54,12 +54,14 @@ CACHES: dict[str, dict[str, Any] | Callable[[str], dict[str, Any]]] = {
     "first_block": {"method": "first_block", "threshold": 0.5, "warmup_steps": 1},
     "lagged": {"method": "first_block", "threshold": 0.5, "warmup_steps": 1, "lagged": True},
     "dbcache": {"method": "dbcache", "threshold": 0.5, "warmup_steps": 1},
+    "dicache": {"method": "dicache", "threshold": 0.5, "warmup_steps": 2, "cooldown_steps": 0},
     "teacache": {"method": "teacache", "threshold": 0.5, "warmup_steps": 1},
     "easycache": {"method": "easycache", "threshold": 0.5, "warmup_steps": 2},
     "seacache": {"method": "seacache", "threshold": 0.5, "warmup_steps": 1},
     "taylorseer": {"method": "taylorseer", "interval": 2, "warmup_steps": 2},
     "static": {"method": "static", "compute_steps": [0, 1, 3], "site": "inner"},
     "verify": {"method": "static", "compute_steps": [0, 1, 3], "guard": "verify", "predictor": "adams_bashforth"},
+    "speca": {"method": "static", "compute_steps": [0, 1], "site": "stack", "guard": "speca", "predictor": "taylor"},
     "spectrum": {"method": "ab_cache", "interval": 2, "warmup_steps": 3, "predictor": "spectrum", "order": 3},
     "adams_bashforth": {"method": "ab_cache", "interval": 2, "warmup_steps": 2},
     "dp": lambda name: {
@@ -74,6 +76,7 @@ CACHES: dict[str, dict[str, Any] | Callable[[str], dict[str, Any]]] = {
 DECIDES, ROLES = "caching/reading.py:values", "caching/roles.py:conditional"
 READS = {  # the most reads of one call of the denoiser or the solver, by place: thresholds look once
     "first_block": {DECIDES: 1}, "lagged": {DECIDES: 1}, "dbcache": {DECIDES: 1}, "teacache": {DECIDES: 1},
+    "dicache": {DECIDES: 1}, "speca": {DECIDES: 1},  # of the check in the step before
     "easycache": {DECIDES: 1}, "seacache": {DECIDES: 1},
     "verify": {DECIDES: 1},  # of a check two steps before
     "faster_diffusion": {"caching/decoding.py:_share": 1},

@@ -184,6 +184,7 @@ _GATE, _NO_GATE = {"gate": 0.5}, {"gate": 1.0}
 _ATTENTION = {"leaf": last_attention}
 _SPECTRUM = {"predictor": "spectrum", "order": 4}
 _DAMPED = {"predictor": "adams_bashforth", "damping": 0.4}
+_LAST = {**_TWO, "site": "stack", "live_blocks": 0, "guard": "speca"}
 _FEW = {"max_consecutive_cached": 99}  # more than there are steps; TOML, in which rows are written too, has no None
 
 ROWS: dict[str, Row | PlannedRow] = {
@@ -203,10 +204,19 @@ ROWS: dict[str, Row | PlannedRow] = {
     "static verify": _row(
         "static", {**_TWO, "guard": "verify", "verify_bound": 0}, {**_TWO, "guard": "verify", "verify_bound": 1e9}, 2
     ),
+    "static speca": _row(
+        "static", {**_LAST, "verify_bound": 0}, {**_LAST, "verify_bound": 1e9}, 2, TRANSFORMERS, _NO_STACK,
+        leaf=encoder_leaf,  # the last block runs in cached steps, too
+    ),
     "deepcache": _row("deepcache", _EACH, {"interval": 3}, 2, UNETS, _NO_UNET),
     "first_block": _row("first_block", {"threshold": 0}, {"threshold": 1e9}, 1, TRANSFORMERS, _NO_STACK),
     "dbcache": _row(
         "dbcache", {"threshold": 0, "live_blocks": 1}, {"threshold": 1e9, "live_blocks": 1, "warmup_steps": 1}, 1,
+        TRANSFORMERS, _NO_STACK,
+    ),
+    "dicache": _row("dicache", _NEVER, {**_ALWAYS, "warmup_steps": 1}, 1, TRANSFORMERS, _NO_STACK),
+    "dicache slope": _row(
+        "dicache", {**_NEVER, "slope_max": 4}, {**_ALWAYS, "warmup_steps": 2, "slope_max": 4}, 2,
         TRANSFORMERS, _NO_STACK,
     ),
     "ab_cache": _row("ab_cache", _EACH, _THIRD, 2),

@@ -18,13 +18,14 @@ from tests.zoo import ZOO
 from .own import text
 
 SKIP = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.9}
-STACKS = ["first_block", "ab_cache", "fora", "dbcache", "pab", "taylorseer"]
+STACKS = ["first_block", "ab_cache", "fora", "dbcache", "dicache", "pab", "taylorseer"]
 
 
 @pytest.mark.parametrize("method", STACKS)
 def test_a_call_that_skips_a_layer_is_computed_and_not_remembered(method):
     """Skip-layer guidance calls the transformer once more, without some blocks."""
     more = {"ab_cache": {"site": "stack"}, "first_block": {"threshold": 1e9}, "dbcache": {"threshold": 1e9}}
+    more |= {"dicache": {"threshold": 1e9}}
     cache: dict[str, Any] = {"method": method, "warmup_steps": 1, **more.get(method, {})}
     pipe = tiny.make("sd3")
     calls: list[tuple[int, bool]] = []
