@@ -27,11 +27,13 @@ LOADING = {
     "fastdiff/memory.py", "parallel/portions.py",
     *(f"pipelines/{name}.py" for name in ("expected", "portioned", "room", "stored")),
 }  # fmt: skip
-# When displaced methods wait, and which of their layers always do.
+# When displaced methods wait, which of their layers always do, and in how many bits they send.
 WAITING = {
-    "fastdiff/cli/waiting.py", "parallel/displaced.py", "parallel/methods/distrifusion.py", "parallel/methods/pcpp.py",
+    "fastdiff/cli/waiting.py", "parallel/codec.py", "parallel/displaced.py", "parallel/methods/distrifusion.py", "parallel/methods/pcpp.py",
     "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
 }  # fmt: skip
+# A gate with a slope of its own, a guard that runs a block, and objectives of plans, one of which draws pictures.
+SLOPED = {"caching/measured.py", "caching/methods/dicache.py", "caching/objectives.py", "caching/speca.py"}
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.
 SETS_ENVIRONMENT = "fastdiff/threads.py"
 
@@ -67,7 +69,7 @@ SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
 # Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
 LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
 APART = {
-    "learned": LEARNED, "waiting": WAITING,
+    "learned": LEARNED, "sloped": SLOPED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
 }  # fmt: skip
 
@@ -86,7 +88,8 @@ APART = {
         ("pictures", 250),
         ("switch", 170),
         ("learned", 480),
-        ("waiting", 460),
+        ("waiting", 565),
+        ("sloped", 345),
     ],
     ids=lambda value: str(value),
 )
