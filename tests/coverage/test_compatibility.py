@@ -1,0 +1,116 @@
+"""Levers together: a covering array of all that work by twos, and the page that says which do."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import combinations
+
+import pytest
+
+from fastdiff.config import OFF
+from fastdiff.pipelines.attention import backends
+from tests.coverage.combining import ATTENTION, PIPELINES, WORKS, Combination, Trials, factors, pairs, singles
+from tests.coverage.pairwise import covering, met
+from tests.coverage.table import QUICK, outcomes, part, rows, shared
+from tests.packaging.tree import ROOT
+from tests.parallel import combined
+from tests.parallel.asked import Asked
+
+ON_RANKS = Asked(combined, {2: ("covered", "covered_in_full", *PIPELINES)}, {2: ("covered_in_full", *PIPELINES)})
+ALONE = [row for row in rows() if not shared(row)]
+
+
+@pytest.fixture(scope="module")
+def trials() -> Trials:
+    """Remembers what rows are compared with."""
+    return Trials()
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.label, marks=() if k < QUICK else pytest.mark.slow) for k, row in enumerate(ALONE)]
+)
+def test_levers_together_hold_the_laws(trials, row):
+    assert trials.tried(row) == WORKS
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("check", ["covered", pytest.param("covered_in_full", marks=pytest.mark.slow)])
+def test_levers_on_two_ranks_hold_the_laws(check):
+    one, other = ON_RANKS.told(2, check)
+    assert {label: said for label, said in one.items() if said != WORKS} == {}
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_table_is_what_runs(trials, name):
+    found = part(trials, name, on_ranks=False)
+    assert found == {label: said for label, said in of(name).items() if " parallel=" not in label}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_table_is_what_runs_on_two_ranks(name):
+    one, other = ON_RANKS.told(2, name)
+    assert one == other == {label: said for label, said in of(name).items() if " parallel=" in label}
+
+
+def of(name: str) -> dict[str, str]:
+    """What the committed table says of a pipeline."""
+    return {label: said for label, said in outcomes().items() if label.startswith(f"{name} ")}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_table_has_each_two_values_and_nothing_wrong(name):
+    told, asked = of(name), [*singles(name), *pairs(name, outcomes())]
+    assert told.keys() == {one.label for one in asked}, "run scripts/compatibility.py"
+    assert {said for said in told.values() if said != WORKS and not said.startswith("refused: ")} == set()
+
+
+def test_backends_are_diffusers_own():
+    assert set(ATTENTION) <= set(backends())
+
+
+def test_the_page_is_made_of_the_table():
+    spec = importlib.util.spec_from_file_location("compatibility_script", ROOT / "scripts/compatibility.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(outcomes()), "run scripts/compatibility.py --parts"
+    assert [name for values in factors().values() for name in values if f"`{name}`" not in page] == []
+
+
+def test_the_rows_have_every_two_values_that_work_and_no_others():
+    works = {name: lambda values, name=name: outcomes()[label(name, values)] == WORKS for name in PIPELINES}
+    seen = [(row.pipeline, frozenset(two)) for row in rows() for two in combinations(row.levers.items(), 2)]
+    assert all(works[name](two) for name, two in seen)
+    asked = [one for name in PIPELINES for one in pairs(name, outcomes()) if outcomes()[one.label] == WORKS]
+    assert {two for _, two in seen} == {frozenset(one.levers.items()) for one in asked}
+    alone = {(name, one.label) for name in PIPELINES for one in singles(name) if outcomes()[one.label] == WORKS}
+    assert alone == {(row.pipeline, label(row.pipeline, [value])) for row in rows() for value in row.levers.items()}
+
+
+def label(name, values):
+    return Combination(name, **dict(values)).label
+
+
+def test_a_small_covering_array():
+    """Three levers of two values: four rows have all twelve pairs of them, and a refused pair is in none."""
+    levers = dict.fromkeys("abc", ("0", "1"))
+    whole = covering(levers, {"x": lambda values: True}, OFF)
+    assert len(whole) <= 6
+    wanted = {frozenset([(one, u), (other, v)]) for one, other in combinations("abc", 2) for u in "01" for v in "01"}
+    assert {pair for row in whole for _, pair in met(kinds(row), "x") if len(pair) == 2} == wanted
+    apart = frozenset([("a", "0"), ("b", "1")])
+    rest = covering(levers, {"x": lambda values: values != apart}, OFF)
+    assert {pair for row in rest for _, pair in met(kinds(row), "x") if len(pair) == 2} == wanted - {apart}
+
+
+def kinds(row):
+    return {kind: value for kind, value in row.items() if kind != "pipeline" and value != OFF}
+
+
+def test_checks_are_all_run():
+    ON_RANKS.all_run()
