@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from scripts.readme import table  # noqa: E402
-from tests.coverage.combining import PIPELINES, WORKS, Combination, Trials, factors, not_applicable  # noqa: E402
+from tests.coverage.combining import PIPELINES, Combination, Trials, factors, not_applicable  # noqa: E402
 from tests.coverage.table import FILE, WRONG, outcomes, part  # noqa: E402
 from tests.parallel.ranks import start  # noqa: E402
 
@@ -39,9 +39,9 @@ TABLES = [
 ]  # fmt: skip
 HEAD = """# What works with what
 
-Made by `python scripts/compatibility.py`, which runs it; do not edit. Tiny pipelines of random weights: a DiT (PixArt), a
-UNet (Stable Diffusion) and a video transformer (Wan); parallel methods on two real processes. Each value runs alone on
-all of them, and each two values together on all on which both work alone; with parallel methods and with compiled
+Made by `python scripts/compatibility.py`, which runs it; do not edit. Tiny pipelines of random weights: a DiT (PixArt),
+a UNet (Stable Diffusion) and a video transformer (Wan); parallel methods on two real processes. Each value runs alone
+on all of them, and each two values together on all on which both work alone; with parallel methods and with compiled
 graphs on the first of them. A cell says **works**, or the number of the reason with which the two are refused, and of
 which pipelines, where it depends; **-** where nothing has both.
 
@@ -64,7 +64,7 @@ def main() -> int:
     asked = parser.parse_args()
     if not asked.check:
         for name, _, ranks in (one.partition("-") for one in asked.parts):
-            keep(name, on_ranks(name) if ranks == "2" else part(Trials(), name, on_ranks=False), ranks == "2")
+            keep(name, on_ranks(name) if ranks == "2" else on_one(name), ranks == "2")
     wanted = page(outcomes())
     if asked.check:
         return int(PAGE.read_text(encoding="utf-8") != wanted)
@@ -72,6 +72,14 @@ def main() -> int:
     wrong = {label: said for label, said in outcomes().items() if said.startswith(WRONG)}
     print(*(f"{label}: {said}" for label, said in wrong.items()), sep="\n", file=sys.stderr)
     return int(bool(wrong))
+
+
+def on_one(name: str) -> dict[str, str]:
+    said = {}
+    for label, outcome in part(Trials(), name, on_ranks=False):
+        said[label] = outcome
+        print(f"{label}: {outcome}", file=sys.stderr, flush=True)
+    return said
 
 
 def on_ranks(name: str) -> dict[str, str]:
@@ -85,6 +93,7 @@ def on_ranks(name: str) -> dict[str, str]:
 
 def keep(name: str, said: Mapping[str, str], shared: bool) -> None:
     """Put a part into the file, in the place of what it said of that."""
+    outcomes.cache_clear()  # another part may have been written meanwhile
     rest = {
         label: told
         for label, told in outcomes().items()

@@ -15,8 +15,10 @@ Pair = frozenset[Value]
 Works = Callable[[Pair], bool]
 
 
-def covering(levers: Mapping[str, Sequence[str]], homes: Mapping[str, Works], off: str) -> list[Row]:
-    """Rows with a `pipeline` and a value of each lever, or `off`.
+def covering(
+    levers: Mapping[str, Sequence[str]], homes: Mapping[str, Works], off: str, after: Sequence[Row] = ()
+) -> list[Row]:  # fmt: skip
+    """Rows with a `pipeline` and a value of each lever, or `off`, of what the rows `after` which they come have not.
 
     homes: for each pipeline, whether two values of two levers, or one alone, work there. Every pair that works
     somewhere is in a row, and every value with every pipeline that it works on.
@@ -26,7 +28,9 @@ def covering(levers: Mapping[str, Sequence[str]], homes: Mapping[str, Works], of
     sets += [frozenset([value]) for value in values]
     left = {(home, one) for home, works in homes.items() for one in sets if len(one) == 1 and works(one)}
     left |= {("", one) for one in sets if len(one) == 2 and any(works(one) for works in homes.values())}
-    rows = []
+    rows: list[Row] = []
+    for row in after:
+        left -= set(met({kind: row[kind] for kind in row.keys() & levers.keys() if row[kind] != off}, row["pipeline"]))
     for begin in sorted(left, key=lambda at: (-len(at[1]), at[0], sorted(at[1]))):
         if begin in left:
             home = begin[0] or _home(homes, begin[1], left)

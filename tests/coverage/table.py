@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 from fastdiff.config import OFF
-from tests.coverage.combining import PIPELINES, WORKS, Combination, Trials, factors, pairs, singles
+from tests.coverage.combining import PIPELINES, WORKS, Combination, Trials, factors, home, pairs, singles
 from tests.coverage.pairwise import Pair, covering
 
 FILE = Path(__file__).parents[2] / "benchmarks/compatibility.json"
@@ -27,33 +27,48 @@ def outcomes() -> dict[str, str]:
 
 @cache
 def rows() -> tuple[Combination, ...]:
-    """The covering array, those without a graph and with most levers first."""
+    """The covering array: first all that one rank can run, then what is left for two. Those without a graph and with
+    most levers come first."""
 
     def works(name: str) -> Callable[[Pair], bool]:
-        return lambda values: outcomes().get(Combination(name, **dict(values)).label) == WORKS
+        return cache(lambda values: expected(name, dict(values)) == WORKS)
 
-    made = [Combination(**row) for row in covering(factors(), {name: works(name) for name in PIPELINES}, OFF)]
+    known = {name: works(name) for name in PIPELINES}
+    levers = factors()
+    one = covering({kind: values for kind, values in levers.items() if kind != "parallel"}, known, OFF)
+    made = [Combination(**row) for row in (*one, *covering(levers, known, OFF, one))]
     return tuple(sorted(made, key=lambda row: (row.compile != OFF, -len(row.levers))))
+
+
+def expected(name: str, levers: dict[str, str]) -> str | None:
+    """What is known of one value, or of two, on a pipeline: of two what became of them at home, if each works here."""
+    told = outcomes()
+    alone = [told.get(Combination(name, **{kind: value}).label) for kind, value in levers.items()]
+    where = home(levers, told)
+    if len(levers) == 1 or where is None or any(one != WORKS for one in alone):
+        return next((one for one in alone if one != WORKS), WORKS)
+    return told.get(Combination(where, **levers).label)
 
 
 def shared(asked: Combination) -> bool:
     return asked.parallel != OFF
 
 
-def judged(trials: Trials, asked: Iterable[Combination], breaks: bool = True) -> dict[str, str]:
-    """What becomes of each, by its label; a broken law or a traceback is `wrong`, and says which."""
-    said = {}
+def judged(trials: Trials, asked: Iterable[Combination], **which: bool) -> Iterator[tuple[str, str]]:
+    """What becomes of each, with its label; a broken law or a traceback is `wrong`, and says which."""
     for one in asked:
         try:
-            said[one.label] = trials.tried(one, breaks)
+            yield one.label, trials.tried(one, **which)
         except Exception:
-            said[one.label] = WRONG + traceback.format_exc()
-    return said
+            yield one.label, WRONG + traceback.format_exc()
 
 
-def part(trials: Trials, name: str, on_ranks: bool) -> dict[str, str]:
+def part(trials: Trials, name: str, on_ranks: bool) -> Iterator[tuple[str, str]]:
     """A pipeline's part of the table that runs on one rank, or on two: each value, and each two that work alone. What
     works alone elsewhere is known of the committed table."""
-    said = judged(trials, [one for one in singles(name) if shared(one) is on_ranks])
-    both = [one for one in pairs(name, outcomes() | said) if shared(one) is on_ranks]
-    return said | judged(trials, both, breaks=False)  # in rows, all of them meet with it
+    known = dict(outcomes())
+    for label, said in judged(trials, [one for one in singles(name) if shared(one) is on_ranks]):
+        known[label] = said
+        yield label, said
+    both = [one for one in pairs(name, known) if shared(one) is on_ranks]
+    yield from judged(trials, both, again=not on_ranks, breaks=False)  # rows hold them to the rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -26,23 +27,33 @@ def _alike(asked: Combination) -> dict[str, Any]:
 
 
 def covered(rank: int, ranks: int) -> dict[str, str]:
-    return judged(trials(), _rows()[:QUICK_SHARED])
+    return dict(judged(trials(), _rows()[:QUICK_SHARED]))
 
 
 def covered_in_full(rank: int, ranks: int) -> dict[str, str]:
-    return judged(trials(), _rows()[QUICK_SHARED:])
+    return dict(judged(trials(), _rows()[QUICK_SHARED:]))
 
 
 def sd15(rank: int, ranks: int) -> dict[str, str]:
-    return part(trials(), "sd15", on_ranks=True)
+    return _whole("sd15", rank)
 
 
 def pixart(rank: int, ranks: int) -> dict[str, str]:
-    return part(trials(), "pixart", on_ranks=True)
+    return _whole("pixart", rank)
 
 
 def wan(rank: int, ranks: int) -> dict[str, str]:
-    return part(trials(), "wan", on_ranks=True)
+    return _whole("wan", rank)
+
+
+def _whole(name: str, rank: int) -> dict[str, str]:
+    """Takes minutes, and says how far it is."""
+    said = {}
+    for label, outcome in part(trials(), name, on_ranks=True):
+        said[label] = outcome
+        if rank == 0:
+            print(f"{label}: {outcome}", file=sys.stderr, flush=True)
+    return said
 
 
 def _rows() -> list[Combination]:
