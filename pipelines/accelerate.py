@@ -33,6 +33,7 @@ from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
 from .switching import with_second
+from .together import check_shared
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
+        if method is not None and self.crew is not None:
+            check_shared(method, self.crew.bus.topology)
         why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
         return None if method is None else Session(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
 

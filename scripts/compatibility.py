@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from scripts.readme import table  # noqa: E402
-from tests.coverage.combining import PIPELINES, Combination, Trials, factors, not_applicable  # noqa: E402
-from tests.coverage.table import FILE, WRONG, outcomes, part  # noqa: E402
+from tests.coverage.combining import PIPELINES, Combination, Trials, factors, home, not_applicable  # noqa: E402
+from tests.coverage.table import FILE, WRONG, agreed, outcomes, part  # noqa: E402
 from tests.parallel.ranks import start  # noqa: E402
 
 PAGE = ROOT / "docs/compatibility.md"
@@ -41,16 +41,16 @@ HEAD = """# What works with what
 
 Made by `python scripts/compatibility.py`, which runs it; do not edit. Tiny pipelines of random weights: a DiT (PixArt),
 a UNet (Stable Diffusion) and a video transformer (Wan); parallel methods on two real processes. Each value runs alone
-on all of them, and each two values together on all on which both work alone; with parallel methods and with compiled
-graphs on the first of them. A cell says **works**, or the number of the reason with which the two are refused, and of
-which pipelines, where it depends; **-** where nothing has both.
+on all of them, and each two values together on the first on which both work alone. A cell says **works**, or the number
+of the reason with which the two are refused; **-** where no pipeline has both.
 
-What works holds these: the report says what was left out, sent or quantized; each lever changes the picture, or, where
-it is exact, changes it no more than rounding; a cache that skips nothing changes no bit of what the other lever gives;
-a second call and a call after an exception are the first one to the bit; `restore()` gives the plain picture to the bit
-and leaves nothing behind. A refusal is one sentence, and leaves the pipeline as it was. Of more than two levers at a
-time a covering array is tested, in which every two that work together meet: all of it by `make test-slow`, a part by
-`make test`. Random weights say nothing about quality.
+What works holds these: the report says what was left out, sent or quantized, or aloud that nothing was; attention,
+graphs and exact parallel methods change the picture no more than rounding does; `restore()` gives the plain picture to
+the bit and leaves nothing behind; on one process also: each other lever changes the picture, a cache that skips nothing
+changes no bit of what the other lever gives, and a second call is the first one to the bit. A refusal is one sentence,
+and leaves the pipeline as it was. Of more levers at a time a covering array is tested, in which every two that work
+together meet, also on two processes, and also with a call after an exception: a part of it by `make test`, all by
+`make test-slow`. There the pipelines take turns. Random weights say nothing about quality.
 
 Graphs are made by torch's own compiler front with the backend `eager`; a scope is a value of `compile.scope`.
 Of attention, the two backends that run everywhere are here. Any other is tried by a real call first, and refused
@@ -88,7 +88,7 @@ def on_ranks(name: str) -> dict[str, str]:
     one, other = said[name]
     if not isinstance(one, dict) or not isinstance(other, dict):
         raise SystemExit(f"{one}\n{other}")
-    return {key: one[key] if one[key] == other.get(key) else f"{WRONG}{one[key]} / {other.get(key)}" for key in one}
+    return agreed(one, other)
 
 
 def keep(name: str, said: Mapping[str, str], shared: bool) -> None:
@@ -136,14 +136,9 @@ def alone(said: Mapping[str, str], reasons: dict[str, int]) -> Iterator[str]:
 
 
 def cell(said: Mapping[str, str], both: dict[str, str], reasons: dict[str, int]) -> str:
-    """What became of two values, on all pipelines that have both."""
-    told: dict[str, list[str]] = {}
-    for name, short in PIPELINES.items():
-        if outcome := said.get(Combination(name, **both).label):
-            told.setdefault(words(outcome, reasons), []).append(short)
-    if len(told) < 2:
-        return next(iter(told), "-")
-    return "; ".join(f"{', '.join(names)}: {outcome}" for outcome, names in told.items())
+    """What became of two values, at home."""
+    where = home(both, said)
+    return "-" if where is None else words(said.get(Combination(where, **both).label, "not run"), reasons)
 
 
 def words(outcome: str, reasons: dict[str, int]) -> str:

@@ -31,7 +31,8 @@ def covering(
     rows: list[Row] = []
     for row in after:
         left -= set(met({kind: row[kind] for kind in row.keys() & levers.keys() if row[kind] != off}, row["pipeline"]))
-    for begin in sorted(left, key=lambda at: (-len(at[1]), at[0], sorted(at[1]))):
+    place = {value: number for number, value in enumerate(values)}
+    for begin in sorted(left, key=lambda at: (-len(at[1]), at[0], sorted(place[value] for value in at[1]))):
         if begin in left:
             home = begin[0] or _home(homes, begin[1], left)
             row = _row(dict(begin[1]), home, levers, homes[home], left)

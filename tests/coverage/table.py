@@ -10,13 +10,13 @@ from pathlib import Path
 
 from fastdiff.config import OFF
 from tests.coverage.combining import PIPELINES, WORKS, Combination, Trials, factors, home, pairs, singles
-from tests.coverage.pairwise import Pair, covering
+from tests.coverage.pairwise import Pair, Row, covering
 
 FILE = Path(__file__).parents[2] / "benchmarks/compatibility.json"
 WRONG = "wrong: "
 # Rows of the covering array that the normal tests run, on one rank and on two; the others are slow. They begin with the
 # rows that have most new pairs; a graph takes as long as ten rows without.
-QUICK, QUICK_SHARED = 14, 5
+QUICK, QUICK_SHARED = 8, 3
 
 
 @cache
@@ -27,17 +27,19 @@ def outcomes() -> dict[str, str]:
 
 @cache
 def rows() -> tuple[Combination, ...]:
-    """The covering array: first all that one rank can run, then what is left for two. Those without a graph and with
-    most levers come first."""
+    """The covering array: first what one rank can run without graphs, then what is left for graphs, and for two ranks.
+    Of each, those with most levers come first."""
 
     def works(name: str) -> Callable[[Pair], bool]:
         return cache(lambda values: expected(name, dict(values)) == WORKS)
 
     known = {name: works(name) for name in PIPELINES}
-    levers = factors()
-    one = covering({kind: values for kind, values in levers.items() if kind != "parallel"}, known, OFF)
-    made = [Combination(**row) for row in (*one, *covering(levers, known, OFF, one))]
-    return tuple(sorted(made, key=lambda row: (row.compile != OFF, -len(row.levers))))
+    made: list[Row] = []
+    for later in (("compile", "parallel"), ("parallel",), ()):
+        levers = {kind: values for kind, values in factors().items() if kind not in later}
+        made += [dict.fromkeys(later, OFF) | row for row in covering(levers, known, OFF, made)]
+    found = [Combination(**row) for row in made]
+    return tuple(sorted(found, key=lambda row: (row.compile != OFF, -len(row.levers))))
 
 
 def expected(name: str, levers: dict[str, str]) -> str | None:
@@ -61,6 +63,16 @@ def judged(trials: Trials, asked: Iterable[Combination], **which: bool) -> Itera
             yield one.label, trials.tried(one, **which)
         except Exception:
             yield one.label, WRONG + traceback.format_exc()
+
+
+def agreed(one: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+    """What two ranks say; of a rank that refuses and one that waited for it in vain, the first."""
+    said = {}
+    for label in one:
+        both = sorted({one[label], other.get(label, "nothing")}, key=lambda text: "broke off" in text)
+        lost = len(both) == 2 and both[0].startswith("refused: ") and "broke off" in both[1]
+        said[label] = both[0] if len(both) == 1 or lost else WRONG + " / ".join(both)
+    return said
 
 
 def part(trials: Trials, name: str, on_ranks: bool) -> Iterator[tuple[str, str]]:

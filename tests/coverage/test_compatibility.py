@@ -7,11 +7,17 @@ from itertools import combinations
 
 import pytest
 
+from fastdiff.caching.methods.faster_diffusion import FasterDiffusion
+from fastdiff.caching.methods.joint import Joint
+from fastdiff.caching.methods.tgate import TGate
 from fastdiff.config import OFF
+from fastdiff.errors import BadConfig
+from fastdiff.parallel.mesh import Topology
 from fastdiff.pipelines.attention import backends
+from fastdiff.pipelines.together import check_shared
 from tests.coverage.combining import ATTENTION, PIPELINES, WORKS, Combination, Trials, factors, pairs, singles
 from tests.coverage.pairwise import covering, met
-from tests.coverage.table import QUICK, expected, outcomes, part, rows, shared
+from tests.coverage.table import QUICK, agreed, expected, outcomes, part, rows, shared
 from tests.packaging.tree import ROOT
 from tests.parallel import combined
 from tests.parallel.asked import Asked
@@ -44,8 +50,7 @@ def fits(row: Combination, said: str) -> bool:
 def test_levers_on_two_ranks_hold_the_laws(check):
     one, other = ON_RANKS.told(2, check)
     by_label = {row.label: row for row in rows()}
-    assert {label: said for label, said in one.items() if not fits(by_label[label], said)} == {}
-    assert one == other
+    assert {label: said for label, said in agreed(one, other).items() if not fits(by_label[label], said)} == {}
 
 
 @pytest.mark.slow
@@ -60,7 +65,7 @@ def test_the_table_is_what_runs(trials, name):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_table_is_what_runs_on_two_ranks(name):
     one, other = ON_RANKS.told(2, name)
-    assert one == other == {label: said for label, said in of(name).items() if " parallel=" in label}
+    assert agreed(one, other) == {label: said for label, said in of(name).items() if " parallel=" in label}
 
 
 def of(name: str) -> dict[str, str]:
@@ -110,6 +115,23 @@ def test_a_small_covering_array():
     apart = frozenset([("a", "0"), ("b", "1")])
     rest = covering(levers, {"x": lambda values: values != apart}, OFF)
     assert {pair for row in rest for _, pair in met(kinds(row), "x") if len(pair) == 2} == wanted - {apart}
+
+
+@pytest.mark.parametrize(
+    ("method", "axes", "said"),
+    [
+        (TGate(), {"cfg": 2}, 'set cache.guidance = "keep"'),
+        (Joint(kinds=("full", "conditional")), {"cfg": 2}, "kinds without conditional"),
+        (FasterDiffusion(), {"patch": 2}, "set cache.max_parallel = 1"),
+    ],
+    ids=["tgate", "joint", "faster_diffusion"],
+)
+def test_what_no_rank_sees_whole_is_refused(method, axes, said):
+    """tgate kept guiding without a word where ranks had a half each; faster_diffusion ended in an IndexError."""
+    whole = {"cfg": 1, "step": 1, "patch": 1, "rank": 0}
+    with pytest.raises(BadConfig, match=said):
+        check_shared(method, Topology(**whole | axes))
+    check_shared(method, Topology(**whole | {"step": 2}))
 
 
 def kinds(row):
