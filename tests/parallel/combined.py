@@ -27,11 +27,11 @@ def _alike(asked: Combination) -> dict[str, Any]:
 
 
 def covered(rank: int, ranks: int) -> dict[str, str]:
-    return dict(judged(trials(), _rows()[:QUICK_SHARED]))
+    return dict(judged(trials(), _rows(quick=True)))
 
 
 def covered_in_full(rank: int, ranks: int) -> dict[str, str]:
-    return dict(judged(trials(), _rows()[QUICK_SHARED:]))
+    return dict(judged(trials(), _rows(quick=False)))
 
 
 def sd15(rank: int, ranks: int) -> dict[str, str]:
@@ -56,5 +56,6 @@ def _whole(name: str, rank: int) -> dict[str, str]:
     return said
 
 
-def _rows() -> list[Combination]:
-    return [row for row in rows() if shared(row)]
+def _rows(quick: bool) -> list[Combination]:
+    found = [row for row in rows() if shared(row)]
+    return [row for number, row in enumerate(found) if (number in QUICK_SHARED) is quick]
