@@ -34,6 +34,7 @@ from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
 from .switching import with_second
+from .together import check_shared
 from .wrapped import refuse_compiled
 
 if TYPE_CHECKING:
@@ -211,11 +212,8 @@ class Accelerated:
                 'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
                 "cache.guard = none, or a parallel method that splits the picture or guidance"
             )
-        if method is not None and method.guard == "speca" and self.crew is not None:
-            raise BadConfig(
-                'cache.guard = "speca" runs a block more in some steps, which parallel methods do not expect; set '
-                'cache.guard = "verify"'
-            )
+        if method is not None and self.crew is not None:
+            check_shared(method, self.crew.bus.topology)
         why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
         if method is None:
             return None

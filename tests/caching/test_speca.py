@@ -10,7 +10,9 @@ import torch
 import fastdiff
 from fastdiff.caching.speca import Speculating
 from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
+from fastdiff.parallel.mesh import Topology
 from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.together import check_shared
 from tests import tiny
 from tests.caching.fakes import did, run_of
 
@@ -130,10 +132,7 @@ def test_what_has_no_last_block_is_refused_with_what_to_do(name, cache, kind, sa
 
 
 def test_ranks_and_graphs_of_the_whole_denoiser_are_refused():
-    handle = fastdiff.accelerate(tiny.make("pixart"), cache=STACK)
-    handle.crew = object()
     with pytest.raises(BadConfig, match="which parallel methods do not expect"):
-        handle._session(anatomies(handle.pipe)[0], False)
-    handle.crew = None
+        check_shared(fastdiff.Config(cache=STACK).cache, Topology(cfg=1, step=1, patch=2, rank=0))
     with pytest.raises(FastdiffError, match=r"makes predictions inside the denoiser.*set compile.scope = blocks"):
         fastdiff.accelerate(tiny.make("pixart"), cache=STACK, compile={"enabled": True, "scope": "denoiser"})

@@ -29,8 +29,8 @@ LOADING = {
 }  # fmt: skip
 # When displaced methods wait, which of their layers always do, and in how many bits they send.
 WAITING = {
-    "fastdiff/cli/waiting.py", "parallel/codec.py", "parallel/displaced.py", "parallel/methods/distrifusion.py", "parallel/methods/pcpp.py",
-    "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
+    "fastdiff/cli/waiting.py", "parallel/codec.py", "parallel/displaced.py", "parallel/methods/distrifusion.py",
+    "parallel/methods/pcpp.py", "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
 }  # fmt: skip
 # A gate with a slope of its own, a guard that runs a block, and objectives of plans, one of which draws pictures.
 SLOPED = {"caching/measured.py", "caching/methods/dicache.py", "caching/objectives.py", "caching/speca.py"}

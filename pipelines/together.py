@@ -1,0 +1,42 @@
+"""What a cache cannot do where ranks share a step out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.caching.base import CacheMethod
+from fastdiff.caching.methods.faster_diffusion import FasterDiffusion
+from fastdiff.caching.methods.joint import Joint
+from fastdiff.caching.methods.tgate import TGate
+from fastdiff.errors import BadConfig
+
+if TYPE_CHECKING:
+    from fastdiff.parallel.mesh import Topology
+
+
+def check_shared(method: CacheMethod, topology: Topology) -> None:
+    """Raises BadConfig where each rank sees less of a step than the cache has to.
+
+    A gate leaves out one half of guidance, and with cfg = 2 no rank has both; several steps that are decoded as one
+    batch are rows of no rank.
+    """
+    own: Any = method
+    if own.guard == "speca":
+        raise BadConfig(
+            'cache.guard = "speca" runs a block more in some steps, which parallel methods do not expect; set '
+            'cache.guard = "verify"'
+        )
+    halves = (isinstance(own, TGate) and own.guidance != "keep") or (
+        isinstance(own, Joint) and "conditional" in own.kinds
+    )
+    if halves and topology.cfg > 1:
+        instead = 'cache.guidance = "keep"' if isinstance(own, TGate) else "kinds without conditional"
+        raise BadConfig(
+            f"{own.method} leaves out one half of guidance, and parallel.cfg = 2 gives each half its own ranks; set "
+            f"{instead}, or a parallel method with cfg = 1"
+        )
+    if isinstance(own, FasterDiffusion) and own.max_parallel > 1 and topology.patch > 1:
+        raise BadConfig(
+            f"faster_diffusion decodes up to {own.max_parallel} steps in one forward, which ranks that split the "
+            "picture cannot; set cache.max_parallel = 1"
+        )
