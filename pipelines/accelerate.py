@@ -207,16 +207,11 @@ class Accelerated:
 
     def _session(self, anatomy: Anatomy, ahead: bool) -> Session | None:
         method = self._cached.get(anatomy.component)
-        if method is not None and method.guard == "verify" and self.crew is not None and self.crew.cycle is not None:
-            raise BadConfig(
-                'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
-                "cache.guard = none, or a parallel method that splits the picture or guidance"
-            )
-        if method is not None and self.crew is not None:
-            check_shared(method, self.crew.bus.topology)
-        why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
         if method is None:
             return None
+        if self.crew is not None:
+            check_shared(method, self.crew.bus.topology)
+        why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
         kind = Speculating if method.guard == "speca" else Session
         return kind(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)
 

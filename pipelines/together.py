@@ -21,6 +21,11 @@ def check_shared(method: CacheMethod, topology: Topology) -> None:
     batch are rows of no rank.
     """
     own: Any = method
+    if own.guard == "verify" and topology.step > 1:
+        raise BadConfig(
+            'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '
+            "cache.guard = none, or a parallel method that splits the picture or guidance"
+        )
     if own.guard == "speca":
         raise BadConfig(
             'cache.guard = "speca" runs a block more in some steps, which parallel methods do not expect; set '

@@ -27,10 +27,10 @@ def calibrate_waiting(asked: Calibration, output: Path, prompts: int, as_json: b
     from fastdiff.studio.drawing import described
 
     layers = [(origin, unplanned(values, "parallel")) for origin, values in asked.layers]
-    resolved = settings.early(layers, described(asked.model), asked.model) or resolve(layers, None, asked.model)
-    devices = getattr(resolved.config.parallel, "devices", None)
     if ranks.launched():
         return _work(asked, layers, output, prompts, as_json)
+    resolved = settings.early(layers, described(asked.model), asked.model) or resolve(layers, None, asked.model)
+    devices = getattr(resolved.config.parallel, "devices", None)
     if not devices:
         raise BadConfig("layers wait for other ranks: say how many there are with --set parallel.devices=N")
     return ranks.launch(devices, settings.timeout(layers), _work, asked, layers, output, prompts, as_json)

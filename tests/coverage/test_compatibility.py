@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 
+import fastdiff
 from fastdiff.caching.methods.faster_diffusion import FasterDiffusion
 from fastdiff.caching.methods.joint import Joint
 from fastdiff.caching.methods.tgate import TGate
@@ -133,6 +134,14 @@ def test_what_no_rank_sees_whole_is_refused(method, axes, said):
     with pytest.raises(BadConfig, match=said):
         check_shared(method, Topology(**whole | axes))
     check_shared(method, Topology(**whole | {"step": 2}))
+
+
+def test_a_guard_that_needs_all_steps_on_a_rank_is_refused_where_ranks_have_their_own():
+    alone, cycle = ({"cfg": 1, "step": step, "patch": 1, "rank": 0} for step in (1, 2))
+    method = fastdiff.Config(cache={"method": "ab_cache", "guard": "verify"}).cache
+    check_shared(method, Topology(**alone))
+    with pytest.raises(BadConfig, match="parastep gives each its own"):
+        check_shared(method, Topology(**cycle))
 
 
 def kinds(row):
