@@ -63,9 +63,8 @@ class Goal:
         """All, the most promising first: those that should meet the goal on so many prompts, the best of them first,
         then what misses least."""
         missed = {one.name: self.miss(one, prompts) for one in found}
-        good = [one for one in found if missed[one.name] <= 0]
-        good.sort(key=lambda one: one.speedup if self.kind == "psnr" else one.mean, reverse=True)
-        return good + sorted((one for one in found if missed[one.name] > 0), key=lambda one: missed[one.name])
+        best = sorted(found, key=lambda one: -(one.speedup if self.kind == "psnr" else one.mean))
+        return sorted(best, key=lambda one: max(missed[one.name], 0))
 
 
 @dataclass(frozen=True)
@@ -119,24 +118,21 @@ class Tuning:
         for name, config in self._candidates(ends):
             self.configs[name] = config
             self._keep()
-        left = [name for name in self.configs if name not in {one.name for one in self.screened}]
-        if left:
-            self.say(f"drawing {len(left)} candidates for {_SCREENED} prompts")
-            few = Prompts(self.prompts.texts[:_SCREENED])
-            self.screened += self._measure({name: self.configs[name] for name in left}, few, 2)
+        known = {one.name for one in self.screened}
+        if asked := {name: config for name, config in self.configs.items() if name not in known}:
+            self.say(f"drawing {len(asked)} candidates for {_SCREENED} prompts")
+            self.screened += self._measure(asked, Prompts(self.prompts.texts[:_SCREENED]), 2)
             self._keep()
-        known = [one for one in self.screened if one.name in self.configs]
-        if not known:
+        if not (drawn := [one for one in self.screened if one.name in self.configs]):
             raise FastdiffError(
                 f"nothing was drawn: no solver of fewer than {self.settings.steps} steps was fitted in "
                 f"{self.minutes:g} minutes; give more of either"
             )
-        return self._verified([one.name for one in self.goal.nearest(known, len(self.prompts))], ends)
+        return self._verified([one.name for one in self.goal.nearest(drawn, len(self.prompts))], ends)
 
     def _verified(self, names: Sequence[str], ends: float) -> tuple[list[Tried], Tried | None]:
         """Draws the most promising for every prompt, and others after them as long as none keeps what it promised."""
-        found: dict[str, Tried] = {}
-        chosen: Tried | None = None
+        found, chosen = dict[str, Tried](), None
         for start in range(0, len(names), _FINALISTS):
             finalists = {name: self.configs[name] for name in names[start : start + _FINALISTS]}
             if not start and time.monotonic() < ends:
@@ -151,12 +147,8 @@ class Tuning:
     def _candidates(self, ends: float) -> Iterator[tuple[str, Config]]:
         """Solvers from few evaluations on, then plans of cached steps, until the time is up or there are enough."""
         settings = self.settings
-        call: dict[str, Any] = {
-            "num_inference_steps": settings.steps,
-            "seed": settings.seed + 10_000,
-            "batch": settings.batch,
-        }
-        call |= {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
+        call: dict[str, Any] = {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
+        call |= {"num_inference_steps": settings.steps, "seed": settings.seed + 10_000, "batch": settings.batch}
         # first a rough plan of each number, then as many good ones as there is time for
         names = {f"solver {n}": (n, 0, 0) for n in EVALUATIONS} | {f"solver {n} moved": (n, 2, 1) for n in EVALUATIONS}
         wanted = {k: v for k, v in names.items() if v[0] < settings.steps and k not in self.configs}
