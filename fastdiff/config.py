@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from .anatomy import Family
+from .attention import Attention as Attention
 from .errors import BadConfig, UnknownName
 from .method import Method, Settings
 from .registry import registry
@@ -50,12 +51,6 @@ def _method(kind: str) -> BeforeValidator:
         return cls.model_validate(value)  # type: ignore[attr-defined]
 
     return BeforeValidator(resolve)
-
-
-class Attention(Settings):
-    """Which attention kernel the denoiser uses."""
-
-    backend: str | None = Field(None, description="a backend of diffusers' dispatcher, or xformers; None leaves it")
 
 
 class Compile(Settings):

@@ -33,6 +33,7 @@ from .language import clock_of
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
+from .sparse.install import install_sparse
 from .switching import with_second
 from .together import check_shared
 from .wrapped import refuse_compiled
@@ -145,6 +146,8 @@ class Accelerated:
         config = self.config
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
+        if config.attention.sparse is not None:
+            install_sparse(anatomy, config, self.clock, self._recorder, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
         crew = self.crew
         outside = crew.inside(anatomy, patches) if crew is not None else None
