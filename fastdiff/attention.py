@@ -22,7 +22,9 @@ class Attention(Settings):
         description="block-sparse self-attention: radial (by distance in frames and space, for video) or sparge (by "
         "the means of blocks); None is dense",
     )
-    block: int = Field(128, ge=1, le=1024, description="tokens in a block of sparse attention; on CUDA a multiple of 128")
+    block: int = Field(
+        128, ge=1, le=1024, description="tokens in a block of sparse attention; on CUDA a multiple of 128"
+    )
     decay: float = Field(0.95, gt=0, description="radial: width of the window, in parts of a frame's tokens")
     keep: float | None = Field(None, gt=0, le=1, description="sparge: share of the blocks of keys; 0.5 without mass")
     mass: float | None = Field(None, gt=0, le=1, description="sparge: keep the fewest blocks of so much attention")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-_GATHERED = 1 << 20  # numbers of keys that are copied side by side at once: 4 MiB of float32
+_GATHERED = 1 << 17  # numbers of keys that are copied side by side at once: half a MiB of float32, which caches hold
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, block: int, scale: float | None = None) -> Tensor:
@@ -34,26 +34,26 @@ def attend_blocks(
     Rows of blocks that read the same number of keys are computed together: their keys are gathered and nothing else is
     multiplied, so that the work is the kept share of the dense one.
     """
-    tokens = query.shape[-2]
+    tokens, count = query.shape[-2], kept.shape[-1]
     padding = -tokens % block
-    kept = kept.expand(*query.shape[:2], *kept.shape[2:])
-    blocks = [F.pad(x, (0, 0, 0, padding)).unflatten(-2, (-1, block)) for x in (query, key, value)]
-    out = blocks[0].new_empty((*blocks[0].shape[:-1], value.shape[-1]))
-    counts = kept.sum(-1) * 2 + kept[..., -1]  # the last block is shorter: rows that read it stand apart
-    for count in counts.unique().tolist():
-        number, short = count // 2, padding if count % 2 else 0
-        rows = (counts == count).nonzero()
+    kept = kept.expand(*query.shape[:2], -1, -1).flatten(0, 2)  # a row for each block of queries of each head
+    queries, keys, values = (
+        F.pad(x, (0, 0, 0, padding)).unflatten(-2, (-1, block)).flatten(0, 2) for x in (query, key, value)
+    )
+    first = torch.arange(len(kept), device=query.device) // count * count  # of the row's head among all blocks of keys
+    out = queries.new_empty(*queries.shape[:2], value.shape[-1])
+    kinds = kept.sum(-1) * 2 + kept[:, -1]  # the last block is shorter: rows that read it stand apart
+    for kind in kinds.unique().tolist():
+        number, short = kind // 2, padding if kind % 2 else 0
         most = max(1, _GATHERED // (number * block * query.shape[-1]))
-        for part in rows.split(most):
-            batch, head, row = part.unbind(1)
-            columns = kept[batch, head, row].nonzero()[:, 1].view(-1, number)
-            where = (batch[:, None], head[:, None], columns)
-            keys, values = (x[where].flatten(1, 2)[:, : number * block - short] for x in blocks[1:])
-            found = F.scaled_dot_product_attention(
-                blocks[0][batch, head, row][:, None], keys[:, None], values[:, None], scale=scale
+        for rows in (kinds == kind).nonzero()[:, 0].split(most):
+            columns = first[rows].repeat_interleave(number) + kept[rows].nonzero()[:, 1]
+            key, value = (
+                x.index_select(0, columns).view(len(rows), 1, number * block, -1)[:, :, : number * block - short]
+                for x in (keys, values)
             )
-            out[batch, head, row] = found[:, 0]
-    return out.flatten(-3, -2)[..., :tokens, :]
+            out[rows] = F.scaled_dot_product_attention(queries[rows][:, None], key, value, scale=scale)[:, 0]
+    return out.view(*query.shape[:2], -1, out.shape[-1])[..., :tokens, :]
 
 
 def flex_mask(kept: Tensor, block: int, tokens: int) -> BlockMask:
@@ -67,7 +67,8 @@ def flex_mask(kept: Tensor, block: int, tokens: int) -> BlockMask:
     counts = kept.sum(-1, dtype=torch.int32)
     columns = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     none = torch.zeros_like(counts)
-    return BlockMask.from_kv_blocks(none, columns, counts, columns, block, seen, (tokens, tokens))
+    partly = columns.clone()  # one tensor under two names does not compile
+    return BlockMask.from_kv_blocks(none, partly, counts, columns, block, seen, (tokens, tokens))
 
 
 @cache

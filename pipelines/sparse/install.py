@@ -27,9 +27,7 @@ from .sparge import sparge
 Forward = Callable[..., Any]
 
 
-def install_sparse(
-    anatomy: Anatomy, config: Config, clock: StepClock, recorder: Recorder, patches: PatchSet
-) -> None:
+def install_sparse(anatomy: Anatomy, config: Config, clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
     """Make the long self-attention of a denoiser's blocks sparse, as `config.attention` says.
 
     Raises BadConfig where ranks share the tokens of a picture or graphs would hold a choice of blocks,
@@ -45,7 +43,9 @@ def install_sparse(
     if config.compile.enabled:
         raise BadConfig("compiled graphs cannot hold a choice of blocks that changes; leave out compile, or sparse")
     if how.sparse == "radial" and family.kind != "transformer":
-        raise UnsupportedModel("radial goes by the frames of a video transformer's tokens; take attention.sparse = sparge")
+        raise UnsupportedModel(
+            "radial goes by the frames of a video transformer's tokens; take attention.sparse = sparge"
+        )
     if family.kind == "language" or (family.kind == "transformer" and not _told(anatomy)):
         raise UnsupportedModel(
             f"which tokens of a {family.name} are the text's is not described, and sparse attention must not leave them "

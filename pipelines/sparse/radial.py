@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def radial(tokens: int, picture: tuple[int, int], frames: int, block: int, decay: float, device: torch.device) -> Tensor:
+def radial(
+    tokens: int, picture: tuple[int, int], frames: int, block: int, decay: float, device: torch.device
+) -> Tensor:
     """Which blocks are kept, the same for all heads: (1, 1, blocks, blocks).
 
     picture: first token of the video and the one after its last, frame after frame; the others are the text's. Of a
