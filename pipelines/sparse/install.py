@@ -28,28 +28,28 @@ Forward = Callable[..., Any]
 
 
 def install_sparse(anatomy: Anatomy, config: Config, clock: StepClock, recorder: Recorder, patches: PatchSet) -> None:
-    """Make the long self-attention of a denoiser's blocks sparse, as `config.attention` says.
+    """Make the long self-attention of a denoiser's blocks sparse, if `config.attention` says so.
 
     Raises BadConfig where ranks share the tokens of a picture or graphs would hold a choice of blocks,
     UnsupportedModel where nobody told which tokens are the text's, BackendUnavailable where a CUDA device cannot
     compile flex attention or it disagrees with the reference.
     """
     how, family = config.attention, anatomy.family
+    if how.sparse is None:
+        return
     if config.parallel is not None and config.parallel.method != "cfg":
         raise BadConfig(
-            f"sparse attention chooses among all tokens and steps of a picture, of which {config.parallel.method} gives "
-            "each rank a part; leave out attention.sparse, or take parallel.method = cfg"
+            f"sparse attention chooses among all tokens and steps of a picture, and {config.parallel.method} gives each "
+            "rank a part of them; leave out attention.sparse, or take parallel.method = cfg"
         )
     if config.compile.enabled:
         raise BadConfig("compiled graphs cannot hold a choice of blocks that changes; leave out compile, or sparse")
     if how.sparse == "radial" and family.kind != "transformer":
-        raise UnsupportedModel(
-            "radial goes by the frames of a video transformer's tokens; take attention.sparse = sparge"
-        )
+        raise UnsupportedModel("radial goes by the frames of a video transformer's tokens; take sparge")
     if family.kind == "language" or (family.kind == "transformer" and not _told(anatomy)):
         raise UnsupportedModel(
-            f"which tokens of a {family.name} are the text's is not described, and sparse attention must not leave them "
-            "out; leave out attention.sparse (Family.tokens describes it where the text has a stream of its own)"
+            f"which tokens of a {family.name} are the text's is not described, and sparse attention must keep them all; "
+            "leave out attention.sparse (Family.tokens describes it where the text has a stream of its own)"
         )
     parameter = next(anatomy.denoiser.parameters())
     if parameter.is_cuda:

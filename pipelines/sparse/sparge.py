@@ -1,4 +1,4 @@
-"""SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference. Paper: https://arxiv.org/abs/2502.18137 (2025).
+"""SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference. https://arxiv.org/abs/2502.18137 (2025).
 
 Its first stage, the choice of blocks; the second, which skips inside a kernel, needs one. Keeping the choice for some
 steps is that of AdaSpa, https://arxiv.org/abs/2502.21079.
@@ -29,7 +29,7 @@ def sparge(query: Tensor, key: Tensor, picture: tuple[int, int], how: Attention,
     shares = torch.softmax(_mean(q, tokens, how.block) @ _mean(k, tokens, how.block).mT * scale, -1)
     ranked = shares.argsort(dim=-1, descending=True, stable=True)
     if how.mass is None:
-        most = math.ceil((0.5 if how.keep is None else how.keep) * shares.shape[-1])
+        most = math.ceil((0.25 if how.keep is None else how.keep) * shares.shape[-1])
         kept = torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, ranked[..., :most], True)
     else:
         ordered = shares.gather(-1, ranked)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import fastdiff
 from fastdiff.attention import Attention
 from fastdiff.errors import BadConfig, UnsupportedModel
+from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.sparse import install
 from tests import tiny
 from tests.near import apart
@@ -184,9 +185,7 @@ def test_levers_that_do_not_go_with_it_are_refused(levers, error, says):
     pipe = tiny.make("sd3")
     before = snapshot(pipe)
     with pytest.raises(error, match=says):
-        install.install_sparse(
-            fastdiff.pipelines.families.anatomies(pipe)[0], fastdiff.Config(attention=SPARSE, **levers), None, None, None
-        )  # fmt: skip
+        install.install_sparse(anatomies(pipe)[0], fastdiff.Config(attention=SPARSE, **levers), None, None, None)
     assert differences(before, snapshot(pipe)) == []
 
 
