@@ -115,7 +115,7 @@ def _train(model: BlockLM, texts: list[list[int]], steps: int, loss_of: Any) -> 
         optimiser.step()
         rate.step()
         model.fed.clear()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.eval().requires_grad_(False)
     return round(statistics.mean(losses[-100:]), 4)
 

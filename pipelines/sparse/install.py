@@ -39,8 +39,8 @@ def install_sparse(anatomy: Anatomy, config: Config, clock: StepClock, recorder:
         return
     if config.parallel is not None and config.parallel.method != "cfg":
         raise BadConfig(
-            f"sparse attention chooses among all tokens and steps of a picture, and {config.parallel.method} gives each "
-            "rank a part of them; leave out attention.sparse, or take parallel.method = cfg"
+            f"sparse attention chooses among all tokens and steps of a picture, and {config.parallel.method} gives "
+            "each rank a part of them; leave out attention.sparse, or take parallel.method = cfg"
         )
     if config.compile.enabled:
         raise BadConfig("compiled graphs cannot hold a choice of blocks that changes; leave out compile, or sparse")
@@ -48,7 +48,7 @@ def install_sparse(anatomy: Anatomy, config: Config, clock: StepClock, recorder:
         raise UnsupportedModel("radial goes by the frames of a video transformer's tokens; take sparge")
     if family.kind == "language" or (family.kind == "transformer" and not _told(anatomy)):
         raise UnsupportedModel(
-            f"which tokens of a {family.name} are the text's is not described, and sparse attention must keep them all; "
+            f"which tokens of a {family.name} are the text's is not described, and sparse attention keeps them all; "
             "leave out attention.sparse (Family.tokens describes it where the text has a stream of its own)"
         )
     parameter = next(anatomy.denoiser.parameters())

@@ -68,7 +68,17 @@ PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
 SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
 # Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
 LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
+# Attention that leaves blocks out, and how text is decoded beside the cache of its finished blocks.
+SPARSE = {
+    "fastdiff/attention.py",
+    *(f"pipelines/sparse/{name}.py" for name in ("__init__", "blocks", "install", "radial", "sparge")),
+}
+WRITTEN = {
+    *(f"caching/{name}.py" for name in ("delayed", "verifying", "written")),
+    *(f"caching/methods/{name}.py" for name in ("apd", "dkv_cache")),
+}  # fmt: skip
 APART = {
+    "sparse": SPARSE, "written": WRITTEN,
     "learned": LEARNED, "sloped": SLOPED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
 }  # fmt: skip
