@@ -29,7 +29,7 @@ class Verifying:
     def _start(self, run: Run | None = None) -> None:
         self._call: Any = None
         self._noise: tuple[int, Tensor] | None = None
-        self._committed = self._steps = 0
+        self._committed, self._steps = 0.0, 0
 
     def _end(self, run: Run) -> None:
         if self._steps:

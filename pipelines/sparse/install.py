@@ -114,8 +114,8 @@ class Sparse:
         @wraps(forward)
         def block_forward(*args: Any, **kwargs: Any) -> Any:
             given = by_name(args, kwargs)
-            picture, text = (given.get(name) for name in stack.takes[:2])
-            self._streams = (picture.shape[1], 0 if text is None else text.shape[1])
+            text = given.get(stack.takes[1])
+            self._streams = (given[stack.takes[0]].shape[1], 0 if text is None else text.shape[1])
             return forward(*args, **kwargs)
 
         return block_forward

@@ -100,6 +100,8 @@ APART = {
         ("learned", 480),
         ("waiting", 565),
         ("sloped", 345),
+        ("sparse", 450),
+        ("written", 405),
     ],
     ids=lambda value: str(value),
 )
@@ -107,7 +109,8 @@ def test_the_product_stays_small(sources, part, most):
     """The solver, a fourth lever, and `tune` have an allowance of their own beside what was there before them; so has
     what models larger than a device, slow links and unequal devices need, and what users bring along. Predictors, the
     planner that prices them and the guard that checks them were 230 lines of the levers' 16,000, and are counted apart
-    since spectrum, fitted damping, minimax and verify are among them; `switch` and decisions for each picture are new.
+    since spectrum, fitted damping, minimax and verify are among them; `switch`, decisions for each picture, attention
+    that leaves blocks out and ways to decode text are new.
     """
 
     def of(path):
