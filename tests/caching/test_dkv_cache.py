@@ -78,6 +78,24 @@ def test_a_token_is_kept_one_step_after_it_was_decoded():
         assert tried[step] == before.nonzero().flatten().tolist()
 
 
+def test_what_is_kept_stays_in_its_place():
+    """Keys of the first layer depend on a token and its place alone: after a step they are those of a full forward."""
+    (pipe, handle), plain = fast(interval=8), make().model
+    caches: list[Any] = []
+    states = [torch.cat([prompt(24), torch.full((1, 8), MASK)], 1)]
+
+    def look(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        whole = plain(states[-1], use_cache=True).past_key_values.layers[0]
+        for name in ("keys", "values"):
+            assert (getattr(whole, name) - getattr(caches[-1].layers[0], name)).abs().max() < 1e-4
+        states.append(kwargs["block_x"].clone())
+        return kwargs
+
+    pipe.model.layers[0].register_forward_pre_hook(lambda _, args: caches.append(args[3]))
+    write(pipe, prompt(24), **PLAIN | {"gen_length": 8, "callback_on_step_end": look})
+    assert handle.report.cached > 3
+
+
 def test_a_model_that_masks_by_the_place_in_its_cache_is_computed_in_full():
     pipe, handle = fast("llama")
     assert torch.equal(write(pipe, **PLAIN), write(make("llama"), **PLAIN))
