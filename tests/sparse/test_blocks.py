@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastdiff.attention import Attention
 from fastdiff.errors import BackendUnavailable
+from fastdiff.parallel.attention import Intercept
 from fastdiff.pipelines.sparse import blocks, install
 from fastdiff.pipelines.sparse.blocks import attend_blocks, flex_mask
 from fastdiff.pipelines.sparse.radial import radial
@@ -168,3 +169,14 @@ def test_a_kernel_that_fails_or_is_wrong_is_refused(monkeypatch):
     monkeypatch.setattr(install, "attend", lambda *given: 1 / 0)
     with pytest.raises(BackendUnavailable, match="division by zero"):
         install.probe(128, CPU, torch.float32)
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_inside_an_intercept_agrees():
+    """As it runs on CUDA; here inductor's code for CPUs."""
+    query, key, value = (x.float() for x in streams(400, batch=1, heads=2, channels=32))
+    kept = table(400, 128, 0.3, batch=1, heads=2)
+    mask = flex_mask(kept, 128, 400)
+    with torch.no_grad(), Intercept(lambda *given: blocks._compiled()(*given, block_mask=mask)):
+        found = F.scaled_dot_product_attention(query, key, value)
+    assert (found - attend_blocks(query, key, value, kept, 128)).abs().max() < 1e-5
