@@ -29,13 +29,8 @@ else:
 
 METHOD_KINDS = ("cache", "parallel", "quant", "solver")
 OFF = "off"  # in the place of a method: none, whatever weaker layers say
-PATH_KEYS = (
-    "plan",
-    "prune",
-    "ranges",
-    "second",
-    "verifier",
-)  # may name a file; in a config file its path is relative to that file
+# may name a file; in a config file its path is relative to that file
+PATH_KEYS = ("plan", "prune", "ranges", "second", "verifier")
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
 
