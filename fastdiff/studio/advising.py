@@ -29,7 +29,7 @@ from fastdiff.pipelines.accelerate import resolve_for
 from fastdiff.pipelines.families import denoisers
 from fastdiff.pipelines.loading import call_defaults
 from fastdiff.pipelines.plan import device_memory, observe
-from fastdiff.pipelines.quantized_parts import empty, is_quantized
+from fastdiff.pipelines.quantized_parts import empty, is_quantized, type_of
 from fastdiff.pipelines.single_files import is_file
 from fastdiff.pipelines.sources import source
 from fastdiff.weights import nbytes
@@ -196,13 +196,12 @@ def skeleton(model: str, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
 
 def _of_zeros(part: nn.Module, dtype: torch.dtype) -> None:
     """Weights that are all one zero, on the CPU: they take no memory, and what reads values finds some."""
-    exact = tuple(getattr(part, "_keep_in_fp32_modules", None) or ())
-    places = [(module, name, weight, f"{path}.{name}".split(".")) for path, module in part.named_modules()
+    places = [(module, name, weight, f"{path}.{name}") for path, module in part.named_modules()
               for name, weight in module.named_parameters(recurse=False)]  # fmt: skip
     made: dict[int, nn.Parameter] = {}  # a weight in two places stays one
     for module, name, weight, path in places:
-        kept = any(word in path for word in exact) or not weight.is_floating_point()
-        zeros = torch.zeros((), dtype=weight.dtype if kept else dtype).expand(weight.shape)
+        kind = type_of(path, part, dtype) if weight.is_floating_point() else weight.dtype
+        zeros = torch.zeros((), dtype=kind).expand(weight.shape)
         setattr(module, name, made.setdefault(id(weight), nn.Parameter(zeros, requires_grad=False)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdiff
 from fastdiff.studio import advising
 from fastdiff.weights import nbytes
 from tests.tiny import TWO_CALLS, denoiser, make
@@ -41,6 +42,16 @@ def test_weights_are_those_of_the_loaded_model_and_none_are_read(cli, tmp_path: 
             weights = sum(p.nbytes for p in module.parameters())
             assert weights <= found["needs"]["weights"][part] <= nbytes(module), (name, part)
         assert found["needs"]["step"] > 0 and found["needs"]["decode"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_a_text_encoder_keeps_in_float32_is_counted_so(cli, tmp_path: Path, dtype: str) -> None:
+    """T5 keeps a third of its weights so from float16, and none from bfloat16."""
+    make("flux").save_pretrained(tmp_path / "flux")
+    found = told(cli("advise", "-m", tmp_path / "flux", "--json", "--dtype", dtype))
+    loaded = fastdiff.load(tmp_path / "flux", dtype=getattr(torch, dtype))
+    weights = sum(p.nbytes for p in loaded.text_encoder_2.parameters())
+    assert weights <= found["needs"]["weights"]["text_encoder_2"] <= nbytes(loaded.text_encoder_2)
 
 
 def test_a_step_is_counted_as_it_is_on_a_loaded_model(model: str) -> None:
