@@ -261,8 +261,16 @@ def server() -> Iterator[Phrase]:
     yield told, (before, after, found["memory_growth_mb"])
 
 
+def troubleshooting() -> Iterator[Phrase]:
+    seconds = {(one["task"], one["policy"], one["busy"]): one["seconds"][0] for one in read("busy")["medians"]}
+    told = "OpenMP's own # and #, sleeping at once # and #, as the command line sets it # and #"
+    ways = ("unset", "PASSIVE", "briefly")
+    yield told, tuple(seconds["quantize", way, busy] for way in ways for busy in (0, 2))
+
+
 PAGES: dict[str, Callable[[], Iterator[Phrase]]] = {
     "README.md": readme, "caching.md": caching, "language-models.md": language_models,
     "methods-and-papers.md": methods_and_papers, "own-models.md": own_models, "parallel.md": parallel,
     "pruning.md": pruning, "quantization.md": quantization, "sdxl.md": sdxl, "server.md": server,
+    "troubleshooting.md": troubleshooting,
 }  # fmt: skip
