@@ -21,6 +21,7 @@ SETTINGS = {
     "pruning.md": {"0.0001", "0.001", "0"},
     "sdxl.md": {"15"},
     "solvers.md": {"1.2"},
+    "sparse-attention.md": {"0.25"},
 }
 # Timed once; no file of benchmarks/ has them.
 UNSAVED = {"server.md": {"0.29", "0.20", "0.41", "0.77", "0.65", "0.90"}}
@@ -94,8 +95,6 @@ def language_models() -> Iterator[Phrase]:
         work = (one["work_ratio"], one["work_ratio_first_call"], one["cpu_seconds_ratio_median"])
         told = (*work, *one["cpu_seconds_ratio_range"], 100 * one["same_tokens"])
         yield f"| {case} | # | # | # (# to #) | # % |", told
-    left_out = [100 * one["delayed_caching"]["share_of_block_positions_left_out_at_best"] for one in read("fast_dllm")]
-    yield "it could leave out # to # % at the very best", (min(left_out), max(left_out))
 
 
 def methods_and_papers() -> Iterator[Phrase]:
@@ -261,6 +260,17 @@ def server() -> Iterator[Phrase]:
     yield told, (before, after, found["memory_growth_mb"])
 
 
+def sparse_attention() -> Iterator[Phrase]:
+    found = read("sparse-attention")
+    choice = [
+        one["choice_s"] / (one["choice_s"] + one["sparse_s"]) for one in found["speed"] if one["tokens"] >= 2048
+    ]  # fmt: skip
+    yield "at most # % of a call of 2048 tokens and more", (100 * max(choice),)
+    near = {one["name"]: one["psnr"] for one in found["quality"]}
+    gain = near["sparge, keep 0.5, 25 % of the steps dense"] - near["sparge, keep 0.5"]
+    yield "dense ones there bring # dB", (gain,)
+
+
 def troubleshooting() -> Iterator[Phrase]:
     seconds = {(one["task"], one["policy"], one["busy"]): one["seconds"][0] for one in read("busy")["medians"]}
     told = "OpenMP's own # and #, sleeping at once # and #, as the command line sets it # and #"
@@ -272,5 +282,6 @@ PAGES: dict[str, Callable[[], Iterator[Phrase]]] = {
     "README.md": readme, "caching.md": caching, "language-models.md": language_models,
     "methods-and-papers.md": methods_and_papers, "own-models.md": own_models, "parallel.md": parallel,
     "pruning.md": pruning, "quantization.md": quantization, "sdxl.md": sdxl, "server.md": server,
+    "sparse-attention.md": sparse_attention,
     "troubleshooting.md": troubleshooting,
 }  # fmt: skip
