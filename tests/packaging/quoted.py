@@ -125,7 +125,7 @@ def quotes(page: str) -> Iterator[Quote]:
     before = ""
     for block in re.split(r"\n\s*\n|\n(?=- |\d+\. |#)", MADE.sub("]", page)):
         if block.lstrip().startswith("|"):
-            yield from of_table(block.strip(), files, before if len(before) < PROSE / 2 else "")
+            yield from of_table(block.strip(), files, before)
             continue
         files = frozenset() if block.startswith("#") else named(block) or files
         before = block
@@ -140,7 +140,10 @@ def of_text(text: str, files: frozenset[str], around: str, unit: str) -> Iterato
 
 
 def of_table(text: str, files: frozenset[str], before: str) -> Iterator[Quote]:
-    """Cells belong to their row, by its cells without numbers, and to the head of their column."""
+    """Cells belong to their row, by its cells without numbers, and to the head of their column; a short line before the
+    table names it, a paragraph may have told the unit."""
+    units = " ".join(re.findall(rf"\b(?:{'|'.join(SCALES)})(?!\w)", before))
+    before = before if len(before) < PROSE / 2 else ""
     head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines())
     for cells in rows:
         row = " ".join(cells)
@@ -154,6 +157,6 @@ def of_table(text: str, files: frozenset[str], before: str) -> Iterator[Quote]:
                 yield from of_text(cell, about, f"{title} {cells[0]}", title)
                 continue
             own = re.sub(r"[\d.,]+", " ", cell)
-            for quote in of_text(cell, about, "", title):
+            for quote in of_text(cell, about, "", f"{title} {units}"):
                 around = words(f"{before} {title} {cells[0]} {names} {own}")
                 yield Quote(quote.text, about, around, quote.unit, 0, f"{cells[0]} | {cell}")
