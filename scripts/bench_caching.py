@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--steps")
     parser.add_argument("--scheduler")
+    parser.add_argument("--plans", action="store_true", help="calibrate what is missing, and measure nothing")
     known, options = parser.parse_known_args()
     asked = [
         word for name in ("steps", "scheduler") if getattr(known, name) for word in (f"--{name}", getattr(known, name))
@@ -34,7 +35,10 @@ def main() -> int:
         plan = (config.parent / named).resolve() if named else None
         if plan is not None and not plan.exists():
             call = ["calibrate", "-m", known.model, "--config", short(config), "--prompts", "16", "--batch", "8"]
-            run(*call, *(asked if own else []), "-o", short(plan))
+            if run(*call, *(asked if own else []), "-o", short(plan)) and known.plans:
+                return 1
+    if known.plans:
+        return 0
     out = f"benchmarks/{label}"
     files = ["--json", f"{out}.json", "--plot", f"{out}.png", "--sheet", f"{out}-sheet.jpg"]
     chosen = ["--config", short(configs[0].parent)]

@@ -33,6 +33,8 @@ def main(
     folder: Annotated[Path, typer.Option(help="where the plans go")] = SHIPPED,
 ) -> None:
     wanted = [n for n in only or EVALUATIONS if not (folder / f"{model}-{n}.json").exists()]
+    if not wanted:
+        return
     pipe = fastdiff.load(model)
     usual = call_defaults(pipe)
     call = {**usual, "guidance_scale": guidance_scale or usual["guidance_scale"]}
