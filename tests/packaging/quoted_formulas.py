@@ -19,7 +19,6 @@ SETTINGS = {
     "mixed-precision.md": {"2.2"},
     "parallel.md": {"30"},
     "pruning.md": {"0.0001", "0.001", "0"},
-    "sdxl.md": {"15"},
     "solvers.md": {"1.2"},
     "sparse-attention.md": {"0.25"},
 }
@@ -249,15 +248,51 @@ def lines() -> tuple[float, ...]:
     return tuple(line - reuse for line, reuse in both)
 
 
+def memory(model: str, told: str, text: str, *cards: int) -> Iterator[Phrase]:
+    """In GB; text: the part that reads the prompt; cards: the sizes that are told of, the largest first."""
+    found = row("memory-advice", model=model)
+    parts = {name: size / 1e9 for name, size in found["weights"].items()}
+    most = [found["cards_gb"][str(card)]["total"] / 1e9 for card in cards]
+    decode = () if found["decode"] is None else (found["decode"] / 1e9,)
+    first = (sum(parts.values()), *([parts[text]] if text else []), found["step"] / 1e9, *decode, most[0], 15)
+    rest = [number for pair in zip(cards[1:], most[1:], strict=True) for number in pair]
+    yield told, (*first, *rest)
+
+
+SMALLER = "on a card of # GB # GB, with `--offload model` and the transformer in"
+ALL = "# GB for a step, # GB in all with # % added, without the decode, which"
+OWN = f"weights of # GB (# of them the text encoder's), {ALL}"
+
+
 def sdxl() -> Iterator[Phrase]:
-    yield "at 1024 px weights of # GB", (sum(row("memory-advice", model="SDXL")["weights"].values()) / 1e9,)
+    told = "weights of # GB, # GB for a step, # GB for the decode, # GB in all with # % added"
+    yield from memory("SDXL", told, "", 80)
+
+
+def flux() -> Iterator[Phrase]:
+    told = "weights of # GB (# of them T5's), # GB for a step, # GB for the decode, # GB in all with # % added; "
+    rest = " `w8a16`; on one of # GB # GB with"
+    yield from memory("FLUX.1 dev", told + SMALLER + rest, "text_encoder_2", 80, 24, 8)
+
+
+def wan() -> Iterator[Phrase]:
+    rest = " is not counted for videos; " + SMALLER + " `w8a16`; on one of # GB # GB with"
+    yield from memory("Wan 2.1 14B", OWN + rest, "text_encoder", 80, 24, 8)
+
+
+def qwen_image() -> Iterator[Phrase]:
+    rest = " is not counted here; " + SMALLER + " `w4a16`; on one of # GB # GB with"
+    yield from memory("Qwen-Image", OWN + rest, "text_encoder", 80, 24, 8)
 
 
 def server() -> Iterator[Phrase]:
-    found = read("serve")
-    before, *_, after = found["memory_mb"]
-    told = "| # MB before, # MB at the end, # MB more than after a quarter |"
-    yield told, (before, after, found["memory_growth_mb"])
+    found = read("serve")["servers"]
+    ways = [found[way] for way in ("as they came", "in turns")]
+    for kind in ("short", "edit", "long"):
+        told = [way["latency_s"][kind][what] for way in ways for what in ("median", "p95")]
+        yield f"| {kind} | # s, # s | # s, # s |", tuple(told)
+    first, last = ([way["memory_mb"][k] for way in ways] for k in (0, -1))
+    yield "| # MB, # MB | # MB, # MB |", (first[0], last[0], first[1], last[1])
 
 
 def sparse_attention() -> Iterator[Phrase]:
@@ -281,7 +316,8 @@ def troubleshooting() -> Iterator[Phrase]:
 PAGES: dict[str, Callable[[], Iterator[Phrase]]] = {
     "README.md": readme, "caching.md": caching, "language-models.md": language_models,
     "methods-and-papers.md": methods_and_papers, "own-models.md": own_models, "parallel.md": parallel,
-    "pruning.md": pruning, "quantization.md": quantization, "sdxl.md": sdxl, "server.md": server,
+    "pruning.md": pruning, "quantization.md": quantization, "sdxl.md": sdxl, "flux.md": flux, "wan.md": wan,
+    "qwen-image.md": qwen_image, "server.md": server,
     "sparse-attention.md": sparse_attention,
     "troubleshooting.md": troubleshooting,
 }  # fmt: skip
