@@ -77,7 +77,7 @@ class Turns:
 def _settings() -> Callable[[], Any]:
     """What torch knows of this thread, for another: gradients, autocast, and the stream of an accelerator."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = "cpu" if kind is None else kind.type
     cast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     stream = None if kind is None else torch.accelerator.current_stream()

@@ -22,7 +22,6 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 import torch
 import typer
-from measure_parallel import STEPS, TIMEOUT, drawn, keep, known, quality, read, setting
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +29,7 @@ import fastdiff
 from fastdiff.bench import Prompts, prompts_for
 from fastdiff.bench.metrics import psnr
 from fastdiff.studio.ranks import launch
+from scripts.measure_parallel import STEPS, TIMEOUT, drawn, keep, known, quality, read, setting
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "parallel-chords.json"
 REMARK = "quality at equal rounds; seconds were not measured"
