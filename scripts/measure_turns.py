@@ -5,7 +5,7 @@ skips where that is not allowed. For each method the link is limited so that all
 what a step of it computes; then it is measured as it is and with turns, in interleaved rounds, whose medians are
 written.
 
-    benchmarks/overlap.sh scripts/measure_turns.py [--rounds 3] [--model shapes-dit] [--size 256] [--share 0.5 ...]
+    benchmarks/overlap.sh scripts/measure_turns.py [--rounds 3] [--model shapes-unet --size 320 --images 1]
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ REMARK = (
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     model: Annotated[str, typer.Option(help="An embedded model.")] = "shapes-dit",
-    size: Annotated[int, typer.Option(min=64, help="Pixels of the picture's sides.")] = 256,
+    size: Annotated[int, typer.Option(min=64, help="Pixels of the picture's sides.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Pictures in a call.")] = 4,
     share: Annotated[list[float] | None, typer.Option(help="Seconds of sending over computing.")] = None,
     file: Annotated[Path, typer.Option("--output", "-o", help="Where the rows go; those of others stay.")] = OUTPUT,
 ) -> None:
@@ -54,16 +55,16 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     for method in ("patch",) if model == "shapes-unet" else WAYS:
         limit(1e9)
-        run(pipe, size, {"method": method})  # what is first takes longer
-        free = run(pipe, size, {"method": method})
+        run(pipe, size, {"method": method}, images)  # what is first takes longer
+        free = run(pipe, size, {"method": method}, images)
         full = torch.tensor(free["bytes"] / free["computed_seconds"], dtype=torch.float64)
         dist.broadcast(full, 0)
         for one in share or [0.5, 1.0]:
             limit(float(full) / one)
             began = os.getloadavg()[0]
-            told = measured(pipe, size, method, rounds)
+            told = measured(pipe, size, method, images, rounds)
             loads = [round(began, 1), round(os.getloadavg()[0], 1)]
-            place = {"model": model, "size": size, "method": method, "share": one, "rounds": rounds}
+            place = {"model": model, "size": size, "images": images, "method": method, "share": one, "rounds": rounds}
             row = place | {"bytes_per_second": round(float(full) / one), "load_before_and_after": loads} | told
             if dist.get_rank() == 0:
                 keep(pipe, file, row)
@@ -71,14 +72,14 @@ def main(
     dist.destroy_process_group()
 
 
-def measured(pipe: Any, size: int, method: str, rounds: int) -> dict[str, Any]:
+def measured(pipe: Any, size: int, method: str, images: int, rounds: int) -> dict[str, Any]:
     """Medians of waited, computed and whole seconds of a step, by way; nobody is always first."""
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS[method]}
     for number in range(rounds):
         names = list(told)
         for name in (*names[number % len(names) :], *names[: number % len(names)]):
             dist.barrier()
-            told[name].append(run(pipe, size, {"method": method} | WAYS[method][name]))
+            told[name].append(run(pipe, size, {"method": method} | WAYS[method][name], images))
     kinds = ("waited_seconds", "computed_seconds", "step_seconds")
     found: dict[str, Any] = {
         name: {kind: round(statistics.median(one[kind] for one in runs), 5) for kind in kinds}
@@ -96,7 +97,9 @@ def keep(pipe: Any, file: Path, row: dict[str, Any]) -> None:
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
     key = ("model", "size", "method", "share")
     rows = [one for one in there["rows"] if [one[k] for k in key] != [row[k] for k in key]] + [row]
-    command = "benchmarks/overlap.sh scripts/measure_turns.py --model MODEL --size SIZE --rounds ROUNDS, as rows say"
+    command = (
+        "benchmarks/overlap.sh scripts/measure_turns.py; --model, --size, --images, --rounds and --share: see rows"
+    )
     told = {"command": command, "remark": REMARK, "ranks": 2, "environment": environment(pipe), "rows": rows}
     output.write(file, lambda part: part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8"))
     print(row["model"], row["method"], row["share"], json.dumps(row["ways"]), flush=True)
