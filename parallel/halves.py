@@ -19,7 +19,7 @@ from .base import ParallelMethod
 from .split import Forward, Split
 
 
-class Waiting(ParallelMethod):
+class ByTurns(ParallelMethod):
     """Settings of methods that wait for this very step's values, of which none is old."""
 
     halves: bool = Field(
@@ -27,7 +27,7 @@ class Waiting(ParallelMethod):
     )
 
     @model_validator(mode="after")
-    def _whole_blocks(self) -> Waiting:
+    def _whole_blocks(self) -> ByTurns:
         if self.halves and self.shard:
             raise BadConfig(
                 f"parallel.halves runs each block twice a step, and shard = {self.shard} would gather it twice; leave "

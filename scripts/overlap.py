@@ -95,7 +95,7 @@ def measured(pipe: Any, size: int, rounds: int) -> dict[str, Any]:
 
 
 def run(pipe: Any, size: int, method: dict[str, Any] | None, images: int = 1) -> dict[str, Any]:
-    """So many pictures; of their late steps, means: seconds, waited seconds (mean of the ranks), bytes by kind of rank 0."""
+    """So many pictures at once; means of late steps: seconds, waited (mean of the ranks), bytes by kind of rank 0."""
     if method is None and dist.get_rank():
         return {}
     lever = method | {"devices": 2, "timeout": TIMEOUT} if method else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.parallel.attention import Layout
 from fastdiff.parallel.exchange import Exchange
-from fastdiff.parallel.halves import Waiting
+from fastdiff.parallel.halves import ByTurns
 from fastdiff.parallel.heads import by_heads
 from fastdiff.parallel.split import Split
 
@@ -27,7 +27,7 @@ def attend(
     return by_heads(split, exchange.layer, split.ranks, counts, own, query, key, value, whole, asked.groups)
 
 
-class Ulysses(Waiting):
+class Ulysses(ByTurns):
     """Sequence parallelism of transformers: in attention each rank has all tokens and a share of the heads. Exact.
 
     Formula: of p ranks with H heads, rank r computes attention(q_h, k_h, v_h) over all tokens for its share of H / p
