@@ -43,6 +43,7 @@ REMARK = (
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     model: Annotated[str, typer.Option(help="An embedded model.")] = "shapes-dit",
+    method: Annotated[list[str] | None, typer.Option(help="All that the model takes by default.")] = None,
     size: Annotated[int, typer.Option(min=64, help="Pixels of the picture's sides.")] = 64,
     images: Annotated[int, typer.Option(min=1, help="Pictures in a call.")] = 4,
     share: Annotated[list[float] | None, typer.Option(help="Seconds of sending over computing.")] = None,
@@ -53,18 +54,18 @@ def main(
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     pipe: Any = fastdiff.load(model)
     pipe.set_progress_bar_config(disable=True)
-    for method in ("patch",) if model == "shapes-unet" else WAYS:
+    for name in method or (("patch",) if model == "shapes-unet" else WAYS):
         limit(1e9)
-        run(pipe, size, {"method": method}, images)  # what is first takes longer
-        free = run(pipe, size, {"method": method}, images)
+        run(pipe, size, {"method": name}, images)  # what is first takes longer
+        free = run(pipe, size, {"method": name}, images)
         full = torch.tensor(free["bytes"] / free["computed_seconds"], dtype=torch.float64)
         dist.broadcast(full, 0)
         for one in share or [0.5, 1.0]:
             limit(float(full) / one)
             began = os.getloadavg()[0]
-            told = measured(pipe, size, method, images, rounds)
+            told = measured(pipe, size, name, images, rounds)
             loads = [round(began, 1), round(os.getloadavg()[0], 1)]
-            place = {"model": model, "size": size, "images": images, "method": method, "share": one, "rounds": rounds}
+            place = {"model": model, "size": size, "images": images, "method": name, "share": one, "rounds": rounds}
             row = place | {"bytes_per_second": round(float(full) / one), "load_before_and_after": loads} | told
             if dist.get_rank() == 0:
                 keep(pipe, file, row)
@@ -83,7 +84,7 @@ def measured(pipe: Any, size: int, method: str, images: int, rounds: int) -> dic
     kinds = ("waited_seconds", "computed_seconds", "step_seconds")
     found: dict[str, Any] = {
         name: {kind: round(statistics.median(one[kind] for one in runs), 5) for kind in kinds}
-        | {"bytes": round(runs[0]["bytes"])}
+        | {"bytes": round(runs[0]["bytes"]), "waited_by_kind_first_round": runs[0]["waited_by_kind"]}
         for name, runs in told.items()
     }
     for name in found.keys() - {"whole"}:
