@@ -156,9 +156,9 @@ def paced(rank: int, ranks: int) -> dict[str, dict[str, float]]:
         free = drawn("pixart", {"method": method}, 1e30)
         for share in (0.5, 0.9, 2.0):
             rate = free["bytes"] / (share * free["computed"])
-            ways = {"whole": {}, "halves": {"halves": True}}
+            ways: dict[str, dict[str, Any]] = {"whole": {}, "halves": {"halves": True}}
             if method == "ulysses":
-                ways |= {"groups": {"groups": 2}, "both": {"halves": True, "groups": 2}}
+                ways["groups"] = {"groups": 2}
             for name, more in ways.items():
                 found[f"{method} {name} {share}"] = drawn("pixart", {"method": method} | more, rate)
     return found
