@@ -5,10 +5,12 @@ from fastdiff.registry import Registry
 METHODS = {
     "a_sdm": "fastdiff.caching.methods.a_sdm:ASDM",
     "ab_cache": "fastdiff.caching.methods.ab_cache:ABCache",
+    "apd": "fastdiff.caching.methods.apd:APD",
     "cachequant": "fastdiff.caching.methods.cachequant:CacheQuant",
     "dbcache": "fastdiff.caching.methods.dbcache:DBCache",
     "deepcache": "fastdiff.caching.methods.deepcache:DeepCache",
     "dicache": "fastdiff.caching.methods.dicache:DiCache",
+    "dkv_cache": "fastdiff.caching.methods.dkv_cache:DKVCache",
     "dp": "fastdiff.caching.methods.dp:DP",
     "easycache": "fastdiff.caching.methods.easycache:EasyCache",
     "fast_dllm": "fastdiff.caching.methods.fast_dllm:FastDLLM",
@@ -25,9 +27,4 @@ METHODS = {
     "teacache": "fastdiff.caching.methods.teacache:TeaCache",
     "tgate": "fastdiff.caching.methods.tgate:TGate",
 }
-REFUSED = {
-    "dkv_cache": "dkv_cache fits no pipeline of diffusers: the open tokens of a LLaDA2 block change the keys and "
-    "values of its finished ones, and the pipeline reads and edits all of them at every step. Use fast_dllm; the "
-    "reasons are in docs/language-models.md"
-}
-REGISTRY = Registry("cache", METHODS, REFUSED)
+REGISTRY = Registry("cache", METHODS)

@@ -127,8 +127,8 @@ class PrefixCache:
         output = self._run(call, 0)
         full = output.logits[:, -self._block :]
         if verdict.rounding is None:
-            verdict.rounding = _apart(self._run(call, known).logits[:, -self._block :], full)
-        verdict.add(_apart(cached, full), grown)
+            verdict.rounding = apart(self._run(call, known).logits[:, -self._block :], full)
+        verdict.add(apart(cached, full), grown)
         return output
 
     def _known(self, tokens: Tensor) -> int:
@@ -154,20 +154,20 @@ class PrefixCache:
         )
         self._forget()
         found = getattr(output, "past_key_values", None)
-        if _croppable(found, tokens.shape[1]):
+        if croppable(found, tokens.shape[1]):
             self._cache, self._tokens = found, tokens.clone()  # the pipeline writes into its own
         else:
             self._session.recorder.note(f"no prefix to keep: the model gave {type(found).__name__}, not a plain cache")
         return output
 
 
-def _apart(logits: Tensor, full: Tensor) -> float:
+def apart(logits: Tensor, full: Tensor) -> float:
     """The largest difference, in parts of the largest logit; equal infinities are equal."""
-    apart = torch.where(logits == full, 0.0, (logits - full).abs().float()).max()
-    return float(apart / full[full.isfinite()].abs().max())
+    difference = torch.where(logits == full, 0.0, (logits - full).abs().float()).max()
+    return float(difference / full[full.isfinite()].abs().max())
 
 
-def _croppable(cache: Any, length: int) -> bool:
+def croppable(cache: Any, length: int) -> bool:
     """Whether a cache holds all positions of every layer, so that the last ones can be taken off again."""
     layers = getattr(cache, "layers", None) or []
     whole = all(getattr(layer, "is_croppable", True) and not getattr(layer, "is_sliding", False) for layer in layers)

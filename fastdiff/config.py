@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from .anatomy import Family
+from .attention import Attention as Attention
 from .errors import BadConfig, UnknownName
 from .method import Method, Settings
 from .registry import registry
@@ -28,7 +29,8 @@ else:
 
 METHOD_KINDS = ("cache", "parallel", "quant", "solver")
 OFF = "off"  # in the place of a method: none, whatever weaker layers say
-PATH_KEYS = ("plan", "prune", "ranges", "second")  # may name a file; in a config file its path is relative to that file
+# may name a file; in a config file its path is relative to that file
+PATH_KEYS = ("plan", "prune", "ranges", "second", "verifier")
 Layer: TypeAlias = tuple[str, Mapping[str, Any]]
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config | None"
 
@@ -50,12 +52,6 @@ def _method(kind: str) -> BeforeValidator:
         return cls.model_validate(value)  # type: ignore[attr-defined]
 
     return BeforeValidator(resolve)
-
-
-class Attention(Settings):
-    """Which attention kernel the denoiser uses."""
-
-    backend: str | None = Field(None, description="a backend of diffusers' dispatcher, or xformers; None leaves it")
 
 
 class Compile(Settings):

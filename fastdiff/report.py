@@ -25,7 +25,8 @@ class RunReport:
     corrected, and not used as it was; `step_seconds` has one entry a step, in seconds of the device, `host_seconds`
     what the host took to launch it; `cache_mb` the most that a cache held; `verified` how many steps a guard checked,
     found failed, and computed for it; `pictures`, by branch, in how many steps each picture of a batch was computed,
-    where that was decided for each.
+    where that was decided for each; `attention`, by denoiser, how many calls were block-sparse, the mean share of
+    blocks that these computed, and how many were dense and why.
     """
 
     total: int = 0
@@ -37,6 +38,7 @@ class RunReport:
     cache_mb: float = 0.0
     verified: dict[str, int] = field(default_factory=dict)
     pictures: dict[int, list[int]] = field(default_factory=dict)
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[Any] = field(default_factory=list)
@@ -102,6 +104,7 @@ class RunReport:
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "cache_mb": round(self.cache_mb, 3),
             "pictures": {names[b]: counts for b, counts in self.pictures.items()},
+            "attention": dict(self.attention),
             "bytes_sent": self.bytes_sent,
             "verified": dict(self.verified),
             "ranks": list(self.ranks),
@@ -122,6 +125,9 @@ class RunReport:
         if self.verified:
             parts.append("verify: " + ", ".join(f"{count} {what}" for what, count in self.verified.items()))
         parts += [f"by picture {', '.join(map(str, counts))} computed" for counts in self.pictures.values()]
+        for told in self.attention.values():
+            shares = f" (density {told['density']:.2f})" if told["sparse"] else ""
+            parts.append(f"{told['sparse']} attention calls sparse{shares}, {told['dense']} dense")
         if self.bytes_sent:
             parts.append(f"{self.bytes_sent / 2**20:.1f} MiB sent")
         cached = f", {self.cache_mb:.0f} of them cached values" if self.cache_mb >= 1 else ""

@@ -19,10 +19,12 @@ ON_ERRORS, LEAVE_THEM = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"
 
 
 def settle(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Let threads wait briefly, then sleep, and be no more than a container may run; what the user has set stays.
+    """Let threads wait briefly, then sleep, and be no more than a container may run; what the user has set stays. And
+    let transformers not warn, when it is loaded, of picture processors that nothing here uses.
 
     To be called before torch is loaded; for processes that are started afterwards it is never too late.
     """
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment.update(waiting(environment))
     quota = processor_quota(root)
     if quota is not None and quota < processors():

@@ -29,10 +29,11 @@ from .attention import install_backend
 from .cachequant import correct_fed_layers
 from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
-from .language import clock_of
+from .language import clock_of, with_verifier
 from .loading import embedded_name
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
+from .sparse.install import install_sparse
 from .switching import with_second
 from .together import check_shared
 from .wrapped import refuse_compiled
@@ -129,6 +130,7 @@ class Accelerated:
                 if own is None:
                     raise UnsupportedModel("the plan is not for it; calibrate again, which makes one for each denoiser")
                 own.places(anatomy)
+                own = with_verifier(own, anatomy)
                 cached[anatomy.component] = with_second(own, anatomy, self.config.parallel is not None)
             except FastdiffError as error:
                 refused[anatomy.component] = error
@@ -145,6 +147,7 @@ class Accelerated:
         config = self.config
         if config.attention.backend is not None:
             install_backend(anatomy.denoiser, config.attention.backend, patches)
+        install_sparse(anatomy, config, self.clock, self._recorder, patches)
         whole = config.compile.enabled and config.compile.scope == "denoiser"
         crew = self.crew
         outside = crew.inside(anatomy, patches) if crew is not None else None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastdiff.anatomy import Anatomy, Family
+from fastdiff.caching.base import CacheMethod
+from fastdiff.caching.methods.apd import APD
 from fastdiff.clock import StepClock
-from fastdiff.errors import UnsupportedModel
+from fastdiff.errors import BadConfig, BadModel, UnsupportedModel
+
+from .sources import first_line
 
 _LLADA2 = Family("llada2", "language", split=(), guidance="none")
 
@@ -59,6 +64,26 @@ def language_model(pipe: Any) -> Anatomy | None:
     if not isinstance(pipe.model, nn.Module):
         raise UnsupportedModel(f"the model of this LLaDA2Pipeline is no torch module but {type(pipe.model).__name__}")
     return Anatomy(pipe.model, _LLADA2, "model")
+
+
+def with_verifier(method: CacheMethod, anatomy: Anatomy) -> CacheMethod:
+    """An `apd` that holds its verifier, on the model's device and in its type; other methods as they are.
+
+    Raises BadConfig for a directory that does not exist, BadModel for what cannot be read.
+    """
+    if not isinstance(method, APD) or isinstance(method.verifier, nn.Module):
+        return method
+    folder = Path(method.verifier).expanduser()
+    if not folder.is_dir():
+        raise BadConfig(f"cache.verifier: directory {str(folder)!r} does not exist")
+    from transformers import AutoModelForCausalLM
+
+    like = next(tensor for tensor in anatomy.denoiser.parameters() if tensor.is_floating_point())
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype=like.dtype)
+    except Exception as error:  # transformers and huggingface_hub each raise their own kinds
+        raise BadModel(f"the verifier in {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+    return method.model_copy(update={"verifier": model.to(like.device).eval().requires_grad_(False)})
 
 
 def _is(pipe: Any, class_name: str) -> bool:

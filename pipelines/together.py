@@ -36,6 +36,11 @@ def check_shared(method: CacheMethod, topology: Topology, by_turns: bool = False
             'cache.guard = "speca" runs a block more in some steps, which parallel methods do not expect; set '
             'cache.guard = "verify"'
         )
+    if isinstance(own, Joint) and topology.step > 1:
+        raise BadConfig(
+            "joint says of each step of a run what it leaves out, and parastep gives each rank steps of its own; take "
+            "a parallel method that splits the picture or guidance"
+        )
     halves = (isinstance(own, TGate) and own.guidance != "keep") or (
         isinstance(own, Joint) and "conditional" in own.kinds
     )

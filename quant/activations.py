@@ -2,7 +2,7 @@
 
 Ranges are static, one for each bucket of timesteps, so that no pass over the tensor is needed and all ranks of a patch
 split agree; or dynamic: symmetric for each token of a linear layer, as in ViDiT-Q (https://arxiv.org/abs/2406.02540),
-one asymmetric range for the input of a convolution.
+one asymmetric range for each picture that a convolution is given.
 """
 
 from __future__ import annotations

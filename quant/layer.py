@@ -105,6 +105,11 @@ class QLayer(nn.Module):
         """Outputs, and inputs of each."""
         raise NotImplementedError
 
+    @property
+    def by_picture(self) -> bool:
+        """Whether a range is found for each picture: one for them all would make each depend on the others."""
+        return False
+
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float layer with a weight [outputs, inputs]."""
         raise NotImplementedError
@@ -149,7 +154,8 @@ class QLayer(nn.Module):
             self.choose_kernel()
 
     def _quantized(self, kernel: Kernel, packed: Any, x: Tensor) -> Tensor:
-        y = kernel(self, packed, x)
+        parts = x.split(1) if self.by_picture else (x,)
+        y = torch.cat([kernel(self, packed, part) for part in parts]) if len(parts) > 1 else kernel(self, packed, x)
         return y if self.down is None else y + self._residual(x).to(y.dtype)
 
     @property

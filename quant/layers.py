@@ -75,6 +75,10 @@ class QConv2d(QLayer, nn.Conv2d):  # type: ignore[override]
         return high, wide
 
     @property
+    def by_picture(self) -> bool:
+        return self.low is None and self.recipe.activations == "int8"
+
+    @property
     def pads(self) -> tuple[int, int]:
         """Zeros above and below, and at both sides."""
         high, wide = (int(size) for size in self.padding)

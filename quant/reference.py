@@ -11,6 +11,8 @@ from .layer import QLayer
 
 def reference(layer: QLayer, x: Tensor, top: int = 255) -> Tensor:
     """The float layer on what the integers stand for, in the type of the input."""
+    if layer.by_picture and len(x) > 1:
+        return torch.cat([reference(layer, one, top) for one in x.split(1)])
     weight = layer.matrix(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     if layer.recipe.activations == "int8" and layer.finite(x):

@@ -136,7 +136,7 @@ def generate(
     if watched.preview:
         Shown.console()
     if compare:
-        comparing.refuse(devices, lasting, shown, watched.timeline)
+        comparing.refuse(layers, devices, lasting, shown, watched.timeline)
     if watched.timeline is not None:
         check_timeline(watched.timeline, layers, overwrite=overwrite)
 

@@ -84,9 +84,8 @@ def _told(search: Tuning) -> tuple[Tried, list[str]]:
     for line in lines:
         say(line)
     if chosen is None:
-        raise FastdiffError(
-            f"nothing that was fitted reaches {_words(goal)}; nearest is {_line(goal.nearest(ours)[0])}"
-        )
+        nearest = goal.nearest(ours, len(search.prompts))[0]
+        raise FastdiffError(f"nothing that was fitted reaches {_words(goal)}; nearest is {_line(nearest)}")
     kept = f"; {chosen.kept(goal.value):.0%} of the pictures keep {goal.value:g} dB" if goal.kind == "psnr" else ""
     head = f"Found by fastdiff tune for {_words(goal)}, on {len(search.prompts)} pictures that nothing was fitted on:"
     return chosen, [f"# {line}" for line in (head, *lines, f"chosen: {chosen.name}{kept}")]

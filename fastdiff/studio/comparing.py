@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastdiff import media
+from fastdiff.config import Layer
 from fastdiff.errors import BadConfig
 from fastdiff.images import Sampling
 from fastdiff.media import Clip, Sound
@@ -21,9 +22,13 @@ _BAR = 18  # pixels for the words above a picture
 _WARM_UP = 2  # steps: the first call of a pipeline does what later ones need not
 
 
-def refuse(devices: int | None, lasting: bool, preview_every: int | None, timeline: Path | None) -> None:
+def refuse(layers: list[Layer], devices: int | None, lasting: bool, preview: int | None, timeline: Path | None) -> None:
     """Raises BadConfig where there are not two runs on one device to compare."""
-    if (devices or 1) > 1 or lasting or preview_every is not None or timeline is not None:
+    if not layers:
+        raise BadConfig(
+            "--compare draws without and with settings, and none are given: add --preset balanced, or --set"
+        )
+    if (devices or 1) > 1 or lasting or preview is not None or timeline is not None:
         raise BadConfig(
             "--compare draws each picture twice on one device; leave --devices, --preview-every, --timeline and "
             "prompt files into a directory out"
@@ -51,12 +56,8 @@ def paint(studio: Any, order: Any, job: Sampling, target: Path) -> None:
         place = path.with_name(f"{path.stem}_compared{path.suffix}")
         sheet = media.save(both, place, overwrite=order.overwrite)
     if order.as_json:
-        told = {
-            "plain_seconds": round(plain.seconds, 3),
-            "speedup": round(speedup, 3),
-            "compared": sheet and str(sheet),
-        }
-        told["psnr"] = None if math.isinf(decibels) else round(decibels, 2)
+        told: dict[str, Any] = {"plain_seconds": round(plain.seconds, 3), "speedup": round(speedup, 3)}
+        told["compared"], told["psnr"] = sheet and str(sheet), None if math.isinf(decibels) else round(decibels, 2)
         print(json.dumps({"file": str(path)} | fast.row | told), flush=True)
     else:
         print("\n".join(str(file) for file in (path, sheet) if file is not None), flush=True)

@@ -45,6 +45,30 @@ def test_a_quality_is_met_with_a_margin_for_other_prompts():
     goal = Goal("psnr", 40)
     assert goal.met(Tried("even", 1, 1, [40.5] * 4)) and not goal.met(Tried("uneven", 1, 1, [30.0, 51.0, 30.0, 51.0]))
     assert Tried("x", 1, 1, [39.0, 40.0, 41.0, 42.0]).kept(40) == 0.75
+    uneven = tried("quick but uneven", 9.0, 41.0), Tried("slow", 1, 1, [38.0, 46.0])
+    assert [goal.nearest(uneven, prompts)[0].name for prompts in (1, 100)] == ["quick but uneven"] * 2
+    assert goal.miss(uneven[1], 1) > 0 > goal.miss(uneven[1], 100), "more prompts leave less to chance"
+
+
+def test_where_the_most_promising_do_not_keep_it_the_next_are_drawn(tmp_path, monkeypatch):
+    found = search(None, tmp_path / "x.json", Goal("psnr", 40), said := [])
+    found.configs = {f"solver {n}": Config() for n in range(10)}
+    found.screened = [tried(name, 10.0 - n, 41.0) for n, name in enumerate(found.configs)]
+    monkeypatch.setattr(Tuning, "_candidates", lambda self, ends: iter(()))
+    asked = []
+
+    def measured(self, configs, prompts, rounds):
+        asked.extend(configs)
+        kept = {one: 41.0 if one >= "solver 5" else 39.0 for one in configs}
+        return [tried("baseline", 1.0, 44.0), *(tried(one, 2.0, decibels) for one, decibels in kept.items())]
+
+    monkeypatch.setattr(Tuning, "_measure", measured)
+    every, chosen = found.search()
+    assert chosen.name == "solver 5" and asked == [f"solver {n}" for n in (0, 1, 2, 3)] + ["solver 0 w8a8"] + [
+        f"solver {n}" for n in (4, 5, 6, 7)
+    ]
+    assert sorted(one.name for one in every) == sorted(["baseline", *asked]), "each once"
+    assert len(said) == 2
 
 
 def search(pipe, file, goal, said):

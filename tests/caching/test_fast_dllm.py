@@ -238,12 +238,6 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_installed():
     assert "forward" not in vars(pipe.model) and "step" not in vars(pipe.scheduler)
 
 
-def test_delayed_caching_is_refused_with_the_reason():
-    with pytest.raises(UnsupportedModel, match=r"dkv_cache fits no pipeline of diffusers: .* Use fast_dllm"):
-        fastdiff.accelerate(make(), cache="dkv_cache")
-    assert "dkv_cache" not in fastdiff.methods()["cache"]
-
-
 def test_diffusion_gemma_is_refused_with_the_reason():
     class DiffusionGemmaPipeline:
         pass

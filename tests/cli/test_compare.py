@@ -36,7 +36,7 @@ def test_both_pictures_and_their_numbers(cli, model: str) -> None:
 
 
 def test_what_changes_nothing_is_identical(cli, model: str) -> None:
-    done = cli("generate", "a cat", "-m", model, "--steps", 2, "--seed", 1, "--compare")
+    done = cli("generate", "a cat", "-m", model, "--steps", 2, "--seed", 1, "--preset", "lossless", "--compare")
     assert done.files == ["out.png", "out_compared.png"] and "identical" in done.err and "aims" not in done.err
 
 
@@ -60,7 +60,8 @@ def test_a_solver_is_said_to_aim_elsewhere(cli) -> None:
 def test_videos_side_by_side(cli, tmp_path: Path) -> None:
     make("wan").save_pretrained(tmp_path / "wan")
     size = ("--width", 32, "--height", 32, "--frames", 5)
-    done = cli("generate", "a", "-m", tmp_path / "wan", "--steps", 2, "--seed", 1, *size, "-o", "a.gif", "--compare")
+    words = ("--steps", 2, "--seed", 1, "--preset", "lossless", *size, "-o", "a.gif", "--compare")
+    done = cli("generate", "a", "-m", tmp_path / "wan", *words)
     assert done.files == ["a.gif", "a_compared.gif"], done.err
     with Image.open("a_compared.gif") as image:
         assert (image.size, image.n_frames) == ((512, 274), 5)
@@ -69,8 +70,14 @@ def test_videos_side_by_side(cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize("more", [("--preview-every", "1"), ("--timeline", "t.json"), ("--devices", "2")])
 def test_what_is_not_compared(cli, model: str, more: tuple[str, str]) -> None:
     parallel = ("--set", "parallel.method=cfg") if "--devices" in more else ()
-    done = cli("generate", "a", "-m", model, "--compare", *more, *parallel)
+    done = cli("generate", "a", "-m", model, "--preset", "lossless", "--compare", *more, *parallel)
     assert (done.code, "--compare draws each picture twice on one device" in done.err) == (2, True), done.err
+
+
+def test_nothing_to_compare_is_said(cli, model: str) -> None:
+    """A ratio of two equal runs would be chance, called a speedup."""
+    done = cli("generate", "a", "-m", model, "--compare")
+    assert (done.code, "none are given: add --preset balanced, or --set" in done.err) == (2, True), done.err
 
 
 def test_decibels() -> None:

@@ -60,12 +60,13 @@ def test_threads_are_as_many_as_the_quota_allows(tmp_path, share):
     found: dict[str, str] = {}
     threads.settle(found, machine(tmp_path, "0::/\n", {"cpu.max": f"{round(quota * 100_000)} 100000"}))
     expected = {"OMP_NUM_THREADS": str(math.ceil(quota))} if quota < threads.processors() else {}
-    assert found == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | expected
+    waits = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    assert found == {"TRANSFORMERS_VERBOSITY": "error"} | waits | expected
 
 
 @pytest.mark.parametrize("waits", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}])
 def test_what_the_user_has_set_stays(tmp_path, waits):
-    own = {**waits, "OMP_NUM_THREADS": "7"}
+    own = {**waits, "OMP_NUM_THREADS": "7", "TRANSFORMERS_VERBOSITY": "info"}
     found = dict(own)
     threads.settle(found, machine(tmp_path, "0::/\n", {"cpu.max": "1000 100000"}))
     assert found == own

@@ -124,16 +124,18 @@ def test_a_small_covering_array():
     [
         (TGate(), {"cfg": 2}, 'set cache.guidance = "keep"'),
         (Joint(kinds=("full", "conditional")), {"cfg": 2}, "kinds without conditional"),
+        (Joint(kinds=("full", "partial")), {"step": 2}, "parastep gives each rank steps of its own"),
         (FasterDiffusion(), {"patch": 2}, "set cache.max_parallel = 1"),
     ],
-    ids=["tgate", "joint", "faster_diffusion"],
+    ids=["tgate", "joint", "joint by steps", "faster_diffusion"],
 )
 def test_what_no_rank_sees_whole_is_refused(method, axes, said):
-    """tgate kept guiding without a word where ranks had a half each; faster_diffusion ended in an IndexError."""
+    """tgate kept guiding without a word where ranks had a half each; joint left nothing out where they had steps each;
+    faster_diffusion ended in an IndexError."""
     whole = {"cfg": 1, "step": 1, "patch": 1, "rank": 0}
     with pytest.raises(BadConfig, match=said):
         check_shared(method, Topology(**whole | axes))
-    check_shared(method, Topology(**whole | {"step": 2}))
+    check_shared(method, Topology(**whole))
 
 
 def test_a_guard_that_needs_all_steps_on_a_rank_is_refused_where_ranks_have_their_own():

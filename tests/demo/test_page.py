@@ -247,7 +247,7 @@ BAD = [
     ({"preset": "no-such-preset"}, "unknown preset"),
     ({"preset": None}, "preset"),
     ({"cache": "no-such-method"}, "unknown cache method"),
-    ({"cache": "dkv_cache"}, "fits no pipeline"),
+    ({"cache": "dkv_cache"}, "is for language models"),
     ({"quant": "no-such-method"}, "unknown quant method"),
     ({"parallel": "patch"}, "process"),
 ]

@@ -79,28 +79,36 @@ STATIC_ON_PIXART = (
 
 
 @cache
-def drawn(row: str, *prompts: str) -> Tensor:
+def drawn(name: str, row: str, *prompts: str) -> Tensor:
     """Pictures of prompts in one call; of plain diffusers without a row."""
-    pipe = tiny.make("pixart")
+    pipe = tiny.make(name)
     if row:
         accelerate(pipe, row)
     seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     return tiny.run(
-        pipe, "pixart", steps=STEPS, prompt=list(prompts), negative_prompt=["bad"] * len(prompts), generator=seeds
+        pipe, name, steps=STEPS, prompt=list(prompts), negative_prompt=["bad"] * len(prompts), generator=seeds
     )
 
 
-# first_block skips whatever it sees; schemes have static ranges, or dynamic ones for each token
-@pytest.mark.parametrize("row", [*STATIC_ON_PIXART, "first_block", *(f"{scheme} pixart" for scheme in SCHEMES)])
-def test_one_prompt_of_a_batch_does_not_change_the_other(row):
+# first_block skips whatever it sees; schemes have static ranges, or dynamic ones for each token and picture
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("pixart", row) for row in (*STATIC_ON_PIXART, "first_block")]
+    + [(name, f"{scheme} {name}") for name in ("pixart", "sd15") for scheme in SCHEMES],
+)
+def test_one_prompt_of_a_batch_does_not_change_the_other(name, row):
     """With another one beside it, no more than plain diffusers; alone, as little as roundings do."""
+
+    def of(row: str, *prompts: str) -> Tensor:
+        return drawn(name, row, *prompts)
+
     cat, both, others = ("a red cat",), ("a red cat", "a dog"), ("a red cat", "something else")
-    beside = apart(drawn(row, *others)[:1], drawn(row, *both)[:1])
-    assert beside <= apart(drawn("", *others)[:1], drawn("", *both)[:1])
-    assert apart(drawn(row, *others)[1:], drawn(row, *both)[1:]) > 0.01
-    alone, plain = drawn(row, *cat), drawn("", *cat)
-    bound = rounding(drawn("", *both)[:1], plain) if row in ROWS else flips(alone, plain)
-    assert apart(drawn(row, *both)[:1], alone) < bound
+    beside = apart(of(row, *others)[:1], of(row, *both)[:1])
+    assert beside <= apart(of("", *others)[:1], of("", *both)[:1])
+    assert apart(of(row, *others)[1:], of(row, *both)[1:]) > 0.01
+    alone, plain = of(row, *cat), of("", *cat)
+    bound = rounding(of("", *both)[:1], plain) if row in ROWS else flips(alone, plain)
+    assert apart(of(row, *both)[:1], alone) < bound
 
 
 # where tgate drops guidance and finds no cross-attention, it remembers nothing but the present step's output; switch

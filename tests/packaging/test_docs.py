@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -17,10 +18,12 @@ import typer
 from fastdiff.cli import app
 from fastdiff.config import layers_of, resolve
 from fastdiff.registry import ROOMS, names
+from fastdiff.studio import settings
 
 from .tree import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
 
 
@@ -38,9 +41,9 @@ class Block:
         return f"{self.page}-{self.number}"
 
 
-def blocks(*languages: str) -> list[Block]:
+def blocks(*languages: str, pages: Sequence[Path] = DOCS) -> list[Block]:
     found = []
-    for page in DOCS:
+    for page in pages:
         for number, one in enumerate(FENCE.finditer(page.read_text(encoding="utf-8"))):
             if one["language"] in languages:
                 found.append(Block(page.stem, number, one["language"], one["text"], one["needs"]))
@@ -243,7 +246,7 @@ def test_toml_is_a_config(block, tmp_path):
 
 LINES = [
     (block, line)
-    for block in blocks("sh", "console", "bash", "shell")
+    for block in blocks("sh", "console", "bash", "shell", pages=[README, *DOCS])
     for line in block.text.replace("\\\n", " ").splitlines()
     if re.match(r"(\$ )?fastdiff ", line)
 ]
@@ -251,13 +254,19 @@ LINES = [
 
 @pytest.mark.parametrize(("block", "line"), LINES, ids=[f"{block}-{line[:40]}" for block, line in LINES])
 def test_commands_are_accepted(block, line):
-    """Parsed by the program's own parser: names of commands, options, types. Nothing is run."""
+    """Parsed by the program's own parser: names of commands, options, types; what is set together is a config. Nothing
+    is run."""
     words = shlex.split(line.removeprefix("$ "), comments=True)[1:]
     words = words[: next((k for k, word in enumerate(words) if word in ("|", ">", "&", "&&", ";")), len(words))]
     root = typer.main.get_command(app)
     with root.make_context("fastdiff", list(words), resilient_parsing=True) as context:
         name, command, rest = root.resolve_command(context, list(words))  # type: ignore[attr-defined]
-        assert command.make_context(name, rest, parent=context).command is root.commands[name]
+        made = command.make_context(name, rest, parent=context)
+    assert made.command is root.commands[name]
+    values = {"preset": None, "config": None, "sets": None, "devices": None} | made.params
+    if name == "generate" and not values["config"]:  # others bring a method of their own
+        sets = [text for text in values["sets"] or [] if not text.endswith(".json")]  # which is not here
+        assert resolve(settings.layers(values["preset"], None, None, None, sets, values["devices"])).config
 
 
 def test_blocks_that_are_left_out_say_what_they_need():

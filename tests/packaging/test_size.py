@@ -70,7 +70,17 @@ PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
 SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
 # Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
 LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
+# Attention that leaves blocks out, and how text is decoded beside the cache of its finished blocks.
+SPARSE = {
+    "fastdiff/attention.py",
+    *(f"pipelines/sparse/{name}.py" for name in ("__init__", "blocks", "install", "radial", "sparge")),
+}
+WRITTEN = {
+    *(f"caching/{name}.py" for name in ("delayed", "verifying", "written")),
+    *(f"caching/methods/{name}.py" for name in ("apd", "dkv_cache")),
+}  # fmt: skip
 APART = {
+    "sparse": SPARSE, "written": WRITTEN,
     "learned": LEARNED, "sloped": SLOPED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
     "turns": TURNS,
@@ -94,6 +104,8 @@ APART = {
         ("learned", 480),
         ("waiting", 565),
         ("sloped", 345),
+        ("sparse", 450),
+        ("written", 405),
     ],
     ids=lambda value: str(value),
 )
@@ -101,7 +113,8 @@ def test_the_product_stays_small(sources, part, most):
     """The solver, a fourth lever, and `tune` have an allowance of their own beside what was there before them; so has
     what models larger than a device, slow links and unequal devices need, and what users bring along. Predictors, the
     planner that prices them and the guard that checks them were 230 lines of the levers' 16,000, and are counted apart
-    since spectrum, fitted damping, minimax and verify are among them; `switch` and decisions for each picture are new.
+    since spectrum, fitted damping, minimax and verify are among them; `switch`, decisions for each picture, attention
+    that leaves blocks out and ways to decode text are new.
     """
 
     def of(path):

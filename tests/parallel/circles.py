@@ -112,8 +112,17 @@ def coded(rank: int, ranks: int) -> None:
 
 def pictures(rank: int, ranks: int) -> dict:
     """Whole pipelines: text in joint attention before and behind the picture, apart from it, and a UNet's rows."""
+    return whole(ranks, "ring", "token_ring")
+
+
+def pictures_the_other_way(rank: int, ranks: int) -> dict:
+    return whole(ranks, "token_ring", "ring")
+
+
+def whole(ranks: int, *methods: str) -> dict:
+    """The methods take turns."""
     names = {2: ("sd3", "flux", "pixart", "wan", "sd15"), 3: ("sd3", "flux", "pixart", "wan")}[ranks]
-    return {f"{name} {method}": exact(name, method) for name in names for method in ("ring", "token_ring")}
+    return {f"{name} {methods[k % 2]}": exact(name, methods[k % 2]) for k, name in enumerate(names)}
 
 
 def more_ranks_than_heads(rank: int, ranks: int) -> dict:

@@ -43,8 +43,16 @@ def _small(name: str) -> dict[str, int]:
 
 
 def who_waits_always_is_exact(rank: int, ranks: int) -> dict:
+    return waiting_always("sd3")
+
+
+def who_waits_always_is_exact_in_unets(rank: int, ranks: int) -> dict:
+    return waiting_always("sd15")
+
+
+def waiting_always(*names: str) -> dict:
     out = {}
-    for name in ("sd15", "sd3"):
+    for name in names:
         pipe = pipeline(name)
         alone = latents(pipe, name, STEPS, **_small(name))
         patch, _, sent = drawn(pipe, name, "patch")
@@ -94,9 +102,17 @@ def who_waits_sends_once_more(rank: int, ranks: int) -> dict[str, int]:
 
 
 def planned(rank: int, ranks: int) -> dict[str, Any]:
+    return planning(rank, "sd3")
+
+
+def planned_in_unets(rank: int, ranks: int) -> dict[str, Any]:
+    return planning(rank, "sd15")
+
+
+def planning(rank: int, *names: str) -> dict[str, Any]:
     """A calibration ranks all layers alike on all ranks; what its plan says of bytes is what its layers send."""
     out: dict[str, Any] = {}
-    for name in ("sd15", "sd3"):
+    for name in names:
         pipe = pipeline(name)
         alone = latents(pipe, name, STEPS, **_small(name))
         given = tiny.arguments(name, STEPS)

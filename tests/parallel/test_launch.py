@@ -72,6 +72,7 @@ def test_ranks_of_our_own_draw_the_picture_of_one(
         "-o", "two.png", "--json", "--timeline", "trace.json",
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
+    assert "[transformers]" not in two.stderr, "it warns of picture processors that nothing here uses"
     assert two.stderr.count("each of 2 ranks will hold") == 1 and "its shares of blocks" in two.stderr
     (line,) = two.stdout.splitlines()  # one rank speaks
     row = json.loads(line)

@@ -14,13 +14,14 @@ from . import circles
 from .asked import Asked
 
 NAMES = {
-    2: ("lengths", "teams", "pictures", "with_caches_and_graphs", "under_way", "unequal"),
-    3: ("lengths", "teams", "coded", "pictures", "uneven_heads", "refusals"),
+    2: ("lengths", "teams", "pictures", "pictures_the_other_way", "with_caches_and_graphs", "under_way", "unequal"),
+    3: ("lengths", "teams", "coded", "pictures", "pictures_the_other_way", "uneven_heads", "refusals"),
     4: ("lengths", "teams", "more_ranks_than_heads"),
     5: ("lengths", "teams"),
 }
 SLOW = {
-    2: ("with_caches_and_graphs",), 3: ("pictures", "uneven_heads"), 4: ("lengths", "teams", "more_ranks_than_heads"),
+    2: ("pictures_the_other_way", "with_caches_and_graphs"),
+    3: ("pictures", "pictures_the_other_way", "uneven_heads"), 4: ("lengths", "teams", "more_ranks_than_heads"),
     5: ("lengths", "teams"),
 }  # fmt: skip
 CHECKS = Asked(circles, NAMES, SLOW)

@@ -14,10 +14,12 @@ from .asked import Asked
 
 NAMES = {
     2: (
-        "who_waits_always_is_exact", "who_never_waits_is_as_before", "who_waits_sends_once_more", "planned", "refused",
+        "who_waits_always_is_exact", "who_waits_always_is_exact_in_unets", "who_never_waits_is_as_before",
+        "who_waits_sends_once_more", "planned", "planned_in_unets", "refused",
     ),
 }  # fmt: skip
-CHECKS = Asked(scheduled, NAMES, {})
+SLOW = {2: ("who_waits_always_is_exact_in_unets", "planned_in_unets")}  # half a minute; who never waits has one, too
+CHECKS = Asked(scheduled, NAMES, SLOW)
 told = CHECKS.told
 pytestmark = pytest.mark.xdist_group("scheduled")
 
@@ -43,8 +45,9 @@ def test_bytes_are_the_formula() -> None:
         assert one["layers"] == message * (blocks * (steps - 1) + 2)
 
 
-def test_all_ranks_make_the_same_plan() -> None:
-    first, second = told(2, "planned")
+@pytest.mark.parametrize("check", ["planned", pytest.param("planned_in_unets", marks=pytest.mark.slow)])
+def test_all_ranks_make_the_same_plan(check: str) -> None:
+    first, second = told(2, check)
     for name, one in first.items():
         assert one == second[name]
         errors = {layer: error for layer, (error, _) in one["table"].items()}

@@ -1,0 +1,1 @@
+"""Block-sparse self-attention: which blocks of keys a block of queries reads, and how they are read."""
