@@ -1,9 +1,10 @@
 #!/bin/sh
 # Two ranks in two network namespaces joined by a veth pair; scripts/overlap.py limits its rate and measures what each
 # parallel method hides. Needs Linux, iproute2 and util-linux, no root where user namespaces are allowed; skips with a
-# message elsewhere. Arguments go to scripts/overlap.py; `python` is the one on the PATH.
+# message elsewhere. Arguments go to scripts/overlap.py, or to a script that is named first; `python` is the one on the
+# PATH.
 #
-#     benchmarks/overlap.sh [--rounds 5] [--size 320] [--share 1.0 ...] [-o FILE]
+#     benchmarks/overlap.sh [SCRIPT.py] [--rounds 5] [--size 320] [--share 1.0 ...] [-o FILE]
 set -eu
 
 skip() {
@@ -20,6 +21,8 @@ if [ "${1-}" != --inside ]; then
     exec unshare --user --map-root-user --net sh benchmarks/overlap.sh --inside "$@"
 fi
 shift
+script=scripts/overlap.py
+case "${1-}" in *.py) script=$1 && shift ;; esac
 
 ip link set lo up
 unshare --net sleep 100000 &
@@ -44,9 +47,9 @@ fair='cd /proc/sys/net/ipv4 && echo 131072 > tcp_limit_output_bytes && echo 0 > 
 sh -c "$fair" && nsenter --target "$other" --net sh -c "$fair" || skip "the settings of TCP cannot be changed"
 
 export WORLD_SIZE=2 MASTER_ADDR=10.9.0.1 MASTER_PORT=29511 OMP_NUM_THREADS=1
-RANK=1 GLOO_SOCKET_IFNAME=v1 nsenter --target "$other" --net python scripts/overlap.py "$@" &
+RANK=1 GLOO_SOCKET_IFNAME=v1 nsenter --target "$other" --net python "$script" "$@" &
 second=$!
-RANK=0 GLOO_SOCKET_IFNAME=v0 python scripts/overlap.py "$@" &
+RANK=0 GLOO_SOCKET_IFNAME=v0 python "$script" "$@" &
 first=$!
 wait "$first"
 wait "$second"

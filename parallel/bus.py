@@ -29,6 +29,7 @@ from .codec import raw
 from .mesh import Topology
 from .opaque import Opaque
 from .shares import Speeds
+from .turns import Turns
 from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
@@ -90,7 +91,8 @@ class Bus:
         self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}
         self._asked: list[Sent] = []
-        self._sending: list[Sent] = []  # of exchanges that are waited for
+        self.turns = Turns()
+        self._sending: tuple[list[Sent], list[Sent]] = ([], [])  # of exchanges that each part waits for
         self._leaving: list[list[Sent]] = [[], []]  # for the next step: those of the step before, those of this one
 
     def _group(self, name: str) -> Any:
@@ -130,7 +132,7 @@ class Bus:
     ) -> list[Pending]:
         """Send bytes to peers and expect so many of others, or as many as a tensor has room for, without waiting;
         `later`: what is needed now does not queue behind them."""
-        sending = self._leaving[-1] if later else self._sending
+        sending = self._leaving[-1] if later else self._sending[self.turns.part]
         device = next(iter(sends.values())).device if sends else self.device
         empty = partial(torch.empty, dtype=torch.uint8, device=device)
         buffers = {peer: size if isinstance(size, Tensor) else empty(size) for peer, size in sizes.items()}
@@ -164,6 +166,7 @@ class Bus:
 
         Raises PeerLost; of what a device waits for, at a later call.
         """
+        self.turns.hand_over()
         began = time.perf_counter()
         if pending and not pending[0].buffer.is_cpu:
             works, peers = [i.work for i in pending], {i.peer for i in pending}
@@ -233,7 +236,7 @@ class Bus:
 
     def drain(self, sending: list[Sent] | None = None) -> None:
         """Wait until what was sent has left: of what the others wait for, unless told."""
-        began, sending = time.perf_counter(), self._sending if sending is None else sending
+        began, sending = time.perf_counter(), self._sending[self.turns.part] if sending is None else sending
         for work, message in sending:
             limit = (self._limit(),) if message.is_cpu else ()  # see Watch.wait
             self._guarded("sending", set(), partial(work.wait, *limit))
@@ -249,14 +252,27 @@ class Bus:
         self, kind: str, layer: str, parts: Sequence[Tensor], ranks: Sequence[int], shapes: Sequence[Sequence[int]]
     ) -> list[Tensor]:  # fmt: skip
         """Part k goes to the k-th of some ranks, this one among them, whose part for us has the k-th shape."""
+        found = self.offer(kind, layer, parts, ranks, shapes)()
+        self.drain()
+        return found
+
+    def offer(
+        self, kind: str, layer: str, parts: Sequence[Tensor], ranks: Sequence[int], shapes: Sequence[Sequence[int]]
+    ) -> Callable[[], list[Tensor]]:
+        """As `deal`, but what is returned waits; `drain` afterwards."""
         own, like = self.topology.rank, parts[0]
         messages = {rank: raw(part) for rank, part in zip(ranks, parts, strict=True) if rank != own}
         sizes = {r: torch.Size(s).numel() * like.itemsize for r, s in zip(ranks, shapes, strict=True) if r != own}
-        got = self.swap(kind, layer, messages, sizes)
-        return [
-            part if rank == own else got[rank].view(like.dtype).reshape(tuple(shape))
-            for rank, part, shape in zip(ranks, parts, shapes, strict=True)
-        ]
+        pending = self.post(kind, layer, messages, sizes)
+
+        def arrived() -> list[Tensor]:
+            got = self.wait(pending, kind)
+            return [
+                part if rank == own else got[rank].view(like.dtype).reshape(tuple(shape))
+                for rank, part, shape in zip(ranks, parts, shapes, strict=True)
+            ]
+
+        return arrived
 
     def mean(self, value: Tensor, axes: Sequence[str]) -> Tensor:
         """The mean of a scalar over the ranks of some axes, the same to the bit on all of them."""
@@ -290,7 +306,7 @@ class Bus:
         """Break off: whoever waits for this rank learns of it now."""
         self._watch.stop()
         self._watch, self.broken = self._watched(), self.broken + 1
-        self._sending, self._leaving, self._asked = [], [[], []], []
+        self._sending, self._leaving, self._asked = ([], []), [[], []], []
         groups, self._groups = self._groups, {}
         for name, group in groups.items():
             _close(name, group)

@@ -87,7 +87,7 @@ class Exchange:
 
     def __init__(self, bus: Bus, layer: str, kind: str, codec: Codec = "raw", bundle: Bundle | None = None) -> None:
         self.bus, self.layer, self.kind, self.codec, self.bundle = bus, layer, kind, codec, bundle
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[tuple[int, int], Slot] = {}  # by branch, and part of the batch
         self.waits: bool | None = None  # in every step, or in none; None goes by the step
 
     def reset(self) -> None:
@@ -100,17 +100,17 @@ class Exchange:
         """After a failure: nothing will arrive any more."""
         self._slots = {}
 
-    def held(self) -> dict[int, Slot]:
+    def held(self) -> dict[tuple[int, int], Slot]:
         """What is known now, to be known again; nothing may be under way."""
-        return {branch: slot.copy() for branch, slot in self._slots.items()}
+        return {place: slot.copy() for place, slot in self._slots.items()}
 
-    def hold(self, held: dict[int, Slot]) -> None:
+    def hold(self, held: dict[tuple[int, int], Slot]) -> None:
         """Know what was known."""
         self.reset()
-        self._slots = {branch: slot.copy() for branch, slot in held.items()}
+        self._slots = {place: slot.copy() for place, slot in held.items()}
 
     def slot(self, step: Step | None) -> Slot:
-        return self._slots.setdefault(step.branch if step else 0, Slot())
+        return self._slots.setdefault((step.branch if step else 0, self.bus.turns.part), Slot())
 
     def swap(
         self, sends: Messages, shapes: Shapes, dtype: torch.dtype, step: Step | None, fresh: bool, max_age: int,

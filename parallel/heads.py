@@ -26,11 +26,12 @@ Along = Callable[..., Tensor]  # passes on along some ranks, which have so many 
 
 def by_heads(
     split: Split, layer: str, team: Sequence[int], counts: Sequence[int], own: slice,
-    query: Tensor, key: Tensor, value: Tensor, inner: Inner,
+    query: Tensor, key: Tensor, value: Tensor, inner: Inner, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """Tokens for heads, attention, heads for tokens. `own` are the tokens of the picture; text is on all ranks.
 
-    team: the ranks, in order; counts: the picture's tokens that each of them has.
+    team: the ranks, in order; counts: the picture's tokens that each of them has. groups: into how many a rank's heads
+    are dealt, at most; one travels while the one before it is computed (PipeDiT, https://arxiv.org/abs/2511.12056).
     """
     text = query.shape[-2] - (own.stop - own.start)
     if len(team) == 1:
@@ -43,23 +44,40 @@ def by_heads(
         )
     place, batch, width = team.index(split.bus.topology.rank), query.shape[0], query.shape[-1]
     speeds = split.bus.speeds.among([split.ranks.index(rank) for rank in team])
-    ranges = shares(query.shape[1], len(team), speeds)
-    heads = [end - begin for begin, end in ranges]
+    dealt = _groups(shares(query.shape[1], len(team), speeds), groups)
+    packed, total = _picture_first(torch.stack([query, key, value]), own), sum(counts)
+    mine = packed.shape[-2] - text
 
-    def deal(parts: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        return split.bus.deal("kv", layer, parts, team, shapes)
+    def offer(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> Callable[[], list[Tensor]]:
+        return split.bus.offer("kv", layer, parts, team, shapes)
 
-    packed = _picture_first(torch.stack([query, key, value]), own)
-    there = packed[..., : packed.shape[-2] - text, :].split(heads, 2)
-    picture = torch.cat(deal(there, [(3, batch, heads[place], count, width) for count in counts]), -2)
-    words = packed[:, :, slice(*ranges[place]), packed.shape[-2] - text :]
-    q, k, v = torch.cat([picture, words], -2)
-    out = inner(q, k, v, text)
-    total = sum(counts)
-    back = deal(out[..., :total, :].split(list(counts), -2), [(batch, n, counts[place], width) for n in heads])
-    told = deal([out[..., total:, :]] * len(team), [(batch, n, text, width) for n in heads]) if text else []
-    parts = [torch.cat(back, 1), *([torch.cat(told, 1)] if told else [])]
-    return _placed(torch.cat(parts, -2), own, text)
+    coming, leaving = [], []
+    for those in dealt:
+        shapes = [(3, batch, _len(those[place]), count, width) for count in counts]
+        coming.append(offer([packed[:, :, heads, :mine] for heads in those], shapes))
+    for those, arrived in zip(dealt, coming, strict=True):
+        words = packed[:, :, those[place], mine:]
+        q, k, v = torch.cat([*arrived(), words], -2)
+        out = inner(q, k, v, text)
+        seen = [torch.cat([part, out[..., total:, :]], -2) for part in out[..., :total, :].split(list(counts), -2)]
+        leaving.append(offer(seen, [(batch, _len(heads), counts[place] + text, width) for heads in those]))
+    back = [arrived() for arrived in leaving]
+    split.bus.drain()
+    return _placed(torch.cat([part for rank in zip(*back, strict=True) for part in rank], 1), own, text)
+
+
+def _groups(ranges: Sequence[tuple[int, int]], groups: int) -> list[list[slice]]:
+    """Heads of each rank, in so many groups, or in one for each head where a rank has fewer."""
+    groups = min(groups, *(end - begin for begin, end in ranges))
+    parts = [shares(end - begin, groups) for begin, end in ranges]
+    return [
+        [slice(begin + part[k][0], begin + part[k][1]) for (begin, _), part in zip(ranges, parts, strict=True)]
+        for k in range(groups)
+    ]
+
+
+def _len(heads: slice) -> int:
+    return heads.stop - heads.start
 
 
 def check_heads(blocks: Sequence[nn.Module], team: int, method: str) -> None:

@@ -66,6 +66,11 @@ class Split:
         self.exchanges.append(made)
         return made
 
+    def note(self, text: str) -> None:
+        """What a user should know of this run."""
+        for callback in self.clock.on_note if self.clock is not None else ():
+            callback(text)
+
     def belongs_to(self, anatomy: Anatomy) -> None:
         """All layers are ruled. Raises BadConfig where the method's settings name one that is not here."""
         self.method.check_layers(anatomy, [one.layer for one in self.exchanges])

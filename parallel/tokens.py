@@ -22,6 +22,7 @@ from fastdiff.patch import PatchSet
 from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
+from .halves import in_halves
 from .heads import check_heads
 from .split import Split, around
 
@@ -127,7 +128,7 @@ def split_tokens(
 
     _rules(split, anatomy, layout, patches)
     split.belongs_to(anatomy)
-    patches.wrap_forward(anatomy.denoiser, lambda forward: around(split, forward, seen))
+    patches.wrap_forward(anatomy.denoiser, lambda forward: around(split, in_halves(split, anatomy, forward), seen))
     return outside
 
 

@@ -17,6 +17,7 @@ from fastdiff.patch import PatchSet
 from .attention import split_attention
 from .base import ParallelMethod
 from .bus import Bus
+from .halves import in_halves
 from .layers import split_layers
 from .shares import Speeds
 from .split import Split, around
@@ -84,7 +85,8 @@ def split_unet(method: ParallelMethod, anatomy: Anatomy, bus: Bus, clock: StepCl
 
     _rules(split, unet, patches)
     split.belongs_to(anatomy)
-    patches.wrap_forward(unet, lambda forward: around(split, forward, change, partial(split.whole, dim=-2)))
+    whole = partial(split.whole, dim=-2)
+    patches.wrap_forward(unet, lambda forward: around(split, in_halves(split, anatomy, forward), change, whole))
 
 
 def split_decoder(method: ParallelMethod, vae: nn.Module, bus: Bus, patches: PatchSet) -> None:

@@ -213,7 +213,7 @@ class Accelerated:
         if method is None:
             return None
         if self.crew is not None:
-            check_shared(method, self.crew.bus.topology)
+            check_shared(method, self.crew.bus.topology, getattr(self.crew.method, "halves", False))
         why = "ranks and compiled graphs are for whole batches" if self.crew or self.config.compile.enabled else None
         kind = Speculating if method.guard == "speca" else Session
         return kind(method, anatomy, self.clock, self._recorder, ahead=ahead, whole=why)

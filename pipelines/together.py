@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from fastdiff.parallel.mesh import Topology
 
 
-def check_shared(method: CacheMethod, topology: Topology) -> None:
+def check_shared(method: CacheMethod, topology: Topology, by_turns: bool = False) -> None:
     """Raises BadConfig where each rank sees less of a step than the cache has to.
 
     A gate leaves out one half of guidance, and with cfg = 2 no rank has both; several steps that are decoded as one
-    batch are rows of no rank.
+    batch are rows of no rank. by_turns: whether the halves of a batch take turns in all that is cached.
     """
     own: Any = method
+    if by_turns:
+        raise BadConfig(
+            f"{own.method} keeps what a block made of the whole batch, and with parallel.halves each block runs "
+            "once for each half; set parallel.halves = false, or leave the cache out"
+        )
     if own.guard == "verify" and topology.step > 1:
         raise BadConfig(
             'cache.guard = "verify" needs all steps of a run on each rank, where parastep gives each its own; set '

@@ -94,8 +94,8 @@ def measured(pipe: Any, size: int, rounds: int) -> dict[str, Any]:
     return {name: median(runs, told) for name, runs in told.items()}
 
 
-def run(pipe: Any, size: int, method: dict[str, Any] | None) -> dict[str, Any]:
-    """A picture; of its late steps, means: seconds, waited seconds (mean of the ranks), bytes by kind of rank 0."""
+def run(pipe: Any, size: int, method: dict[str, Any] | None, images: int = 1) -> dict[str, Any]:
+    """So many pictures at once; means of late steps: seconds, waited (mean of the ranks), bytes by kind of rank 0."""
     if method is None and dist.get_rank():
         return {}
     lever = method | {"devices": 2, "timeout": TIMEOUT} if method else None
@@ -111,7 +111,8 @@ def run(pipe: Any, size: int, method: dict[str, Any] | None) -> dict[str, Any]:
         fast.clock.on_tick.append(tick)
         noise = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent", "generator": noise}
-        pipe("a large red circle above a small blue square", height=size, width=size, **call)
+        many = {"height": size, "width": size, "num_images_per_prompt": images}
+        pipe("a large red circle above a small blue square", **many, **call)
         first, last = marks[LATE.start - 1], marks[LATE.stop - 1]
         seconds, busy, waited = ((b - a) / len(LATE) for a, b in zip(first[:3], last[:3], strict=True))
         for sent, stood in zip(fast.report.spans[::2], fast.report.spans[1::2], strict=True):

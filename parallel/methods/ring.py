@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.exchange import Exchange
+from fastdiff.parallel.halves import ByTurns
 from fastdiff.parallel.heads import in_teams
 from fastdiff.parallel.partial import attend_part, masked, merge
 from fastdiff.parallel.split import Split
@@ -34,7 +34,7 @@ def along(
     return found.out.to(query.dtype)
 
 
-class Ring(ParallelMethod):
+class Ring(ByTurns):
     """Keys and values travel round a ring of ranks, and a block is computed while the next is on its way. Exact.
 
     Sends what `patch` sends, but waits only for what takes longer than its attention, holds two blocks instead of all,

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.exchange import Exchange
+from fastdiff.parallel.halves import ByTurns
 from fastdiff.parallel.heads import in_teams
 from fastdiff.parallel.partial import Part, attend_part, masked, merge
 from fastdiff.parallel.split import Split
@@ -106,7 +106,7 @@ def _heard(parcels: Parcels, said: Sequence[tuple[int, Part | None]]) -> list[Pa
     return [parcels.take_part(str(peer)) if part is None else part for peer, part in said]
 
 
-class TokenRing(ParallelMethod):
+class TokenRing(ByTurns):
     """Queries travel one way round a ring of ranks and what they found goes straight home the other way. Exact.
 
     Keys and values stay, so both directions of a link are used where `ring` uses one; what is sent is as much, and a

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from fastdiff.parallel.attention import Layout
-from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.exchange import Exchange
+from fastdiff.parallel.halves import ByTurns
 from fastdiff.parallel.heads import by_heads
 from fastdiff.parallel.split import Split
 
@@ -22,10 +23,11 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     counts = layout.counts(own.stop - own.start)
-    return by_heads(split, exchange.layer, split.ranks, counts, own, query, key, value, whole)
+    asked: Any = split.method
+    return by_heads(split, exchange.layer, split.ranks, counts, own, query, key, value, whole, asked.groups)
 
 
-class Ulysses(ParallelMethod):
+class Ulysses(ByTurns):
     """Sequence parallelism of transformers: in attention each rank has all tokens and a share of the heads. Exact.
 
     Formula: of p ranks with H heads, rank r computes attention(q_h, k_h, v_h) over all tokens for its share of H / p
@@ -34,6 +36,7 @@ class Ulysses(ParallelMethod):
     """
 
     method: Literal["ulysses"] = "ulysses"
+    groups: int = Field(1, ge=1, description="groups of a rank's heads, one travels while another is computed (exact)")
 
     attend: ClassVar[Any] = staticmethod(attend)
 

@@ -32,6 +32,8 @@ WAITING = {
     "fastdiff/cli/waiting.py", "parallel/codec.py", "parallel/displaced.py", "parallel/methods/distrifusion.py",
     "parallel/methods/pcpp.py", "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
 }  # fmt: skip
+# Halves of a batch that take turns: two call stacks, and the methods that may have them.
+TURNS = {"parallel/halves.py", "parallel/turns.py"}
 # A gate with a slope of its own, a guard that runs a block, and objectives of plans, one of which draws pictures.
 SLOPED = {"caching/measured.py", "caching/methods/dicache.py", "caching/objectives.py", "caching/speca.py"}
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.
@@ -81,6 +83,7 @@ APART = {
     "sparse": SPARSE, "written": WRITTEN,
     "learned": LEARNED, "sloped": SLOPED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
+    "turns": TURNS,
 }  # fmt: skip
 
 
@@ -89,7 +92,7 @@ APART = {
     [
         ("levers and core", 16_000),
         ("solver", 2_250),
-        ("devices", 1_485),
+        ("devices", 1_510),
         ("loading", 600),
         ("predictors", 470),
         ("front", 7_000),
@@ -97,6 +100,7 @@ APART = {
         ("serving", 930),
         ("pictures", 250),
         ("switch", 170),
+        ("turns", 180),
         ("learned", 480),
         ("waiting", 565),
         ("sloped", 345),

@@ -68,6 +68,11 @@ def killed_tokens_go_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd3", signal.SIGKILL, method="ulysses", on_peer_loss="local", vae=True)
 
 
+def killed_turns_go_on(rank: int, ranks: int) -> list[Any]:
+    """In the middle of two call stacks."""
+    return _lost(rank, ranks - 1, "sd3", signal.SIGKILL, method="patch", halves=True, on_peer_loss="local")
+
+
 def killed_half_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "flux", signal.SIGKILL, method="cfg", on_peer_loss="local")
 

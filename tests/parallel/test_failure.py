@@ -14,8 +14,8 @@ from .ranks import start
 
 RAISES = {"killed": (3, 30.0), "killed_in_a_cycle": (2, 30.0), "stopped": (2, 60.0)}  # ranks, most seconds when busy
 GOES_ON = (
-    "killed_patches_go_on", "killed_displaced_go_on", "killed_tokens_go_on", "killed_half_goes_on",
-    "killed_first_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on",
+    "killed_patches_go_on", "killed_displaced_go_on", "killed_tokens_go_on", "killed_turns_go_on",
+    "killed_half_goes_on", "killed_first_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on",
 )  # fmt: skip
 pytestmark = pytest.mark.xdist_group("ranks")
 
