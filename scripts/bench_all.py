@@ -34,8 +34,11 @@ CLIPPED = (
 )
 # Files whose last command made some of their rows, wrote elsewhere, or is not recorded.
 WHOLE = {
-    "memory-advice": ["python scripts/count_memory.py --only SDXL --json benchmarks/memory-advice.json"],
     "parallel-codecs": ["python scripts/trial_codecs.py"],
+    "parallel-turns": [
+        "benchmarks/overlap.sh scripts/measure_turns.py",
+        "benchmarks/overlap.sh scripts/measure_turns.py --model shapes-unet --size 320 --images 1 --method patch",
+    ],
     "quant-clipping": [
         f"python scripts/measure_quant.py quality --model shapes-unet --captions 16 --fit 8 {CLIPPED}",
         f"python scripts/measure_quant.py quality --model shapes-dit --captions 4 --fit 4 {CLIPPED}",

@@ -130,7 +130,25 @@ def own_models() -> Iterator[Phrase]:
     yield "(`benchmarks/exact.json`: # to # times)", (min(times), max(times))
 
 
+def trials() -> Iterator[Phrase]:
+    """What was tried beside the parallel methods, and is not built in."""
+    for one in read("parallel-slabs")["rows"]:
+        if "bytes_per_step" in one:
+            ways = ("ring", "ulysses", "pipefusion", "slabs, overlap 0.5")
+            sent = tuple(one["bytes_per_step"][way] / 1e6 for way in ways)
+            yield f"| {one['name']} | {one['ranks']} | # | # | # | # |", sent
+    rows = read("parallel-chords")["rows"]
+    behind = []
+    for one in rows:
+        same = [o for o in rows if all(o[key] == one[key] for key in ("model", "ranks", "rounds"))]
+        cores = [o["psnr"] for o in same if o["name"].startswith("chords")]
+        if one["name"].startswith("parastep") and "order 2" not in one["name"] and cores:
+            behind.append(one["psnr"] - max(cores))
+    yield "it is # to # dB behind `order = 1`", (min(behind), max(behind))
+
+
 def parallel() -> Iterator[Phrase]:
+    yield from trials()
     for one in read("parallel-freshness")["rows"]:
         if "waiting_layers" in one:
             layers = f"| {one['waiting_layers']} of {one['all_layers']} | # of # | # |"
