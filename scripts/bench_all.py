@@ -45,7 +45,6 @@ WHOLE = {
     ],
     "quant-clock": ["python scripts/measure_quant_clock.py"],
     "quant-quality": [f"python scripts/measure_quant.py quality --model {model}" for model in MODELS],
-    "serve": ["python scripts/load_serve.py --json benchmarks/serve.json"],
     "solver-transfer-unet": ["python scripts/measure_transfer.py shapes-unet -o benchmarks/solver-transfer-unet.json"],
     "tune": ["python scripts/measure_tune.py -o benchmarks/tune.json"],
 }
