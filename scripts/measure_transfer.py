@@ -35,7 +35,8 @@ STOCK = {
 }
 FINE = 150  # steps of DPM++ 2M that stand for the converged picture
 BATCH = 8
-SIZES = (48, 96)  # pixels; the models are made for 64
+# pixels; the models are made for 64, and the transformer's table of places ends there
+SIZES = {"shapes-unet": (48, 96), "shapes-dit": (32, 48)}
 COLOUR, TUNED = "red", 400  # what the LoRA is fine-tuned on, and the steps of that
 LORA = f"LoRA of {COLOUR} shapes"
 
@@ -45,7 +46,7 @@ def conditions(model: str, usual: dict[str, Any]) -> Iterator[tuple[str, dict[st
     yield "as fitted", usual, None
     for guidance in (1.5, 2.0, 4.5, 6.0, 7.5):
         yield f"guidance {guidance:g}", usual | {"guidance_scale": guidance}, None
-    for size in SIZES:
+    for size in SIZES[model]:
         yield f"{size} x {size} pixels", usual | {"height": size, "width": size}, None
     yield "w8a8 weights", usual, "w8a8"
     if model == "shapes-unet":
