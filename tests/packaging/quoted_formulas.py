@@ -309,6 +309,7 @@ def server() -> Iterator[Phrase]:
     for kind in ("short", "edit", "long"):
         told = [way["latency_s"][kind][what] for way in ways for what in ("median", "p95")]
         yield f"| {kind} | # s, # s | # s, # s |", tuple(told)
+    yield "In turns the p95 of short requests is # times smaller", (read("serve")["short_p95_ratio"],)
     first, last = ([way["memory_mb"][k] for way in ways] for k in (0, -1))
     yield "at the end | # MB, # MB | # MB, # MB |", (first[0], last[0], first[1], last[1])
 
