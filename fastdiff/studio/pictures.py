@@ -83,10 +83,11 @@ def guided(pipe: Any, job: Sampling) -> dict[str, Any]:
         return {}
     usual = known["true_cfg_scale"].default
     told = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers(pipe).values())
-    if told and given and usual <= 1:
-        raise BadConfig(f"{type(pipe).__name__}, distilled from guidance, heeds no negative prompt; leave it out")
     asked = (given or usual > 1) and not told and job.guidance_scale is not None
     scale: Any = job.guidance_scale if asked else usual
+    if given and scale <= 1:
+        why = ", distilled from guidance," if told else " at a guidance scale of 1 or less"
+        raise BadConfig(f"{type(pipe).__name__}{why} heeds no negative prompt; leave it out")
     return {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 and not given else {})}
 
 

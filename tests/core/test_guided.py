@@ -38,3 +38,9 @@ def test_a_model_that_is_told_its_scale_heeds_no_negative_prompt() -> None:
     assert guided(pipe, Sampling(prompt="a cat", guidance_scale=3.0)) == {"true_cfg_scale": 1.0}
     with pytest.raises(BadConfig, match="FluxPipeline, distilled from guidance, heeds no negative prompt"):
         check(pipe, Sampling(prompt="a cat", negative_prompt="dog"), "picture")
+
+
+@pytest.mark.parametrize("asked", [{}, {"guidance_scale": 1.0}])
+def test_without_a_scale_to_guide_by_a_negative_prompt_is_refused(asked: dict[str, float]) -> None:
+    with pytest.raises(BadConfig, match="FluxPipeline at a guidance scale of 1 or less heeds no negative prompt"):
+        check(tiny.make("flux"), Sampling(prompt="a cat", negative_prompt="dog", **asked), "picture")
