@@ -7,32 +7,18 @@ writes block after block.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import ConfigDict, Field
 from torch import nn
 
+from fastdiff.caching.another import AnotherModel
 from fastdiff.caching.base import Forward
 from fastdiff.caching.prefix import PrefixCache
 from fastdiff.caching.protocols import Live
 from fastdiff.caching.verifying import Verifying
 from fastdiff.caching.written import TextMethod
 from fastdiff.errors import BadConfig
-
-
-def _model(value: Any) -> Any:
-    if not isinstance(value, nn.Module) and not (value and isinstance(value, str)):
-        raise ValueError("give a causal language model with the vocabulary of the pipeline's, or its directory")
-    return value
-
-
-def _named(model: Any) -> str:
-    return f"<a live {type(model).__name__}>" if isinstance(model, nn.Module) else str(model)
-
-
-Verifier = Annotated[
-    Any, AfterValidator(_model), PlainSerializer(_named, when_used="json"), WithJsonSchema({"type": "string"})
-]
 
 
 class APD(TextMethod):
@@ -48,7 +34,7 @@ class APD(TextMethod):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     method: Literal["apd"] = "apd"
-    verifier: Verifier = Field(description="a causal language model: a module, or its directory")
+    verifier: AnotherModel = Field(description="a causal language model: a module, or its directory")
     ratio: float = Field(0.7, ge=0, le=1, description="share of the diffusion model in the target")
     prefix: bool = Field(True, description="keep the keys and values of finished blocks, as fast_dllm does")
     verify: bool = Field(True, description="with prefix: compare with the full forward where the first blocks end")

@@ -7,34 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import ConfigDict, Field
 from torch import nn
 
 from fastdiff.anatomy import Anatomy
+from fastdiff.caching.another import AnotherModel
 from fastdiff.caching.base import CacheMethod, Forward, Span
 from fastdiff.caching.protocols import Live
 from fastdiff.caching.region import Region
 from fastdiff.clock import Run
 from fastdiff.errors import BadConfig
-
-
-def _second(value: Any) -> Any:
-    if isinstance(value, nn.Module):
-        return value
-    if not value or not isinstance(value, str):
-        raise ValueError("give a denoiser, or the directory of one or of a pipeline that holds one")
-    return value
-
-
-def _named(second: Any) -> str:
-    return f"<a live {type(second).__name__}>" if isinstance(second, nn.Module) else str(second)
-
-
-Second = Annotated[
-    Any, AfterValidator(_second), PlainSerializer(_named, when_used="json"), WithJsonSchema({"type": "string"})
-]
 
 
 class Switch(CacheMethod):
@@ -49,7 +33,7 @@ class Switch(CacheMethod):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     method: Literal["switch"] = "switch"
-    second: Second = Field(description="the other denoiser: a module, or the directory of it or of its pipeline")
+    second: AnotherModel = Field(description="the other denoiser: a module, or the directory of it or of its pipeline")
     between: Span = Field((0.5, 1.0), description="shares of the run between which the second denoiser runs")
 
     @property

@@ -149,5 +149,5 @@ def test_a_verifier_is_read_from_its_directory(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadModel, match="cannot be loaded"):
         fast(0.0, verifier=str(tmp_path / "empty"))
-    with pytest.raises(BadConfig, match="give a causal language model"):
+    with pytest.raises(BadConfig, match="give a model, or the directory of one"):
         fast(0.0, verifier="")

@@ -76,7 +76,7 @@ SPARSE = {
     *(f"pipelines/sparse/{name}.py" for name in ("__init__", "blocks", "install", "radial", "sparge")),
 }
 WRITTEN = {
-    *(f"caching/{name}.py" for name in ("delayed", "verifying", "written")),
+    *(f"caching/{name}.py" for name in ("another", "delayed", "verifying", "written")),
     *(f"caching/methods/{name}.py" for name in ("apd", "dkv_cache")),
 }  # fmt: skip
 APART = {
