@@ -256,16 +256,16 @@ def rows_with(kind: str, name: str) -> list[Mapping[str, Any]]:
 
 
 def measured(kind: str, name: str) -> str:
-    rows = rows_with(kind, name)
+    rows, others = rows_with(kind, name), parted(kind, name)
     if not rows:
-        return parted(kind, name) or "This method has no row in the committed benchmarks."
+        return others or "This method has no row in the committed benchmarks."
     columns = {key: title for key, title in readme.COLUMNS.items() if key != "kind"}
     body = [
         (f"[{row['model']}](../../benchmarks/{row['file']})", *(readme.cell(key, row[key]) for key in columns))
         for row in rows
     ]
     said = "Compared with the plain picture of the same seed; [how to read it](../../results.md)."
-    return readme.table(("model", *columns.values()), body) + f"\n\n{said}"
+    return "\n\n".join([readme.table(("model", *columns.values()), body), said, *([others] if others else [])])
 
 
 def parted(kind: str, name: str) -> str:

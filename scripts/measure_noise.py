@@ -53,7 +53,7 @@ def main(
             noise = square(found, floats[name])
             alone = noise if alone is None else alone
             rows.append({
-                "model": model, "quant": scheme, "name": name, "steps": STEPS[model], "captions": captions,
+                "model": model, "scheme": scheme, "name": name, "steps": STEPS[model], "captions": captions,
                 "computed_steps": told["computed_steps"], "psnr": decibels(found, study.truth),
                 "psnr_of_cache": decibels(floats[name], study.truth), "amplification": round(noise / alone, 3),
                 "share": round(noise / square(found, study.truth), 3),

@@ -102,8 +102,8 @@ def test_what_is_refused(tmp_path):
         (pipe.unet, BadConfig, "the pipeline's own"),
         (tiny.make("sd3").transformer, UnsupportedModel, "is not called as a UNet2DConditionModel"),
         (wide, UnsupportedModel, "in_channels = 9"),
-        (3, BadConfig, "give a denoiser"),
-        ("", BadConfig, "give a denoiser"),
+        (3, BadConfig, "give a model, or the directory of one"),
+        ("", BadConfig, "give a model, or the directory of one"),
     ]:
         with pytest.raises(error, match=said):
             fastdiff.accelerate(pipe, cache={"method": "switch", "second": second})

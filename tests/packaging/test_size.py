@@ -67,7 +67,7 @@ SERVING = {
 }
 # Decisions for each picture of a batch, with what of the session moved out for them; a second denoiser by turns.
 PICTURES = {"caching/companions.py", "caching/gate.py", "caching/pictures.py"}
-SWITCH = {"caching/methods/switch.py", "pipelines/switching.py"}
+SWITCH = {"caching/another.py", "caching/methods/switch.py", "pipelines/switching.py"}
 # Rounding that is learned, on layers and on blocks, levels of a normal distribution, and ranges by percentile.
 LEARNED = {f"quant/{name}.py" for name in ("divisors", "flexround", "grids", "histogram", "reconstruct")}
 # Attention that leaves blocks out, and how text is decoded beside the cache of its finished blocks.
@@ -76,7 +76,7 @@ SPARSE = {
     *(f"pipelines/sparse/{name}.py" for name in ("__init__", "blocks", "install", "radial", "sparge")),
 }
 WRITTEN = {
-    *(f"caching/{name}.py" for name in ("another", "delayed", "verifying", "written")),
+    *(f"caching/{name}.py" for name in ("delayed", "verifying", "written")),
     *(f"caching/methods/{name}.py" for name in ("apd", "dkv_cache")),
 }  # fmt: skip
 APART = {
