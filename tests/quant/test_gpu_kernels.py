@@ -222,7 +222,7 @@ def test_a_convolution_as_a_product_computes_what_the_reference_does(name, stati
     quantized = build(layer, Recipe("int8", "int8"), Present(), **edges)
     quantized._ranges = [(-1.0, 3.5)] if static else []
     assert kernel.refuses(quantized) == "needs an NVIDIA GPU"
-    torch.testing.assert_close(kernel(quantized, kernel.pack(quantized), x), reference(quantized, x))
+    torch.testing.assert_close(quantized._quantized(kernel, kernel.pack(quantized), x), reference(quantized, x))
 
 
 def test_a_convolution_is_no_product_where_the_copy_would_be_too_large(monkeypatch):
