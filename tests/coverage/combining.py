@@ -260,7 +260,7 @@ class Trials:
         own = self.rounded(asked.pipeline)
         if asked.quant == OFF:
             return own
-        ways = 1 if asked.parallel in (OFF, "cfg") else 2
+        ways = 1 if asked.parallel in (alone.parallel, "cfg") else 2
         return max(own, ways * apart(self.latents(alone), self.latents(alone.without("quant"))))
 
     def _latents(self, asked: Combination) -> Tensor:
