@@ -22,8 +22,6 @@ SETTINGS = {
     "solvers.md": {"1.2"},
     "sparse-attention.md": {"0.25"},
 }
-# Timed once; no file of benchmarks/ has them.
-UNSAVED = {"server.md": {"0.29", "0.20", "0.41", "0.77", "0.65", "0.90"}}
 MODELS = ("shapes-unet", "shapes-dit")
 
 
