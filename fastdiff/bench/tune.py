@@ -20,16 +20,23 @@ from fastdiff.pipelines.calibrate import calibrate
 from fastdiff.pipelines.solving.calibrate import fitting
 from fastdiff.pipelines.solving.schedulers import solver
 
-from .measure import Observer, run
+from .measure import Observer, draw, run
 from .metrics import psnr
 from .plan import Contender, Settings
 from .prompts import Prompts
 
 EVALUATIONS = (8, 5, 14, 6, 10, 20, 7, 12, 4, 17, 25, 30)  # the first of them are spread, as time may be short
 SHARES = (0.6, 0.45, 0.33)  # of the steps that a dynamic program of cached steps computes
-CONVERGED = "converged"
+SITES = {"": "output", " inside": "auto"}  # what is left out of the other steps
+_RIDGE = 0.01  # how strongly weights fitted to a trace are held to the predictor's
+# what a choice is tried with besides: neither is predicted, both may be slower than without
+_BESIDES: dict[str, dict[str, Any]] = {
+    "w8a8": {"quant": {"method": "w8a8"}}, "compiled": {"compile": {"enabled": True}},
+    "w8a8 compiled": {"quant": {"method": "w8a8"}, "compile": {"enabled": True}},
+}  # fmt: skip
 _FINE = 120  # steps of a second-order solver; 58 dB from those of 250 on shapes-unet
 _SCREENED = 4  # prompts that all candidates are drawn for
+_SCREENING = 3  # timed calls of each of them
 _FINALISTS = 4  # candidates that are drawn for all prompts
 _ORDER = 4  # of the fitted solvers
 _SURE = 1.64  # standard errors of a mean that lie between it and the target: other prompts keep it 19 times of 20
@@ -85,6 +92,12 @@ class Tried:
         return float(np.mean(np.asarray(self.decibels) >= least))
 
 
+def _levers(more: dict[str, Any]) -> dict[str, Any]:
+    """Validated sections of a config."""
+    whole = Config(**more)
+    return {lever: getattr(whole, lever) for lever in more}
+
+
 class Pictures(Observer):
     """Keeps the pictures of each row."""
 
@@ -109,6 +122,7 @@ class Tuning:
     say: Say = print
     configs: dict[str, Config] = field(default_factory=dict)
     screened: list[Tried] = field(default_factory=list)
+    _goals: list[NDArray] = field(default_factory=list)
 
     def search(self) -> tuple[list[Tried], Tried | None]:
         """All that was drawn for every prompt, with fewer steps of the stock solver, and the choice. Raises
@@ -121,7 +135,7 @@ class Tuning:
         known = {one.name for one in self.screened}
         if asked := {name: config for name, config in self.configs.items() if name not in known}:
             self.say(f"drawing {len(asked)} candidates for {_SCREENED} prompts")
-            self.screened += self._measure(asked, Prompts(self.prompts.texts[:_SCREENED]), 2)
+            self.screened += self._measure(asked, Prompts(self.prompts.texts[:_SCREENED]), _SCREENING)
             self._keep()
         if not (drawn := [one for one in self.screened if one.name in self.configs]):
             raise FastdiffError(
@@ -131,18 +145,28 @@ class Tuning:
         return self._verified([one.name for one in self.goal.nearest(drawn, len(self.prompts))], ends)
 
     def _verified(self, names: Sequence[str], ends: float) -> tuple[list[Tried], Tried | None]:
-        """Draws the most promising for every prompt, and others after them as long as none keeps what it promised."""
+        """Draws the most promising for every prompt, and others after them as long as none keeps what it promised; then
+        the choice with what it can be combined with."""
         found, chosen = dict[str, Tried](), None
         for start in range(0, len(names), _FINALISTS):
-            finalists = {name: self.configs[name] for name in names[start : start + _FINALISTS]}
-            if not start and time.monotonic() < ends:
-                quantized = self.configs[names[0]].model_copy(update={"quant": Config(quant="w8a8").quant})
-                finalists[f"{names[0]} w8a8"] = self.configs[f"{names[0]} w8a8"] = quantized
-            self.say(f"drawing {', '.join(finalists)} for {len(self.prompts)} prompts")
-            found = {one.name: one for one in self._measure(finalists, self.prompts, self.settings.rounds)} | found
-            if chosen := self.goal.best([one for one in found.values() if one.name in self.configs]):
+            found |= self._drawn(names[start : start + _FINALISTS])
+            if chosen := self._best(found):
                 break
+        if chosen and time.monotonic() < ends:
+            own = self.configs[chosen.name]
+            besides = {f"{chosen.name} {name}": own.model_copy(update=_levers(more)) for name, more in _BESIDES.items()}
+            self.configs |= besides
+            found |= self._drawn([chosen.name, *besides])  # all in one run, so that their times can be compared
+            chosen = self._best(found)
         return [*found.values()], chosen
+
+    def _drawn(self, names: Sequence[str]) -> dict[str, Tried]:
+        self.say(f"drawing {', '.join(names)} for {len(self.prompts)} prompts")
+        asked = {name: self.configs[name] for name in names}
+        return {one.name: one for one in self._measure(asked, self.prompts, self.settings.rounds)}
+
+    def _best(self, found: Mapping[str, Tried]) -> Tried | None:
+        return self.goal.best([one for one in found.values() if one.name in self.configs])
 
     def _candidates(self, ends: float) -> Iterator[tuple[str, Config]]:
         """Solvers from few evaluations on, then plans of cached steps, until the time is up or there are enough."""
@@ -164,31 +188,43 @@ class Tuning:
                     yield name, Config(solver={"method": "fitted", "plan": plan})
         for share in SHARES if self.goal.to == "plain" else ():
             steps = round(share * settings.steps)
-            if f"dp {steps}" not in self.configs and time.monotonic() < half:
-                self.say(f"planning {steps} of {settings.steps} steps")
-                asked = Config(cache={"method": "dp", "computed_steps": steps})
-                yield f"dp {steps}", calibrate(self.pipe, asked, self.texts[:8], **call)
+            for inside, site in SITES.items():
+                if (name := f"dp {steps}{inside}") not in self.configs and time.monotonic() < half:
+                    self.say(f"planning {steps} of {settings.steps} steps{inside}")
+                    asked = Config(cache={"method": "dp", "computed_steps": steps, "site": site, "ridge": _RIDGE})
+                    yield name, calibrate(self.pipe, asked, self.texts[:8], **call)
 
     def _measure(self, configs: Mapping[str, Config], prompts: Prompts, rounds: int) -> list[Tried]:
-        steps, seen = self.settings.steps, Pictures()
-        contenders = [Contender(name, "fastdiff", steps, config) for name, config in configs.items()]
-        if self.goal.to == "converged":
-            contenders.append(self._converged())
+        seen = Pictures()
+        contenders = [Contender(name, "fastdiff", self.settings.steps, config) for name, config in configs.items()]
         settings = self.settings.model_copy(update={"rounds": rounds, "converged_steps": None})
         rows = run(self.pipe, contenders, prompts, settings, observer=seen)
-        goal = seen.images[CONVERGED if self.goal.to == "converged" else "baseline"]
+        for row in rows:
+            if row.error:
+                self.say(f"{row.name} is left out: {row.error}")
+        goal = seen.images["baseline"] if self.goal.to == "plain" else self._fine(len(prompts))
         return [
             Tried(row.name, row.latency_s, row.speedup, [float(d) for d in psnr(seen.images[row.name], goal)])
             for row in rows
-            if row.name != CONVERGED and row.latency_s is not None and row.speedup is not None
+            if row.latency_s is not None and row.speedup is not None
         ]
 
-    def _converged(self) -> Contender:
-        """A fine solution: second order where the scheduler can be exchanged, else many steps of its own."""
+    def _fine(self, count: int) -> NDArray:
+        """The first pictures of a fine solution, drawn once: second order where the scheduler can be exchanged, else
+        many steps of its own."""
+        settings, own = self.settings, self.pipe.scheduler
         try:
-            return Contender(CONVERGED, "fewer_steps", _FINE, scheduler=solver("dpm++", self.pipe.scheduler))
+            self.pipe.scheduler, steps = solver("dpm++", own), _FINE
         except BadConfig:
-            return Contender(CONVERGED, "fewer_steps", self.settings.converged_steps or 500)
+            steps = settings.converged_steps or 500
+        try:
+            for first in range(len(self._goals), count, settings.batch):
+                places = range(first, min(first + settings.batch, count))
+                texts, seeds = [self.prompts.texts[k] for k in places], [settings.seed + k for k in places]
+                self._goals += draw(self.pipe, texts, seeds, steps, settings.guidance_scale)
+        finally:
+            self.pipe.scheduler = own
+        return np.stack(self._goals[:count])
 
     def _header(self) -> dict[str, Any]:
         return {

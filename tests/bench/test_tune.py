@@ -60,15 +60,16 @@ def test_where_the_most_promising_do_not_keep_it_the_next_are_drawn(tmp_path, mo
     def measured(self, configs, prompts, rounds):
         asked.extend(configs)
         kept = {one: 41.0 if one >= "solver 5" else 39.0 for one in configs}
-        return [tried("baseline", 1.0, 44.0), *(tried(one, 2.0, decibels) for one, decibels in kept.items())]
+        speed = {one: 3.0 if one.endswith("5 compiled") else 2.0 for one in configs}
+        return [tried("baseline", 1.0, 44.0), *(tried(one, speed[one], decibels) for one, decibels in kept.items())]
 
     monkeypatch.setattr(Tuning, "_measure", measured)
     every, chosen = found.search()
-    assert chosen.name == "solver 5" and asked == [f"solver {n}" for n in (0, 1, 2, 3)] + ["solver 0 w8a8"] + [
-        f"solver {n}" for n in (4, 5, 6, 7)
-    ]
-    assert sorted(one.name for one in every) == sorted(["baseline", *asked]), "each once"
-    assert len(said) == 2
+    besides = ["solver 5", "solver 5 w8a8", "solver 5 compiled", "solver 5 w8a8 compiled"]
+    assert asked == [f"solver {n}" for n in range(8)] + besides
+    assert chosen.name == "solver 5 compiled" and found.configs[chosen.name].compile.enabled
+    assert sorted(one.name for one in every) == sorted({"baseline", *asked}), "each once"
+    assert len(said) == 3
 
 
 def search(pipe, file, goal, said):

@@ -162,15 +162,15 @@ def test_grids_stand_side_by_side_and_the_best_is_bold(solver_tables, tmp_path):
 
 def test_searches_that_miss_are_counted_as_such(solver_tables, tmp_path):
     kept = {"model": "shapes-dit", "seed": 1, "target": 34.0, "chosen": "solver 8", "speedup": 3.5, "measured": 35.1,
-            "unseen": 34.0, "kept": 0.625}  # fmt: skip
+            "unseen": 34.0, "kept": 0.625, "single": "solver 7", "single_speedup": 3.1}  # fmt: skip
     missed = kept | {"target": 35.0, "unseen": 34.97}
     tries = [missed, kept, {"model": "shapes-dit", "seed": 2, "target": 36.0, "chosen": None}]
     told = {"tries": tries, "fit": 16, "prompts": 12, "judges": 24}
     (tmp_path / "tune.json").write_text(json.dumps(told), encoding="utf-8")
     found = solver_tables.tuned()
     assert found.startswith("1 of 3 searches reach their target on 24 captions")
-    assert "| shapes-dit | 1 | 34 | solver 8 | 3.50 | 35.1 | 34.0 | 62% |" in found
-    assert "| shapes-dit | 2 | 36 | nothing | - | - | - | - |" in found
+    assert "| shapes-dit | 1 | 34 | solver 8 | 3.50 | 3.10, solver 7 | 35.1 | 34.0 | 62% |" in found
+    assert "| shapes-dit | 2 | 36 | nothing | - | - | - | - | - |" in found
 
 
 def test_types_are_said_in_words(script):
