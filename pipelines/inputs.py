@@ -20,6 +20,7 @@ from fastdiff.errors import BadModel, UnsupportedModel
 from .sources import DTYPE, first_line
 
 KINDS = ("image", "mask", "control")
+_SHARED = ("cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "block_out_channels")
 _STEERS = ("controlnet", "adapter")  # components that read the picture which `image` is then
 
 
@@ -75,6 +76,26 @@ def _moving(pipe: Any) -> Any:
 
 def _controlnet(model: str, pipe: Any) -> ModelMixin:
     try:
-        return AutoModel.from_pretrained(model, use_safetensors=True, **{DTYPE: pipe.dtype})
+        found = AutoModel.from_pretrained(model, use_safetensors=True, **{DTYPE: pipe.dtype})
     except Exception as error:
         raise BadModel(f"control model {model!r} cannot be loaded: {first_line(error)}") from error
+    _check_shared(model, found, pipe)
+    return found
+
+
+def _check_shared(name: str, control: Any, pipe: Any) -> None:
+    """What a ControlNet was made for shows in sizes that it has in common with the denoiser that it steers."""
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    pairs = {size: (control.config.get(size), getattr(denoiser, "config", {}).get(size)) for size in _SHARED}
+    if edges := control.config.get("conditioning_embedding_out_channels"):  # each but the first halves the picture
+        pairs["scale of pictures to latents"] = (2 ** (len(edges) - 1), getattr(pipe, "vae_scale_factor", None))
+    for size, (theirs, ours) in pairs.items():
+        if None not in (theirs, ours) and theirs != ours:
+            raise BadModel(
+                f"control model {name!r} is for another kind of model: its {size} is {_said(theirs)}, that of this "
+                f"{type(pipe).__name__} {_said(ours)}; take one that was made for this model"
+            )
+
+
+def _said(size: Any) -> str:
+    return " ".join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)

@@ -204,6 +204,23 @@ def test_a_controlnet_that_is_none_is_refused(folder, tmp_path):
             fastdiff.load(folder, controlnet=model, inputs=["control"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"cross_attention_dim": 24}, "its cross_attention_dim is 24, that of this StableDiffusionPipeline 32"),
+        ({"conditioning_embedding_out_channels": (4, 8)}, "its scale of pictures to latents is 2, that of"),
+        ({"block_out_channels": (8, 8, 8)}, "its block_out_channels is 8 8 8, that of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_controlnet_of_another_kind_of_model_is_refused(folder, tmp_path, changed, said):
+    made = {**controlnet().config, **changed}
+    diffusers.ControlNetModel.from_config(made).save_pretrained(tmp_path / "others")
+    with pytest.raises(BadModel, match=said) as error:
+        fastdiff.load(folder, controlnet=str(tmp_path / "others"), inputs=["control"])
+    assert "\n" not in str(error.value) and "is for another kind of model" in str(error.value)
+
+
 def test_a_lora_in_kohyas_names(folder, loras, tmp_path):
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from safetensors.torch import load_file

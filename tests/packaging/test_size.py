@@ -96,7 +96,7 @@ APART = {
         ("loading", 600),
         ("predictors", 470),
         ("front", 7_000),
-        ("bring", 1_720),
+        ("bring", 1_745),
         ("serving", 930),
         ("pictures", 250),
         ("switch", 170),
