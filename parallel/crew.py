@@ -267,7 +267,7 @@ def fingerprint(module: nn.Module) -> str:
 
     own, here = portion(module), absent(module) is None
     total = 0 if own is None else own.digest
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict().items() if own is None else ():
         if isinstance(tensor, Tensor):
             total = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total)
         if isinstance(tensor, Tensor) and here:
