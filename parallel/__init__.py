@@ -1,6 +1,10 @@
 """Patch-parallel denoising across devices."""
 
+from typing import Literal, TypeAlias
+
 from fastdiff.registry import Registry
+
+Codec: TypeAlias = Literal["raw", "int8", "residual", "residual2"]  # here: command lines know it before torch
 
 METHODS = {
     "cfg": "fastdiff.parallel.methods.cfg:CFG",

@@ -88,6 +88,7 @@ class Bus:
         self.splits: list[Any] = []  # the denoisers that are split over the patch ranks
         self.sharded, self.broken, self.spared = False, 0, 0  # needs others' weights; groups closed; bytes not here
         self.alone = False  # whether the others are lost, and this rank goes on without them
+        self.lost: Callable[[PeerLost], None]  # told of one where nobody else is: raises, or this rank goes on alone
         self.opaque: Opaque | None = None  # where layers that talk are compiled
         self._groups: dict[str, Any] = {}
         self._asked: list[Sent] = []

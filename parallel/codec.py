@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor
 
-Codec: TypeAlias = Literal["raw", "int8", "residual", "residual2"]
+from . import Codec
+
 CHANGES = ("residual", "residual2")  # codecs of what changed since the last message
 _LEVELS = (0.4528, 1.5104)  # of 2 bits, either sign, for a normal distribution of variance 1 (Lloyd, Max)
 _BETWEEN = 0.9816

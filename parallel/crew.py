@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
-from fastdiff.clock import Run, StepClock
+from fastdiff.clock import Run, Step, StepClock
 from fastdiff.errors import BadConfig, PeerLost
 from fastdiff.patch import PatchSet, current_forward
 from fastdiff.recorder import Recorder
@@ -50,9 +50,11 @@ class Crew:
         _compare({"kind of device": device.type, **alike}, self.bus)
         _apart(device, self.bus)
         self.bus.speeds = speeds(method.shares, self.bus.topology.group("patch"), device, self.bus.tell)
-        self.cycle = Cycle(method, self.bus, clock, recorder, self._lost) if self.bus.topology.step > 1 else None
+        self.bus.lost = self._lost
+        self.cycle = Cycle(method, self.bus, clock, recorder) if self.bus.topology.step > 1 else None
         self.forget: list[Callable[[], None]] = []  # called when this rank goes on alone
-        self._others_inputs, self.shelves = False, list[Shelf]()
+        # branches of which some rank, and this one, was given other inputs than rank 0
+        self._differ, self._differs, self.shelves = set[int](), set[int](), list[Shelf]()
         clock.on_start.append(self._start)
         clock.on_end.append(self._end)
 
@@ -116,7 +118,7 @@ class Crew:
     def _start(self, run: Run) -> None:
         self.bus.device = run.device
         self.bus.begin()
-        self._others_inputs = False
+        self._differ, self._differs = set(), set()
         warmup, ends = self.method.warmup_steps, getattr(self.method, "cooldown_steps", 0)
         if run.total <= warmup + ends and not self.method.fresh(warmup + 1):
             told = f"{warmup} and cooldown_steps = {ends} cover" if ends else f"{warmup} covers"
@@ -132,8 +134,8 @@ class Crew:
                 return forward(*args, **kwargs)
             try:
                 self.bus.look()
-                if step.index == 0 or self._others_inputs:
-                    args, kwargs = self._same(args, kwargs, step.index == 0 and step.branch == 0)
+                if step.index == 0 or step.branch in self._differ:
+                    args, kwargs = self._same(args, kwargs, step)
                 output = forward(*args, **kwargs)
                 if self.method.on_peer_loss == "local":
                     self.bus.arrived()  # who goes on alone goes on from what is true
@@ -144,38 +146,47 @@ class Crew:
 
         return together
 
-    def _same(self, args: tuple, kwargs: dict, first: bool) -> tuple[tuple, dict]:
+    def _same(self, args: tuple, kwargs: dict, step: Step) -> tuple[tuple, dict]:
         """Rank 0's inputs; those of later steps too where a rank's own were different."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         told = [
             self.bus.broadcast("the inputs of rank 0", leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
         self.bus.arrived()  # the host reads them
-        if first:
+        if step.index == step.branch == 0:
             for get, put in _random_states(self.bus.device):
                 put(self.bus.broadcast("the random state of rank 0", get()))
             if self.clock.before_step.count(self._latents) == 0:
                 self.clock.before_step.append(self._latents)
         changed = any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(leaves, told, strict=True))
         anywhere = self.bus.mean(torch.tensor(float(changed)), ("cfg", "step", "patch"))
-        self._others_inputs = bool(anywhere > 0)
+        for branches, other in ((self._differ, anywhere > 0), (self._differs, changed)):
+            (branches.add if other else branches.discard)(step.branch)
         return pytree.tree_unflatten(told, spec)
 
     def _latents(self, index: int, latents: Any) -> Any:
         """The first latents that the solver is given, and, where ranks differ, all of them, are rank 0's."""
-        if isinstance(latents, Tensor) and (index == 0 or self._others_inputs) and not self.bus.alone:
-            return self.bus.broadcast("the latents of rank 0", latents)
+        if isinstance(latents, Tensor) and (index == 0 or self._differ) and not self.bus.alone:
+            try:
+                told = self.bus.broadcast("the latents of rank 0", latents)
+                self.bus.arrived()
+                return told
+            except PeerLost as error:
+                self._lost(error)  # who goes on alone had the same ones
         return latents
 
     def _lost(self, error: PeerLost) -> None:
         """Raises, or makes this rank go on alone; the others learn of it in both cases."""
-        for one in filter(
-            None, (error, error.__cause__)
-        ):  # if it is kept, messages in its frames hold connections open
+        for one in filter(None, (error, error.__cause__)):  # if kept, messages in its frames hold connections open
             traceback.clear_frames(one.__traceback__)
         self.bus.abort()
         if self.method.on_peer_loss == "raise":
             raise error
+        if self._differs and self.clock.run is not None:  # what was drawn so far is rank 0's picture
+            raise PeerLost(
+                f"{error}; this rank was given other inputs than rank 0 and cannot finish rank 0's picture: give all "
+                "ranks the same prompts and seed"
+            )
         self.bus.alone = True
         for forget in self.forget:
             forget()
@@ -256,7 +267,7 @@ def fingerprint(module: nn.Module) -> str:
 
     own, here = portion(module), absent(module) is None
     total = 0 if own is None else own.digest
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict().items() if own is None else ():
         if isinstance(tensor, Tensor):
             total = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), total)
         if isinstance(tensor, Tensor) and here:

@@ -1,7 +1,7 @@
 """What each method would bring on so many devices and such a link: a cost model over what a rank does in a step.
 
-A synchronous step takes its computation and every transfer, but for what travels under attention in parts; a displaced
-one the longer of the two, then the output; ParaStep's ranks whole steps, one message a cycle. What is what is named.
+A synchronous step takes its computation and of every transfer what is left when it is waited for; a displaced one the
+longer of the two, then the output; ParaStep's ranks whole steps, one message a cycle. What is what is named.
 """
 
 from __future__ import annotations
@@ -86,8 +86,12 @@ def plan(one: Rehearsed, tried: Sequence[Trial], site: Site) -> Plan:
 
 def halves(calls: Sequence[Call]) -> bool:
     """Whether a step has two halves of guidance: two calls, or a batch of two for one picture."""
-    leaves = [leaf for args, kwargs in calls for leaf in (*args, *kwargs.values()) if getattr(leaf, "ndim", 0) > 1]
-    return len(calls) == 2 or (len(calls) == 1 and len(leaves[0]) == 2)
+    return len(calls) == 2 or (len(calls) == 1 and _batch(calls) == 2)
+
+
+def _batch(calls: Sequence[Call]) -> int:
+    args, kwargs = calls[0]
+    return len(next(leaf for leaf in (*args, *kwargs.values()) if getattr(leaf, "ndim", 0) > 1))
 
 
 def candidates(devices: int, guided: bool, codec: Codec = "raw") -> Iterator[ParallelMethod]:
@@ -96,6 +100,20 @@ def candidates(devices: int, guided: bool, codec: Codec = "raw") -> Iterator[Par
         cfg = 2 if guided and devices % 2 == 0 and (devices > 2 or name == "cfg") else 1
         if name != "cfg" or (devices == 2 and guided):  # on more devices cfg is patch with cfg = 2
             yield REGISTRY[name](method=name, devices=devices, cfg=cfg, codec=codec)
+
+
+def by_turns(
+    anatomy: Anatomy, calls: Sequence[Call], devices: int, one: Rehearsed, tried: Sequence[Trial]
+) -> list[Trial]:
+    """What was tried, again with heads in groups and halves of the batch that take turns, where a method has that."""
+    played = [trial for trial in tried if trial.played]
+    groups = [t.method.model_copy(update={"groups": 2}) for t in played if hasattr(t.method, "groups")]
+    grouped = [attempt(anatomy, calls, method, devices, one) for method in groups]
+    halved = [
+        replace(trial, method=trial.method.model_copy(update={"halves": True})) for trial in (*played, *grouped)
+        if hasattr(trial.method, "halves") and _batch(calls) >= 2 * trial.mesh.cfg
+    ]  # fmt: skip
+    return grouped + halved
 
 
 def attempt(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, devices: int, one: Rehearsed) -> Trial:
@@ -115,6 +133,7 @@ def attempt(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, dev
 def _predict(trial: Trial, one: Rehearsed, site: Site) -> Prediction:
     method = trial.method
     settings = method.model_dump(include={"method", "devices", "cfg", "codec"})
+    settings |= method.model_dump(include={"halves", "groups"}, exclude_defaults=True)
     if trial.reason is not None:
         return Prediction(method.method, settings, refused=trial.reason)
     best = max((_cost(method, trial.mesh, part, one, site) for part in trial.played), key=lambda p: p.predicted_seconds)
@@ -140,9 +159,7 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
         return (part.seconds if site.one_step is None else own) * method.stretch(mesh.patch, fresh)
 
     def synchronous(part: Part) -> float:
-        hides = computing(part) * part.under / max(1, part.flops) * (1 - 1 / mesh.patch)  # nothing under the last part
-        hidden = min(hides, part.sent["kv"] / site.link)
-        return computing(part) + part.exchanges.total() * site.latency + part.sent.total() / site.link - hidden
+        return part.elapsed(computing(part), site.link, site.latency, 1 + getattr(method, "halves", False))
 
     def displaced(part: Part) -> float:
         output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link

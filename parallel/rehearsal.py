@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +34,48 @@ from .tokens import split_tokens
 from .unet import split_unet
 
 _STEPS = 10_000  # more than any rehearsal plays
+# operations since the event before, the number of an exchange, and its bytes, or None where it is waited for
+Event: TypeAlias = tuple[int, int, int | None]
 Call = tuple[tuple, dict[str, Any]]  # the arguments of one call of the denoiser
 
 
 @dataclass(frozen=True)
 class Part:
     """What one step is to one rank: bytes sent by kind, exchanges (each waits for a message's latency), seconds (0 on
-    the meta device), floating-point operations, and those of attention in parts, under which keys and values travel."""
+    the meta device), floating-point operations, and what it sends and waits for, in order."""
 
     sent: Counter[str] = field(default_factory=Counter)
     exchanges: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     flops: int = 0
-    under: int = 0
+    events: tuple[Event, ...] = ()
 
     def bytes_of(self, output: bool) -> int:
         """Bytes of the output, which is always waited for, or of everything else."""
         return sum(size for kind, size in self.sent.items() if (kind == "output") is output)
+
+    def elapsed(self, computing: float, link: float, latency: float, parts: int = 1) -> float:
+        """Seconds of a step with so many of computing. What leaves travels while the rank computes, one behind the
+        other, until it is waited for; of several `parts` of the batch the next one computes then."""
+        pace, now, free = computing / max(1, self.flops) / parts, 0.0, 0.0
+
+        def turns() -> Iterator[None]:
+            nonlocal now, free
+            there: dict[int, float] = {}
+            for work, number, size in self.events:
+                now += work * pace
+                if size is not None:
+                    free = max(free, now) + size / parts / link
+                    there[number] = free + latency
+                else:
+                    yield
+                    now = max(now, there[number])
+
+        left = [turns() for _ in range(parts)]
+        while left:
+            left = [part for part in left if next(part, self) is None]
+        rest = computing - sum(work for work, *_ in self.events) * pace * parts
+        return max(now + rest, free)
 
 
 @dataclass(frozen=True)
@@ -73,9 +98,16 @@ class Echo(Bus):
         self.device = device
         self.exchanges: Counter[str] = Counter()
         self.behind = False
+        self.done: Callable[[], int] = int  # operations so far
+        self.begin()
 
     def begin(self) -> None:
         self.traffic, self.exchanges = Traffic(), Counter()
+        self.events, self._told = list[Event](), self.done()
+
+    def _tell(self, number: int, size: int | None) -> None:
+        before, self._told = self._told, self.done()
+        self.events.append((self._told - before, number, size))
 
     def post(
         self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
@@ -86,9 +118,13 @@ class Echo(Bus):
         own = max((message.numel() for message in sends.values()), default=0)
         self.behind |= kind == "output" and any(size > own for size in sizes.values())
         zeros = {peer: torch.zeros(size, dtype=torch.uint8, device=self.device) for peer, size in sizes.items()}
-        return [Pending(peer, buffer, None, layer, 0.0) for peer, buffer in zeros.items()]
+        number = len(self.events)
+        self._tell(number, sum(message.numel() for message in sends.values()))
+        return [Pending(peer, buffer, None, layer, number) for peer, buffer in zeros.items()]
 
     def wait(self, pending: Sequence[Pending], kind: str = "") -> dict[int, Tensor]:
+        for number in {item.posted: None for item in pending}:
+            self._tell(number, None)
         return {item.peer: item.buffer for item in pending}
 
     def turn(self) -> None:
@@ -156,10 +192,12 @@ class _Player:
 
     def counted(self, index: int, tally: Tally) -> Part:
         """A step's bytes and operations."""
+        self.bus.done = lambda: tally.flops
         self.bus.begin()
-        before, under = tally.flops, tally.under
+        before = tally.flops
         self.step(index)
-        return Part(self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tally.under - under)
+        told = self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tuple(self.bus.events)
+        return Part(*told)
 
     def seconds(self, indices: Sequence[int]) -> float:
         """The least of some steps: what else the machine does only adds."""
@@ -180,7 +218,7 @@ class Tally(TorchFunctionMode):
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[Call]) -> None:
         super().__init__()
-        self.flops = self.under = self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.meta = next(denoiser.parameters()).is_meta
         known = [*denoiser.parameters(), *denoiser.buffers(), *pytree.tree_leaves(list(calls))]
         self._known = {leaf.untyped_storage()._cdata for leaf in known if isinstance(leaf, Tensor)}
@@ -189,7 +227,6 @@ class Tally(TorchFunctionMode):
         sketch = _SKETCHES.get(func)
         flops, shape = sketch(*args, **(kwargs or {})) if sketch is not None else (0, None)
         self.flops += flops
-        self.under += flops * (func is attend_part)
         if self.meta and shape is not None:
             output = args[0].new_empty(shape) if args else torch.empty(shape, device="meta")
         else:

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .kept import Kept, View, aligned, share_of
 from .portions import portion
 
 _OWN = "quantized_as"  # what a layer says that fastdiff quantized
+Piece: TypeAlias = tuple[int, int, list[Tensor]]  # of memory: address, bytes, and the tensors that lie there
 
 
 class Keeper(ABC):
@@ -123,19 +124,8 @@ class Shelf:
             self.kept = loaded.lend(self.keeper.place, self.keeper.parts)
             return
         for number, pieces in enumerate(_ranges(self.blocks, self.root)):
-            total = sum(aligned(count) for _, count, _ in pieces)
-            size, begin = share_of(total, self.keeper.parts), 0
-            kept = Kept(number, self.device, size, torch.empty(0))
             self.home = pieces[0][2][0].device if pieces else self.device
-            for address, count, found in pieces:
-                for tensor in found:
-                    at = begin + tensor.data_ptr() - address
-                    kept.views.append(View(tensor, at, tensor.dtype, tuple(tensor.shape), tensor.stride()))
-                begin += aligned(count)
-            if not self.keeper.stays(number):
-                kept.share = self.keeper.keep(kept.packed(self.keeper.parts), size)
-                kept.empty()
-            self.kept.append(kept)
+            self.kept.append(_laid_out(number, pieces, self.keeper, self.device))
 
     def give_back(self) -> None:
         if (loaded := portion(self.root)) is not None:
@@ -219,7 +209,26 @@ def units(anatomy: Anatomy) -> list[nn.Module]:
     return anatomy.blocks
 
 
-def _ranges(blocks: Sequence[nn.Module], root: nn.Module) -> list[list[tuple[int, int, list[Tensor]]]]:
+def share_out(number: int, block: nn.Module, root: nn.Module, keeper: Keeper, device: torch.device) -> Kept:
+    """What is kept of a block, while others may not be here yet."""
+    return _laid_out(number, _ranges([block], root)[0], keeper, device)
+
+
+def _laid_out(number: int, pieces: list[Piece], keeper: Keeper, device: torch.device) -> Kept:
+    size, begin = share_of(sum(aligned(count) for _, count, _ in pieces), keeper.parts), 0
+    kept = Kept(number, device, size, torch.empty(0))
+    for address, count, found in pieces:
+        for tensor in found:
+            at = begin + tensor.data_ptr() - address
+            kept.views.append(View(tensor, at, tensor.dtype, tuple(tensor.shape), tensor.stride()))
+        begin += aligned(count)
+    if not keeper.stays(number):
+        kept.share = keeper.keep(kept.packed(keeper.parts), size)
+        kept.empty()
+    return kept
+
+
+def _ranges(blocks: Sequence[nn.Module], root: nn.Module) -> list[list[Piece]]:
     """For each block, the pieces of memory that it alone looks at: address, bytes, and the tensors that lie there, in
     the order of the modules, which is the same on all ranks, as addresses are not."""
     number = {id(module): k for k, block in enumerate(blocks) for module in block.modules()}

@@ -34,7 +34,8 @@ class Blocks:
 
     def helps(self, method: ParallelMethod) -> bool:
         """Whether the method could keep shares, and does not do without blocks already."""
-        return bool(self.sizes) and not method.shard and method.own_axis != "step" and method.leave is None
+        once = method.own_axis != "step" and not getattr(method, "halves", False)
+        return bool(self.sizes) and not method.shard and once and method.leave is None
 
     def kept(self, ranks: int) -> int:
         """Bytes of a rank's shares."""

@@ -18,6 +18,7 @@ from fastdiff.parallel.methods.patch import Patch
 
 from .loading import where
 from .portioned import WHOLE, obstacle, readable
+from .quantized_parts import is_quantized
 from .room import Room, Sizes, gib
 from .sources import source
 
@@ -42,7 +43,7 @@ def expect(
         return [WHOLE + reason] if method.shard and reason and rank == 0 else []
     ranks, have = dist.get_world_size(), _share(device)
     try:
-        if method.shard:
+        if method.shard and not is_quantized(Path(source(model))):
             readable(Path(source(model)), kind)
     except UnsupportedModel as error:
         reason = str(error)

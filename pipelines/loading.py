@@ -84,7 +84,7 @@ def load(
         ready = is_quantized(Path(found))
         found = found if shared is None else _here(model, found)
         parts = {} if shared is None else portioned.parts(Path(found), shared, dtype, device)
-        pipe = _read(model, found, dtype, load_components(Path(found), dtype) if ready else parts)
+        pipe = _read(model, found, dtype, load_components(Path(found), dtype) if ready and not parts else parts)
         if ready:
             align(pipe)
     return outfit.put_on(pipe, device)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.anatomy import Anatomy
 from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.parallel.codec import Codec
-from fastdiff.parallel.planner import Plan, Site, alone, plan, trials
+from fastdiff.parallel.planner import Plan, Site, alone, by_turns, plan, trials
 from fastdiff.parallel.rehearsal import Call
 from fastdiff.parallel.sharing import Blocks
 from fastdiff.patch import PatchSet
@@ -51,7 +51,8 @@ def plan_parallel(
         memory or device_memory(pipe.device, devices), blocks=Blocks.of(anatomy, calls),
     )  # fmt: skip
     one = alone(anatomy, calls)
-    return plan(one, trials(anatomy, calls, devices, one, codec), site)
+    tried = trials(anatomy, calls, devices, one, codec)
+    return plan(one, [*tried, *by_turns(anatomy, calls, devices, one, tried)], site)
 
 
 def observe(pipe: Any, size: int | None) -> tuple[Anatomy, list[Call], int]:

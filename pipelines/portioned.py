@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastdiff.anatomy import Anatomy
+from fastdiff.anatomy import Anatomy, recognise
 from fastdiff.config import Config
 from fastdiff.errors import UnsupportedModel
 from fastdiff.parallel.base import ParallelMethod
+from fastdiff.parallel.bus import Bus
+from fastdiff.parallel.kept import Kept
 from fastdiff.parallel.mesh import Topology, join
-from fastdiff.parallel.portions import Portion, read_blocks
-from fastdiff.parallel.shards import units
+from fastdiff.parallel.portions import Portion, Rows, read_blocks
+from fastdiff.parallel.shards import Peers, share_out, units
 
-from .quantized_parts import is_quantized, type_of
+from .families import FAMILIES
+from .quantized_parts import Pieces, is_quantized, load_components, type_of
 from .single_files import is_file
 from .sources import first_line
 from .stored import Stored, stored, variant
-from .streamed import structures
+from .streamed import DENOISERS, structures
 
 WHOLE = "each rank reads the whole model, and keeps its share then: "
 _SAMPLE = 16  # values of a tensor that tell whether two ranks read the same model
@@ -62,6 +66,8 @@ def parts(folder: Path, method: ParallelMethod, dtype: torch.dtype, device: str)
     rank = join(method.devices, target, method.timeout)
     mesh = method.topology(dist.get_world_size(), rank)
     try:
+        if is_quantized(folder):
+            return _quantized(folder, mesh, dtype, target)
         found = readable(folder, dtype)
     except UnsupportedModel as error:
         warnings.warn(WHOLE + str(error), stacklevel=3)
@@ -87,8 +93,6 @@ def readable(folder: Path, dtype: torch.dtype) -> list[tuple[Anatomy, dict[str, 
 
     Raises UnsupportedModel with the reason where one cannot be read in parts.
     """
-    if is_quantized(folder):
-        raise UnsupportedModel("it is quantized, and layers are packed when all of one is here")
     told = []
     for anatomy in empties(folder, dtype):
         module: Any = anatomy.denoiser
@@ -104,6 +108,43 @@ def readable(folder: Path, dtype: torch.dtype) -> list[tuple[Anatomy, dict[str, 
                 part._parameters[name] = nn.Parameter(like, requires_grad=tensor.requires_grad)
         told.append((anatomy, there))
     return told
+
+
+def _quantized(folder: Path, mesh: Topology, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+    """The components of a quantized directory. Layers are packed when all of one is here: a block is read as a whole,
+    and this rank's share of it kept."""
+    kept: dict[str, list[Kept]] = {}
+    keeper = Peers(Bus(mesh, 1.0))
+
+    def away(name: str, module: nn.Module, number: int, block: nn.Module) -> None:
+        kept[name].append(share_out(number, block.to(device), module, keeper, device))
+
+    def cut(name: str, module: nn.Module) -> Pieces:
+        if name not in DENOISERS:
+            return ()
+        names, kept[name] = {id(part): f"{path}." for path, part in module.named_modules()}, []
+        blocks = enumerate(units(recognise(module, name, FAMILIES)))
+        return [(names[id(block)], partial(away, name, module, number, block)) for number, block in blocks]
+
+    parts = load_components(folder, dtype, cut)
+    for name, own in kept.items():
+        there = stored(folder / name, variant(folder))
+        Portion(mesh.rank, mesh.size, own, _digest(sorted(there), partial(_rows, there))).attach(parts[name].to(device))
+    return parts
+
+
+def _rows(there: Mapping[str, Stored], name: str, begin: int, end: int) -> Tensor:
+    # Opened anew each time: pages of a file that stays mapped are memory that this rank holds.
+    with safe_open(there[name].file, framework="pt") as opened:
+        return opened.get_slice(name)[begin:end] if there[name].shape else opened.get_tensor(name)
+
+
+def _digest(names: Iterable[str], rows: Rows) -> int:
+    digest = 0
+    for name in names:
+        some = rows(name, 0, 1).flatten()
+        digest = zlib.crc32(some[:: max(1, len(some) // _SAMPLE)].double().numpy().tobytes(), digest)
+    return digest
 
 
 def _parameters(module: nn.Module) -> list[tuple[nn.Module, str, str, Tensor]]:
@@ -124,9 +165,7 @@ def read(
     parameters, own = {path for *_, path, _ in _parameters(module)}, module.state_dict().keys()
 
     def rows(name: str, begin: int, end: int) -> Tensor:
-        # Opened anew each time: pages of a file that stays mapped are memory that this rank holds.
-        with safe_open(there[name].file, framework="pt") as opened:
-            found = opened.get_slice(name)[begin:end] if there[name].shape else opened.get_tensor(name)
+        found = _rows(there, name, begin, end)
         return found.to(type_of(name, module, dtype)) if found.is_floating_point() else found
 
     kept = read_blocks(units(anatomy), module, mesh.rank, mesh.size, device, rows)
@@ -136,10 +175,6 @@ def read(
             part._parameters[name] = nn.Parameter(whole, requires_grad=tensor.requires_grad)
     buffers = {name: rows(name, 0, (*there[name].shape, 1)[0]).clone() for name in own - parameters if name in there}
     module.load_state_dict(buffers, strict=False, assign=True)
-    digest = 0
-    for name in sorted(parameters):
-        some = rows(name, 0, 1).flatten()
-        digest = zlib.crc32(some[:: max(1, len(some) // _SAMPLE)].double().numpy().tobytes(), digest)
-    Portion(mesh.rank, mesh.size, kept, digest).attach(module)
+    Portion(mesh.rank, mesh.size, kept, _digest(sorted(parameters), rows)).attach(module)
     module.to(device)  # buffers that no file holds
     return module.eval()

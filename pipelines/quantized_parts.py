@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastdiff.errors import BadModel
@@ -26,14 +26,19 @@ from fastdiff.quant.standing import Standing, standing
 from .quantizing import print_of
 
 INDEX = "fastdiff_quant.json"
+# of a component: what the names of its tensors begin with, and what is done when they are in their places
+Pieces: TypeAlias = Sequence[tuple[str, Callable[[], None]]]
 
 
 def is_quantized(directory: Path) -> bool:
     return (directory / INDEX).is_file()
 
 
-def load_components(directory: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The quantized components of a directory that `save` wrote, on the CPU, bit by bit as they were.
+def load_components(
+    directory: Path, dtype: torch.dtype, cut: Callable[[str, nn.Module], Pieces] = lambda name, module: ()
+) -> dict[str, nn.Module]:  # fmt: skip
+    """The quantized components of a directory that `save` wrote, on the CPU, bit by bit as they were. `cut` names
+    pieces of one that are read first, one by one.
 
     Raises BadModel for a broken description, tensors that are missing, of a wrong size, or not the model's.
     """
@@ -43,7 +48,7 @@ def load_components(directory: Path, dtype: torch.dtype) -> dict[str, nn.Module]
         if index["version"] != 1:
             raise ValueError(f"version {index['version']} is not known to this fastdiff")
         return {
-            name: _component(directory / name, classes[name], described, dtype)
+            name: _component(directory / name, classes[name], described, dtype, cut)
             for name, described in index["components"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -67,34 +72,51 @@ def align(pipe: Any) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def _component(folder: Path, named: list[str], described: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    module = empty(folder, *named)
-    pruned(module, described["method"])
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= {name: t.clone() for name, t in load_file(file).items()}  # one view would keep the whole file mapped
+def _component(
+    folder: Path, named: list[str], described: Mapping[str, Any], dtype: torch.dtype,
+    cut: Callable[[str, nn.Module], Pieces],
+) -> nn.Module:  # fmt: skip
+    module = pruned(empty(folder, *named), described["method"])
     origin = None if described["origin"] is None else Origin(**described["origin"])
     told = described.get("times", {}).items()  # none in the files of earlier versions
     present = Present(times={key: {name: float(ms) for name, ms in row.items()} for key, row in told if row})
-    for name, recipe in described["layers"].items():
-        own = {k.rpartition(".")[2]: tensors.pop(k) for k in [k for k in tensors if k.rpartition(".")[0] == name]}
-        parent, _, child = name.rpartition(".")
-        like = module.get_submodule(name)
-        layer = _layer(folder, name, like, Recipe(**recipe), own, present)
-        layer.dtype = type_of(f"{name}.weight", module, dtype)
-        module.get_submodule(parent)._modules[child] = layer
-    expected = {k for k, t in module.state_dict().items() if t.is_meta}
-    if foreign := sorted(tensors.keys() - module.state_dict().keys()):
-        raise BadModel(f"{str(folder)!r} holds tensors that are not the model's: {', '.join(foreign[:3])}")
-    floats = {k: t.to(type_of(k, module, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
-    module.load_state_dict(floats, strict=False, assign=True)
+    layers, done = dict(described["layers"]), set[str]()
+    for begin, then in (*cut(folder.name, module), ("", lambda: None)):
+        tensors = _tensors(folder, begin, done)
+        for name in [name for name in layers if f"{name}.".startswith(begin)]:
+            own = {k.rpartition(".")[2]: tensors.pop(k) for k in [k for k in tensors if k.rpartition(".")[0] == name]}
+            parent, _, child = name.rpartition(".")
+            layer = _layer(folder, name, module.get_submodule(name), Recipe(**layers.pop(name)), own, present)
+            layer.dtype = type_of(f"{name}.weight", module, dtype)
+            module.get_submodule(parent)._modules[child] = layer
+        if foreign := sorted(tensors.keys() - _places(module).keys()):
+            raise BadModel(f"{str(folder)!r} holds tensors that are not the model's: {', '.join(foreign[:3])}")
+        floats = {k: t.to(type_of(k, module, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
+        module.load_state_dict(floats, strict=False, assign=True)
+        then()
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
-    if missing := sorted(k for k in expected - tensors.keys() if module.state_dict()[k].is_meta):
+    if missing := sorted(k for k, t in _places(module).items() if t.is_meta):
         raise BadModel(f"{str(folder)!r} lacks tensors of the model: {', '.join(missing[:3])}; fetch it again")
     Standing(described["method"], present, origin).attach(module)
     return module.eval().requires_grad_(False)
+
+
+def _tensors(folder: Path, begin: str, done: set[str]) -> dict[str, Tensor]:
+    """Those whose names begin so, and are not `done`. A view would keep the whole file mapped."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(begin) and name not in done]  # noqa: SIM118
+            found |= {name: opened.get_tensor(name).clone() for name in names}
+    done.update(found)
+    return found
+
+
+def _places(module: nn.Module) -> dict[str, Tensor]:
+    """What a file may hold; the state would make the integers of packed layers."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def pruned(module: nn.Module, method: Mapping[str, Any]) -> nn.Module:

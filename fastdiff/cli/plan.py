@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fastdiff.parallel import Codec
+
 from .options import Json, ModelName, StepCount
 
 if TYPE_CHECKING:
     from fastdiff.parallel.planner import Plan, Prediction
 
-Coded = Literal["raw", "int8", "residual", "residual2"]
 NOTE = (
     "seconds of a step on one device and of a rank's part are measured here, bytes are counted; step times, speed-ups "
     "and memory are predictions for devices like this one, of the denoising alone"
@@ -30,7 +31,7 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Memory of each device. Default: as here; a CPU's is shared.")
     ] = None,
-    codec: Annotated[Coded, typer.Option(help="Keys and values on the wire.")] = "raw",
+    codec: Annotated[Codec, typer.Option(help="Keys and values on the wire.")] = "raw",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as generate takes it.")
     ] = None,
@@ -63,14 +64,8 @@ def plan(
         found = plan_parallel(
             pipe, devices, link * 1e9, size=size, steps=steps, latency=latency * 1e-6, codec=codec, memory=room,
         )  # fmt: skip
-    asked: dict[str, Any] = {
-        "model": model,
-        "size": size,
-        "devices": devices,
-        "link_gb_per_second": link,
-        "latency_us": latency,
-    }
-    asked |= {"cache_bytes": cache_bytes(pipe, cache or [], size)}
+    asked: dict[str, Any] = {"model": model, "size": size, "devices": devices, "link_gb_per_second": link}
+    asked |= {"latency_us": latency, "cache_bytes": cache_bytes(pipe, cache or [], size)}
     asked |= {"steps": steps or call_defaults(pipe).get("num_inference_steps", 50)}
     _tell(found, asked, as_json)
     if found.best is None:
@@ -105,14 +100,15 @@ def _tell(found: Plan, asked: dict[str, Any], as_json: bool) -> None:
     for name, held in asked.get("cache_bytes", {}).items():
         say(f"cache.method={name} would hold {held / 1e6:.4g} MB on one device, counted on the first step")
     if best is not None:
-        chosen = {key: value for key, value in best.settings.items() if key != "devices" and value not in (1, "raw")}
-        sets = " ".join(f"--set parallel.{key}={value}" for key, value in chosen.items())
+        chosen = {key: str(value).lower() for key, value in best.settings.items() if key != "devices"}
+        sets = " ".join(f"--set parallel.{key}={told}" for key, told in chosen.items() if told not in ("1", "raw"))
         model = f"-m {asked['model']} --devices {asked['devices']}"
         say(f"recommended{', exact' * best.exact}: fastdiff generate PROMPT {model} {sets}")
 
 
 def _named(row: Prediction) -> str:
-    return row.method + ", shard = blocks" * ("shard" in row.settings)
+    more = (f", {name} = {row.settings[name]}" for name in ("shard", "groups", "halves") if name in row.settings)
+    return row.method + "".join(more).lower()
 
 
 def _row(row: Prediction) -> tuple[str, ...]:

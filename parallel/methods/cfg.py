@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastdiff.anatomy import Anatomy
 from fastdiff.batches import Batches
 from fastdiff.clock import Run, StepClock
-from fastdiff.errors import FastdiffError, UnsupportedModel
+from fastdiff.errors import FastdiffError, PeerLost, UnsupportedModel
 from fastdiff.parallel.base import ParallelMethod
 from fastdiff.parallel.bus import Bus
 from fastdiff.parallel.split import Forward
@@ -113,15 +113,22 @@ class _Calls:
     def _alone(self, index: int, latents: Any) -> Any:
         """The solver is about to be given one call's result: that of the first rank."""
         first, self._empty = self._empty, None
-        if first is not None and self.bus.sharded and self.place:
+        if first is None:
+            return latents
+        if self.bus.sharded and self.place:
             raise UnsupportedModel(f"step {index} has one half of guidance, and parallel.shard needs both: set cfg = 1")
-        if first is not None and self.bus.alone:
+        self._filled = self.place == 1
+        try:
+            if not self.bus.alone:
+                only = "the only half of guidance"
+                told = pytree.tree_map_only(Tensor, lambda leaf: self._told(only, leaf)[0], first)
+                self.bus.arrived()
+                if self._filled:
+                    _overwrite(first, told)
+        except PeerLost as error:
+            self.bus.lost(error)
+        if self.bus.alone:
             self._fill(first)
-        elif first is not None:
-            told = pytree.tree_map_only(Tensor, lambda leaf: self._told("the only half of guidance", leaf)[0], first)
-            self._filled = self.place == 1
-            if self._filled:
-                _overwrite(first, told)
         return latents
 
     def _told(self, what: str, own: Tensor) -> list[Tensor]:

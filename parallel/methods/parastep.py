@@ -45,10 +45,8 @@ class ParaStep(ParallelMethod):
 class Cycle:
     """The step axis of one pipeline: a place in the solver's step, and one in each denoiser's forward."""
 
-    def __init__(
-        self, method: ParallelMethod, bus: Bus, clock: StepClock, recorder: Recorder, lost: Callable[[PeerLost], None]
-    ) -> None:
-        self.lost, self.sure = lost, method.on_peer_loss == "local"  # raises, or lets this rank go on alone
+    def __init__(self, method: ParallelMethod, bus: Bus, clock: StepClock, recorder: Recorder) -> None:
+        self.sure = method.on_peer_loss == "local"
         self.warmup, self.order = max(1, method.warmup_steps), getattr(method, "order", 1)
         self.bus, self.clock, self.recorder = bus, clock, recorder
         self.place, self.length = bus.topology.place("step"), bus.topology.step
@@ -65,9 +63,7 @@ class Cycle:
         self._calls: list[Call] = []  # of the denoiser in this step
         self._mine = torch.empty(0)  # what this rank computed in the cycle
         self._before: dict[str, Any] = {}
-        self._last: dict[
-            tuple[str, int], tuple[list[torch.Size], Any]
-        ] = {}  # by denoiser and branch: a call, its output
+        self._last: dict[tuple[str, int], tuple[list[torch.Size], Any]] = {}  # by denoiser and branch: a call, output
 
     def attach(self, anatomy: Anatomy, patches: PatchSet) -> None:
         latents = parameters(anatomy.denoiser)[0]
@@ -134,7 +130,7 @@ class Cycle:
                     self.bus.arrived()
                 told = shown
         except PeerLost as error:
-            self.lost(error)
+            self.bus.lost(error)
         vars(self.clock.scheduler).update(self._before)
         result: Any = None
         passed, self._passed = self._passed, []

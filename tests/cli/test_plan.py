@@ -34,7 +34,7 @@ def test_nothing_helps_on_a_slow_link(cli, model: str) -> None:
     done = cli("plan", "-m", model, "--devices", 2, "--link", 1e-6, "--latency", 1e6, "--size", 128, "--steps", 6)
     assert done.code == 1
     assert "no parallel method is predicted to fit and to be faster than one device" in done.err
-    assert done.out.count("predicted slower than one device") == 7
+    assert done.out.count("predicted slower than one device") == 7 + 3  # of which in halves
     assert "measured" in done.out and "counted" in done.out and "predicted" in done.out
 
 
@@ -58,8 +58,9 @@ def test_bad_input(cli, model: str, arguments: tuple, said: str) -> None:
 
 
 def test_the_recommendation_is_a_command_line(capsys) -> None:
-    settings = {"method": "patch", "devices": 4, "cfg": 2, "codec": "raw"}
+    settings = {"method": "patch", "devices": 4, "cfg": 2, "codec": "raw", "halves": True}
     best = Prediction("patch", settings, (2, 1, 2), exact=True)
     _tell(Plan(1.0, 1, [best]), {"model": "a-model", "devices": 4}, False)
-    wanted = "generate PROMPT -m a-model --devices 4 --set parallel.method=patch --set parallel.cfg=2"
+    sets = "--set parallel.method=patch --set parallel.cfg=2 --set parallel.halves=true"
+    wanted = f"generate PROMPT -m a-model --devices 4 {sets}"
     assert f"recommended, exact: fastdiff {wanted}\n" in capsys.readouterr().err

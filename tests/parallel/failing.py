@@ -18,22 +18,35 @@ from fastdiff.parallel.mesh import Topology
 from .checks import latents, moved, pipeline
 
 
-def _lost(rank: int, last: int, name: str, how: signal.Signals, at: int = 2, **parallel: Any) -> list[Any]:
-    """The last rank goes after step `at`: what the others get, and how long they waited for it."""
-    pipe = pipeline(name)
-    alone = latents(pipe, name, 6)
-    began = [0.0]
+def _lost(
+    rank: int, last: int, name: str, how: signal.Signals, at: int = 2, solver: bool = False, off: int = 9,
+    own: dict[str, Any] | None = None, **parallel: Any,
+) -> list[Any]:  # fmt: skip
+    """The last rank goes after step `at`, or when its solver is about to take it: what the others get, and how long
+    they waited for it. From step `off` on there is no guidance; `own` is what this rank alone is asked for."""
+    pipe, began = pipeline(name), [0.0]
 
-    def goes(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+    def gone(step: int, given: Any) -> Any:
         if step == at:
             began[0] = time.monotonic()
             if rank == last:
                 os.kill(os.getpid(), how)
+        return given
+
+    def unguided(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step + 1 == off:
+            pipe._guidance_scale = 1.0
         return kwargs
 
+    def goes(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        return unguided(pipe, step, timestep, kwargs if solver else gone(step, kwargs))
+
+    alone = latents(pipe, name, 6, callback_on_step_end=unguided)
     handle = fastdiff.accelerate(pipe, parallel=parallel)
+    if solver:
+        handle.clock.before_step.insert(0, gone)
     try:
-        found = latents(pipe, name, 6, callback_on_step_end=goes)
+        found = latents(pipe, name, 6, callback_on_step_end=goes, **own or {})
     except PeerLost as error:
         waited = time.monotonic() - began[0]
         handle.restore()
@@ -88,6 +101,26 @@ def stopped_half_goes_on(rank: int, ranks: int) -> list[Any]:
 
 def killed_cycle_goes_on(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, ranks - 1, "sd15", signal.SIGKILL, 1, method="parastep", warmup_steps=1, on_peer_loss="local")
+
+
+def killed_before_first_latents_go_on(rank: int, ranks: int) -> list[Any]:
+    """The first rank computed its step and goes before it shows its latents."""
+    return _lost(rank, 0, "sd15", signal.SIGKILL, 0, solver=True, method="patch", on_peer_loss="local")
+
+
+def killed_first_with_the_only_half_goes_on(rank: int, ranks: int) -> list[Any]:
+    """Who is left has handed out no numbers, and nobody else was to compute any."""
+    return _lost(rank, 0, "wan", signal.SIGKILL, 2, solver=True, off=2, method="cfg", on_peer_loss="local")
+
+
+def killed_idle_half_goes_on(rank: int, ranks: int) -> list[Any]:
+    return _lost(rank, 1, "wan", signal.SIGKILL, 2, solver=True, off=2, method="cfg", on_peer_loss="local")
+
+
+def killed_with_a_prompt_of_its_own(rank: int, ranks: int) -> list[Any]:
+    """Who is left does not know what rank 0 was asked for, but in the branch without a prompt."""
+    more = {"own": {"prompt": f"prompt {rank}"}, "method": "patch", "on_peer_loss": "local"}
+    return _lost(rank, 0, "flux", signal.SIGKILL, **more)
 
 
 def told_by_one_that_was_told(rank: int, ranks: int) -> list[Any]:

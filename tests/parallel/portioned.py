@@ -92,6 +92,35 @@ def pictures(rank: int, ranks: int) -> dict:
     return found
 
 
+def packed(rank: int, ranks: int) -> dict:
+    """A quantized directory, too: of each block a share is kept, and nothing else of it is here."""
+    found = {}
+    for name, scheme in (("flux", "w4a16"), ("sd15", "w8a16")):
+        with saved(rank, tiny_one(name)) as folder:
+            target = folder.with_name("quantized")
+            if rank == 0:
+                pipe = fastdiff.load(folder)
+                fastdiff.quantize(pipe, {"quant": {"method": scheme, "speed": "smallest"}})
+                quantized_files.save(pipe, target)
+            dist.barrier()
+            whole, pipe = (fastdiff.load(target, **more) for more in ({}, {"parallel": SHARD}))
+        for one in (whole, pipe):
+            one.set_progress_bar_config(disable=True)
+        with fastdiff.accelerate(whole, parallel=SHARD) as fast:
+            assert fast.crew is not None
+            wanted, shares = latents(whole, name, 2), [len(kept.share) for kept in fast.crew.shelves[0].kept]
+        own = vars(tiny.denoiser(pipe))["_fastdiff_portion"].kept
+        assert [len(kept.share) for kept in own] == shares, "as those of a model that was here"
+        tensors = [view.tensor for kept in own for view in kept.views]
+        assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in tensors)
+        assert {"flux": torch.uint8, "sd15": torch.int8}[name] in {tensor.dtype for tensor in tensors}
+        for _ in range(2):
+            with fastdiff.accelerate(pipe, parallel=SHARD) as fast:
+                assert torch.equal(latents(pipe, name, 2), wanted), name
+        found[name] = {"digest": digest(wanted)}
+    return found
+
+
 def refused(rank: int, ranks: int) -> dict[str, str]:
     """What one share cannot be used for; and ranks that have read different models."""
     with saved(rank, tiny_one("sd3")) as folder:
@@ -120,14 +149,11 @@ def whole(rank: int, ranks: int) -> dict[str, Any]:
     told = {}
     with saved(rank, tiny_one("sd3")) as folder:
         if rank == 0:
-            pipe = fastdiff.load(folder)
-            fastdiff.quantize(pipe, {"quant": {"method": "w8a16", "speed": "smallest"}})
-            quantized_files.save(pipe, folder.with_name("quantized"))
             shutil.copytree(folder, folder.with_name("broken"))
             config = folder.with_name("broken") / "transformer" / "config.json"
             config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": "many"}))
         dist.barrier()
-        for name, more in (("quantized", {}), ("model", {"quant": "w8a16"}), ("broken", {})):
+        for name, more in (("model", {"quant": "w8a16"}), ("broken", {})):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 load = partial(fastdiff.load, folder.with_name(name), parallel=SHARD, **more)

@@ -36,7 +36,7 @@ class Rank:
         bus: Any = SimpleNamespace(alone=False, topology=SimpleNamespace(place=lambda axis: 1, step=2))
         told: Any = SimpleNamespace(elsewhere=lambda: None, note=lambda text: None)
         self.denoiser = Counted()
-        self.cycle = Cycle(ParaStep(warmup_steps=1, devices=2), bus, self.clock, told, lambda error: None)
+        self.cycle = Cycle(ParaStep(warmup_steps=1, devices=2), bus, self.clock, told)
         self.cycle.attach(Anatomy(self.denoiser, KNOWN["UNet2DConditionModel"], "unet"), PatchSet())
 
     def begin(self, number: int) -> None:

@@ -16,13 +16,14 @@ RAISES = {"killed": (3, 30.0), "killed_in_a_cycle": (2, 30.0), "stopped": (2, 60
 GOES_ON = (
     "killed_patches_go_on", "killed_displaced_go_on", "killed_tokens_go_on", "killed_turns_go_on",
     "killed_half_goes_on", "killed_first_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on",
+    "killed_before_first_latents_go_on", "killed_first_with_the_only_half_goes_on", "killed_idle_half_goes_on",
 )  # fmt: skip
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @cache
 def said() -> dict[str, list[Any]]:
-    pairs = (*GOES_ON, "asked_whether_it_lives")
+    pairs = (*GOES_ON, "asked_whether_it_lives", "killed_with_a_prompt_of_its_own")
     groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in pairs]
     groups.append((("told_by_one_that_was_told",), 4))
     return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
@@ -46,6 +47,20 @@ def test_who_is_left_finishes_alone(name: str) -> None:
     assert state == "finished" and any("this rank finished alone" in note for note in notes)
     # every rank has whole latents after each step or cycle, so going on alone is what one device does
     assert far < 1e-12
+
+
+def test_they_are_lost_where_only_the_solver_asks_for_them() -> None:
+    where = {"killed_before_first_latents_go_on": "the latents of rank 0 at step 0"}
+    where |= dict.fromkeys(GOES_ON[-2:], "the only half of guidance at step 2")
+    for name, place in where.items():
+        notes = said()[name][1 if "first" in name else 0][1]
+        assert any(f"for {place}; this rank" in note for note in notes), (name, notes)
+
+
+def test_who_drew_the_picture_of_one_that_is_lost_says_that_it_cannot_finish_it() -> None:
+    kind, text, waited = said()["killed_with_a_prompt_of_its_own"][1]
+    assert kind == "PeerLost" and waited < 30
+    assert text.endswith("cannot finish rank 0's picture: give all ranks the same prompts and seed"), text
 
 
 def test_who_waits_for_one_that_lost_another_is_told_at_once() -> None:

@@ -6,16 +6,20 @@ import json
 import math
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
+import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.parallel import REGISTRY
-from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, plan, trials
+from fastdiff.parallel.planner import Site, alone, attempt, by_turns, candidates, halves, plan, trials
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
 from fastdiff.parallel.sharing import Blocks
 from fastdiff.pipelines.families import FAMILIES, recognise
@@ -102,7 +106,8 @@ def test_bytes_and_operations_of_rings_are_the_formula() -> None:
     per, words = 57 * 3, (2 * width + 4 * heads) * text
     assert ring.sent["kv"] == per * 2 * 2 * width * tokens // 4
     assert token.sent["kv"] == per * (2 * 2 * width * tokens // 4 + 4 * heads * tokens // 4 + words)
-    assert 0 < ring.under < ring.flops
+    under = [work for work, _, size in ring.events if size is None]
+    assert 0 < sum(under) < ring.flops, "what is computed before a block is waited for"
     spared = 4 * 57 * width * text * (tokens - tokens // 4)
     assert ring.flops - token.flops == spared, "what the text sees of other ranks' keys, they have looked up"
 
@@ -132,7 +137,8 @@ def test_bytes_and_operations_of_teams_are_the_formula() -> None:
     )
     inside = 2 * (3 * width // 2 + width // 2) * tokens // 4 + 2 * width // 2 * text
     assert teams.sent["kv"] == 57 * (inside + 2 * 2 * width // 2 * tokens // 2)
-    assert ring.flops == patch.flops and (ring.sent["kv"], patch.under, ulysses.under) == (patch.sent["kv"], 0, 0)
+    assert ring.flops == patch.flops and ring.sent["kv"] == patch.sent["kv"]
+    assert not any(work for part in (patch, ulysses) for work, _, size in part.events if size is None)
     assert teams.flops < ring.flops, "of the text's queries, half of the heads"
 
 
@@ -195,9 +201,15 @@ def test_shares_that_differ_are_played_by_the_longest_too() -> None:
     assert (len(even.played), len(odd.played)) == (1, 2)
 
 
+def exchanged(before: int, under: int) -> tuple[tuple[int, int, int | None], ...]:
+    """Four exchanges of 25 bytes and the output, and operations before and during each; the output is waited for."""
+    pairs = (((before, k, 25), (under, k, None)) for k in range(4))
+    return (*(event for pair in pairs for event in pair), (before + under, 4, 10), (0, 4, None))
+
+
 # seconds and bytes that are easy to add up: compute 1 s, half of it on two ranks, 100 bytes hidden, 10 of output
 ONE = Rehearsed(Part(seconds=1.0), Part(seconds=1.0), 1000)
-PART = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5)
+PART = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5, flops=10, events=exchanged(2, 0))
 
 
 def costs(name: str, link: float, memory: float = math.inf, part: Part = PART, **fields: Any) -> list[Any]:
@@ -222,11 +234,54 @@ def test_a_synchronous_step_adds_up_and_a_displaced_one_hides() -> None:
 
 
 def test_what_travels_round_a_ring_hides_under_its_attention() -> None:
-    part = Part(Counter(kv=100, output=10), Counter(kv=4, output=1), 0.5, flops=10, under=4)
-    hides = 0.5 * 4 / 10 / 2
+    part = replace(PART, events=exchanged(1, 1))
     fast, slow = cost("ring", 1e4, part=part), cost("ring", 100, part=part)
-    assert fast.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 10 / 1e4), "there before it is needed"
-    assert slow.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 1.1 - hides)
+    assert fast.predicted_step_seconds == pytest.approx(0.5 + 0.01 + 10 / 1e4), "there before it is needed"
+    assert slow.predicted_step_seconds == pytest.approx(0.5 + 5 * 0.01 + 1.1 - 4 * 0.05)
+
+
+def test_of_halves_that_take_turns_one_sends_while_the_other_computes() -> None:
+    fast, slow = (cost("patch", link, halves=True) for link in (500, 50))
+    assert fast.predicted_step_seconds == pytest.approx(0.5 + 0.01 + 5 / 500), "but half of the output"
+    assert slow.predicted_step_seconds == pytest.approx(0.05 + 110 / 50 + 0.01), "the link never rests"
+    assert fast.settings["halves"] is True and "halves" not in cost("patch", 500).settings
+    assert len(costs("patch", 4e3, 100, blocks=Blocks((640,) * 8), halves=True)) == 1, "no shares of the weights"
+
+
+WAYS: dict[str, dict[str, Any]] = {"whole": {}, "groups": {"groups": 2}, "halves": {}, "both": {"groups": 2}}
+MEASURED = json.loads(PREDICTED.with_name("parallel-turns.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']} {row['method']}")
+def test_turns_are_predicted_in_the_order_in_which_they_were_measured(row: dict[str, Any]) -> None:
+    anatomy, calls, _ = observe(fastdiff.load(row["model"]), 64)
+    anatomy.denoiser.to("meta")
+    told = row["ways"]
+
+    def asked(leaf: torch.Tensor) -> torch.Tensor:
+        sides = [side * row["size"] // 64 for side in leaf.shape[1:]] if leaf.ndim == 4 else leaf.shape[1:]
+        return torch.empty((*(n * row["images"] for n in leaf.shape[:1]), *sides), dtype=leaf.dtype, device="meta")
+
+    calls = pytree.tree_map_only(torch.Tensor, asked, calls)
+    seconds: dict[str, float] = {}
+    for way in told:
+        asks = method(row["method"], **WAYS[way])
+        part = rehearse(anatomy, calls, asks, asks.topology(2, 0)).fresh
+        assert part.sent.total() == pytest.approx(told[way]["bytes"], rel=0.01)
+        parts, computing = 1 + (way in ("halves", "both")), told["whole"]["computed_seconds"]
+        seconds[way] = part.elapsed(computing, row["bytes_per_second"], 1e-4, parts)
+    found = [seconds[way] for way in sorted(told, key=lambda way: told[way]["step_seconds"])]
+    assert all(a < b * 1.001 for a, b in pairwise(found)) and found[0] < found[-1]
+
+
+def test_turns_are_tried_where_a_method_has_them() -> None:
+    for name, more in (("sd3", {"patch", "ring", "token_ring", "ulysses"}), ("flux", set[str]())):
+        anatomy, calls, _ = observe(tiny.make(name), 64)
+        one = alone(anatomy, calls)
+        tried = [attempt(anatomy, calls, asks, 2, one) for asks in candidates(2, halves(calls))]
+        found = [trial.method.model_dump() for trial in by_turns(anatomy, calls, 2, one, tried)]
+        assert {one["method"] for one in found if one["halves"]} == more, "of a batch of one there are none"
+        assert [one["method"] for one in found if one.get("groups", 1) > 1] == ["ulysses"] * (1 + bool(more))
 
 
 def test_stages_fill_and_drain_in_each_step() -> None:
