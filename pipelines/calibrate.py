@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, TypeAlias
 
-import torch
-
 from fastdiff.caching.base import CacheMethod
 from fastdiff.caching.calibration import Drawing, Loops
 from fastdiff.caching.plan import quantization
@@ -21,6 +19,7 @@ from fastdiff.patch import PatchSet
 from fastdiff.plans import Each
 
 from .accelerate import Accelerated, put, restore
+from .conditions import calls_of
 from .families import Anatomy, anatomies
 from .fed_layers import with_fed_layers
 
@@ -34,9 +33,9 @@ def calibrate(
 ) -> Config:  # fmt: skip
     """The config with what calibration finds for this pipeline in its cache method, for each denoiser.
 
-    Image k is drawn from seed + k, in calls of `batch` with the arguments `call`, with the config's other levers on,
-    but not compiled; `watch` is told how many steps of how many are done in the pass under way. An accelerated
-    pipeline is restored first.
+    Image k is drawn from seed + k, in calls of `batch` with the arguments `call` (`corrupt=True` among them mixes noise
+    into its pictures), with the config's other levers on, but not compiled; `watch` is told how many steps of how many
+    are done in the pass under way. An accelerated pipeline is restored first.
 
     Raises BadConfig for a method that takes no plan, a number of computed steps that is not possible, and a solver
     that adds noise of its own, for which no fixed plan can be right.
@@ -123,17 +122,15 @@ class Observed(Accelerated):
 def draw_all(
     handle: Accelerated, prompts: Sequence[str], seed: int, batch: int, watch: Watch | None, call: dict[str, Any]
 ) -> None:
-    """Draw the prompts in calls of `batch`, image k from seed + k. Raises FastdiffError if no run was complete."""
+    """Draw the prompts in calls of `batch`, see `calls_of`. Raises FastdiffError if no run was complete."""
     pipe, clock, whole = handle.pipe, handle.clock, [0]
-    calls, ticks = range(0, len(prompts), batch), count(1)
+    calls, ticks = calls_of(prompts, seed, batch, call), count(1)
     clock.on_start.append(lambda run: whole.append(run.total))
     if watch is not None:
         clock.on_tick.append(lambda _: watch(next(ticks), len(calls) * whole[-1]))
-    for start in calls:
-        texts = list(prompts[start : start + batch])
-        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
+    for given in calls:
         try:
-            pipe(texts, generator=generators, output_type="latent", **call)
+            pipe(given.pop("prompt"), output_type="latent", **given)
         except ValueError as error:  # how diffusers refuses arguments
             raise BadConfig(f"{type(pipe).__name__} refuses: {str(error).strip().splitlines()[0]}") from error
     if handle.report.steps < max(1, whole[-1]):

@@ -55,9 +55,9 @@ def with_plans(method: QuantMethod, heard: Heard | None, watch: Watch | None) ->
     if isinstance(method.prune, float):
         if heard is None:
             raise BadConfig(f"quant.prune = {method.prune:g} measures the denoiser: give prompts, or a plan")
-        most = method.prune**2
-        found = planned(heard, lambda calls: prune(calls, max_error=most, watch=watch))
-        return method.model_copy(update={"prune": found})
+        most, whole = method.prune**2, method.protect
+        found = planned(heard, lambda calls: prune(calls, max_error=most, protect=whole, watch=watch))
+        return method.model_copy(update={"prune": found, "protect": 0.0})
     return method
 
 

@@ -24,6 +24,7 @@ from fastdiff.quant.timed import seconds
 from . import quantizing
 from .accelerate import restore
 from .calibrate import Watch
+from .conditions import theirs
 from .families import anatomies
 from .hearing import hear_each
 from .loading import embedded_name
@@ -38,7 +39,7 @@ def method_of(pipe: Any, config: Source) -> QuantMethod:
 
 
 def quantize(
-    pipe: Any, config: Source, prompts: Sequence[str] = (), *, seed: int = 0, batch: int = 4, corrupt: bool = False,
+    pipe: Any, config: Source, prompts: Sequence[str] = (), *, seed: int = 0, batch: int = 4,
     calibration: Calibration | None = None, predict: bool = False, compiled: bool = False, watch: Watch | None = None,
     **call: Any,
 ) -> QuantReport:  # fmt: skip
@@ -48,7 +49,7 @@ def quantize(
     activations are calibrated (unless given), and the error of the denoiser's output and its time are measured; without
     any, ranges are dynamic. `predict` measures each layer alone too, a call of the denoiser for each, for what a linear
     model predicts of that error; `compiled` times the float denoiser under torch.compile too. Arguments `call` are the
-    pipeline's.
+    pipeline's; `corrupt=True` among them mixes noise into its pictures, by which a model learns to bear worse ones.
 
     Raises BadConfig, UnsupportedModel or BackendUnavailable; the pipeline is then as it was.
     """
@@ -58,10 +59,9 @@ def quantize(
     parts = targets(pipe, method, found)  # before anything is drawn
     dynamic = method.activations != "int8" or method.ranges is not None
     if calibration is None and prompts and not dynamic:
-        calibration = calibrate_ranges(
-            pipe, method, prompts, seed=seed, batch=batch, watch=watch, corrupt=corrupt, **call
-        )
-    heard = hear_each(pipe, prompts[:batch], moments=4, seed=seed, batch=batch, **call) if prompts else None
+        calibration = calibrate_ranges(pipe, method, prompts, seed=seed, batch=batch, watch=watch, **call)
+    first = theirs(call, len(prompts), slice(batch))
+    heard = hear_each(pipe, prompts[:batch], moments=4, seed=seed, batch=batch, **first) if prompts else None
     method = with_plans(method, heard, watch)
     learned = learned_by(method, heard)
     methods = methods_of(method, parts, found)

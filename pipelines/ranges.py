@@ -17,19 +17,18 @@ from fastdiff.quant.observe import Observer, edges_of
 
 from .accelerate import Accelerated, put, restore
 from .calibrate import Watch, draw_all
-from .conditions import corrupted
 from .families import Anatomy, anatomies
 from .quantizing import methods_of, print_of, targets
 
 
 def calibrate_ranges(
     pipe: Any, method: QuantMethod, prompts: Sequence[str], *, seed: int = 0, batch: int = 4,
-    watch: Watch | None = None, corrupt: bool = False, **call: Any,
+    watch: Watch | None = None, **call: Any,
 ) -> Calibration:  # fmt: skip
     """Static ranges of the activations of a float pipeline, by noise level and over both branches of guidance.
 
-    Draws the prompts, image k from seed + k, with the arguments `call`, among them images and control maps; `corrupt`
-    mixes noise into those. One pass; an accelerated pipeline is restored first.
+    Draws the prompts, image k from seed + k, with the arguments `call`, among them images and control maps; with
+    `corrupt=True` among them noise is mixed into those. One pass; an accelerated pipeline is restored first.
     """
     restore(pipe)
     found = anatomies(pipe)
@@ -48,7 +47,7 @@ def calibrate_ranges(
             observer.listen(handle.clock)
             timed = parts[name] if any(a.component == name for a in found) else None
             stack.enter_context(observer.watching(timed))
-        draw_all(handle, prompts, seed, batch, watch, corrupted(call, seed) if corrupt else call)
+        draw_all(handle, prompts, seed, batch, watch, call)
     return _found(method, parts, seen, found, len(prompts))
 
 

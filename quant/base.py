@@ -70,6 +70,9 @@ class QuantMethod(Method):
     prune: PruneOption = Field(
         None, description="what is removed before: a plan, the path of its file, or a relative error to plan for"
     )
+    protect: float = Field(
+        0.0, ge=0, lt=1, description="what prune, a number, leaves whole: this share of each stack's blocks, the first"
+    )
     kernel: str = Field("auto", description="auto, or the name of the only kernel that may be used")
     speed: Speed = Field(
         "never slower",
@@ -107,6 +110,8 @@ class QuantMethod(Method):
             raise ValueError(
                 "reconstruct = block is of rounding = flexround, without low_rank: set that, or leave it out"
             )
+        if self.protect and not isinstance(self.prune, float):
+            raise ValueError(f"protect = {self.protect:g} needs prune = 0.03, say; leave it out (plans have their own)")
         return self
 
     def of(self, component: str, main: bool) -> QuantMethod | None:

@@ -71,6 +71,14 @@ def roots(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
                         yield f"{path}.{kind}.{k}", unit
 
 
+def early(anatomy: Anatomy, share: float) -> tuple[str, ...]:
+    """Paths of the first blocks, this share of each stack rounded; a UNet is one stack."""
+    stacks: dict[str, list[str]] = {}
+    for path, _ in roots(anatomy):
+        stacks.setdefault("" if anatomy.family.kind == "unet" else path.rpartition(".")[0], []).append(path)
+    return tuple(path for paths in stacks.values() for path in paths[: round(share * len(paths))])
+
+
 def _parts(root: nn.Module, prefix: str, depth: float) -> Iterator[Component]:
     outer: list[str] = []
     for path, module in root.named_modules():

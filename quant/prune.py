@@ -64,6 +64,7 @@ class PrunePlan(Settings):
     version: Literal[1] = 1
     denoiser: str = Field(max_length=200, description="class and configuration of the model that was measured")
     removed: tuple[Removal, ...] = ()
+    protected: tuple[str, ...] = Field((), description="first blocks, left whole; a distillation freezes them")
     error: float = Field(0.0, ge=0, description="relative squared error of the output on calls not fitted on")
     parameters: int = Field(0, description="parameters that are gone")
     measured: tuple[Measured, ...] = ()

@@ -16,7 +16,7 @@ from fastdiff.errors import BadModel
 from fastdiff.weights import require
 
 from .calls import Calls, swapped
-from .components import Component, components
+from .components import Component, components, early
 from .prune import Map, Measured, PrunePlan, Removal, Removed
 
 Watch = Callable[[int, int], None]
@@ -35,24 +35,25 @@ class Form(TypedDict):
 
 def prune(
     calls: Calls, *, max_error: float = 1e-3, ridge: float = 1e-3, rank: int = 0, patience: int = 5,
-    watch: Watch | None = None,
+    protect: float = 0.0, watch: Watch | None = None,
 ) -> PrunePlan:  # fmt: skip
     """The plan that removes components, those of least cost first, while the denoiser's output stays within
     `max_error`, a relative squared error on calls that the repair was not fitted on.
 
     rank: of the map that repairs, on top of a scale and a shift by channel. patience: the search ends after so many
-    components in a row that cost too much. Fits are sequential: each sees the model without what went before.
+    components in a row that cost too much. protect: the share of each stack, from its start, that stays whole (the
+    paper's positional weight preservation). Fits are sequential: each sees the model without what went before.
     """
     anatomy = calls.anatomy
     require(anatomy.denoiser, anatomy.component)
     fitted, judged = calls.halves()
     forms = _forms(anatomy, judged, components(anatomy))
-    table = _sensitivities(anatomy, judged, forms, watch)
+    table, whole = _sensitivities(anatomy, judged, forms, watch), early(anatomy, protect)
     removed: dict[str, Removal] = {}
     error, misses = 0.0, 0
     for component, _ in sorted(table, key=lambda row: row[1].cost):
         paths = [path for path in component.paths if not within(path, removed)]
-        if not paths or misses >= patience:
+        if not paths or misses >= patience or any(within(path, whole) for path in paths):
             continue
         tried = dict(removed)
         for path in paths:
@@ -68,7 +69,7 @@ def prune(
     gone = sum(_parameters(anatomy, (path,)) for path in removed)
     return PrunePlan(
         denoiser=fingerprint(anatomy), removed=tuple(removed.values()), error=error, parameters=gone,
-        measured=tuple(found for _, found in table),
+        measured=tuple(found for _, found in table), protected=whole,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ docs/compatibility.md, which is made of it.
 
     python scripts/compatibility.py                     # run everything, for half an hour; write both
     python scripts/compatibility.py --parts wan-2       # one pipeline on two ranks; the rest stays as it was
+    python scripts/compatibility.py --new               # what the file does not have, of a method that came, say
     python scripts/compatibility.py --check             # run nothing; exit 1 if the page is not made of the file
 
 What runs, and the laws that it has to hold, are in tests/coverage/combining.py.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,18 +54,25 @@ together meet, also on two processes, and also with a call after an exception: a
 `make test-slow`. There the pipelines take turns. Random weights say nothing about quality.
 
 Graphs are made by torch's own compiler front with the backend `eager`; a scope is a value of `compile.scope`.
-Of attention, the two backends that run everywhere are here. Any other is tried by a real call first, and refused
-with the reason where it cannot run."""
+Of attention, the two backends that run everywhere are here; any other is tried by a real call first, and refused with
+the reason where it cannot run. `sparge` and `radial` are sparse attention, here with blocks of 4 and 2 tokens and from
+the first token on, so that they leave some of so few out; they have to, and the report to say so."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="run every two levers together and write the page of it")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="pipeline and ranks")
     parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if the page is out of date")
+    parser.add_argument("--new", action="store_true", help="run only what the file does not have")
     asked = parser.parse_args()
-    if not asked.check:
+    if asked.new:
+        for name in PIPELINES:  # one by one: where two values are tried together depends on what works alone
+            keep(on_one(name, new=True))
+        keep(on_ranks("new"))
+    elif not asked.check:
         for name, _, ranks in (one.partition("-") for one in asked.parts):
-            keep(name, on_ranks(name) if ranks == "2" else on_one(name), ranks == "2")
+            said = on_ranks(name) if ranks == "2" else on_one(name)
+            keep(said, lambda label, own=name, shared=ranks == "2": part_of(label) == (own, shared))
     wanted = page(outcomes())
     if asked.check:
         return int(PAGE.read_text(encoding="utf-8") != wanted)
@@ -74,9 +82,9 @@ def main() -> int:
     return int(bool(wrong))
 
 
-def on_one(name: str) -> dict[str, str]:
+def on_one(name: str, new: bool = False) -> dict[str, str]:
     said = {}
-    for label, outcome in part(Trials(), name, on_ranks=False):
+    for label, outcome in part(Trials(), name, on_ranks=False, new=new):
         said[label] = outcome
         print(f"{label}: {outcome}", file=sys.stderr, flush=True)
     return said
@@ -91,14 +99,15 @@ def on_ranks(name: str) -> dict[str, str]:
     return agreed(one, other)
 
 
-def keep(name: str, said: Mapping[str, str], shared: bool) -> None:
-    """Put a part into the file, in the place of what it said of that."""
+def part_of(label: str) -> tuple[str, bool]:
+    """The pipeline, and whether ranks share it."""
+    return label.split()[0], " parallel=" in label
+
+
+def keep(said: Mapping[str, str], gone: Callable[[str], bool] = lambda label: False) -> None:
+    """Put outcomes into the file, in the place of those that are `gone`."""
     outcomes.cache_clear()  # another part may have been written meanwhile
-    rest = {
-        label: told
-        for label, told in outcomes().items()
-        if label.split()[0] != name or (" parallel=" in label) is not shared
-    }
+    rest = {label: told for label, told in outcomes().items() if not gone(label)}
     versions = {package: version(package) for package in ("torch", "diffusers")}
     told = {"command": "python scripts/compatibility.py", "versions": versions, "outcomes": rest | said}
     FILE.write_text(json.dumps(told, indent=0, sort_keys=True) + "\n", encoding="utf-8")

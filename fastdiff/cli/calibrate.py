@@ -49,8 +49,8 @@ def calibrate(
 
     pipe, resolved = asked.loaded(layers)
     solved = resolved.cache is None
-    call = asked.call(pipe) | ({"teacher_steps": teacher_steps} if solved else {})
     texts = asked.texts(pipe, prompts or (32 if solved else 8))
+    call = asked.call(pipe, texts) | ({"teacher_steps": teacher_steps} if solved else {})
     with progress() as watch:
         found: Any = (calibrate_solver if solved else plan_for)(pipe, resolved, texts, watch=watch, **call)
     plan: Any = (found.solver if solved else found.cache).plan

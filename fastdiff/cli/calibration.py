@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .bring import Images, Strength
 from .gathered import gathered
 from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets, StepCount
 
@@ -22,6 +23,9 @@ SchedulerName = Annotated[
     str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
 ]
 PerCall = Annotated[int, typer.Option(min=1, help="Images a call.")]
+Corrupt = Annotated[
+    bool, typer.Option("--corrupt", help="Mix noise into the pictures to draw from, to bear worse ones (Q-GESCO).")
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Calibration:
     scheduler: SchedulerName = None
     seed: FirstSeed = 0
     batch: PerCall = 4
+    image: Images = None
+    strength: Strength = None
+    corrupt: Corrupt = False
 
     @property
     def layers(self) -> list[Layer]:
@@ -57,29 +64,32 @@ class Calibration:
         if self.scheduler is not None:
             solvers.check_name(self.scheduler)
         early(layers, described(self.model), self.model)
-        pipe = opened(self.model)
+        pipe = opened(self.model, inputs=("image",) if self.image else ())
         pipe.set_progress_bar_config(disable=True)
         if self.scheduler is not None:
             pipe.scheduler = solvers.solver(self.scheduler, pipe.scheduler)
         return pipe, resolve(layers, anatomies(pipe)[0].family, embedded_name(pipe)).config
 
     def loaded_quantized(self, layers: list[Layer]) -> tuple[Any, QuantReport]:
-        """A pipeline whose denoiser was quantized layer by layer while it was read."""
+        """A pipeline whose denoiser was quantized layer by layer while it was read; nothing is drawn for it."""
         from fastdiff.config import resolve
+        from fastdiff.errors import BadConfig
         from fastdiff.pipelines.loading import load_quantized
         from fastdiff.pipelines.planning import with_plans
         from fastdiff.studio.console import quiet, waiting
         from fastdiff.studio.drawing import described
         from fastdiff.studio.settings import early
 
+        if self.image or self.strength is not None or self.corrupt:
+            raise BadConfig("--image, --strength and --corrupt are of what is drawn, and --prompts 0 draws nothing")
         resolved = early(layers, described(self.model), self.model) or resolve(layers, None, self.model)
         with_plans(cast("QuantMethod", resolved.config.quant), None, None)  # what has to be planned is refused
         quiet()
         with waiting(f"reading {self.model}, a layer at a time"):
             return load_quantized(self.model, resolved.config)
 
-    def call(self, pipe: Any) -> dict[str, Any]:
-        """How the pipeline is called, with the seed and batch of the calibration. Raises BadConfig."""
+    def call(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+        """How the pipeline is called for these prompts, with the calibration's seed and batch. Raises BadConfig."""
         from fastdiff.errors import BadConfig
         from fastdiff.pipelines.loading import call_defaults
 
@@ -89,7 +99,27 @@ class Calibration:
             if value is not None and name not in usual:
                 raise BadConfig(f"{type(pipe).__name__} takes no {name}; leave it out")
         given = {name: value for name, value in asked.items() if value is not None}
+        if self.image or self.strength is not None:
+            given |= self._drawn_over(pipe, texts)
+        if self.corrupt:
+            given["corrupt"] = True
         return usual | given | {"seed": self.seed, "batch": self.batch}
+
+    def _drawn_over(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
+        """Of pipelines that draw over a picture one for each prompt, by turns; others take all in each call."""
+        from fastdiff.images import Sampling
+        from fastdiff.pipelines.inputs import roles
+        from fastdiff.studio import pictures
+
+        job = Sampling(prompt=texts[0], image=self.image or None, strength=self.strength)
+        each, one = "strength" in roles(pipe), job.model_copy(update={"image": job.image and job.image[:1]})
+        pictures.check(pipe, one if each else job, "picture")
+        found = {name: value for name, value in pictures.arguments(pipe, job).items() if name != "output_type"}
+        held = found.get("image")
+        if each and held is not None:
+            held = held if isinstance(held, list) else [held]
+            found["image"] = [held[k % len(held)] for k in range(len(texts))]
+        return found
 
     def texts(self, pipe: Any, count: int) -> Sequence[str]:
         from fastdiff.bench import prompts_for

@@ -54,8 +54,8 @@ def quantize(
         _tell(output, done, report, as_json)
         return
     pipe, resolved = asked.loaded(layers)
-    call = asked.call(pipe)
     texts = asked.texts(pipe, prompts)
+    call = asked.call(pipe, texts)
     with progress() as watch:
         if only:
             _write_only(output, pipe, work.method_of(pipe, resolved), texts, call | {"watch": watch})

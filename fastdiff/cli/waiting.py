@@ -54,9 +54,10 @@ def _work(asked: Calibration, layers: list[Layer], output: Path, prompts: int, a
     from fastdiff.studio.console import say
 
     pipe, config = asked.loaded(layers)
-    call = asked.call(pipe)
+    texts = asked.texts(pipe, prompts)
+    call = asked.call(pipe, texts)
     with progress() as watch:
-        found = calibrate_layers(pipe, config, asked.texts(pipe, prompts), watch=watch, **call)
+        found = calibrate_layers(pipe, config, texts, watch=watch, **call)
     plan = found.parallel.plan  # type: ignore[union-attr]
     if dist.get_rank() == 0:
         files.write(output, lambda part: part.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8"))

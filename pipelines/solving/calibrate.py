@@ -4,19 +4,18 @@ own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
-
-import torch
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.caching.methods.joint import Joint, Kind
 from fastdiff.config import Config
 from fastdiff.errors import BadConfig
 from fastdiff.pipelines.accelerate import accelerate, restore
+from fastdiff.pipelines.conditions import calls_of
 from fastdiff.pipelines.families import anatomies
 
 from .candidates import HELD
@@ -86,7 +85,7 @@ def fitting(
     own, found = pipe.scheduler, anatomies(pipe)
     drawn = len(BIASES) + moves * 2 * (evaluations - 1) + polish * draws(evaluations, order)
     work = (teacher_steps + drawn * evaluations) * -(-len(prompts) // batch)
-    calls = partial(_calls, prompts, seed, batch, call)
+    calls = partial(calls_of, prompts, seed, batch, call)
     stock = host(own)
     if not stock.config.get("use_dynamic_shifting"):
         stock.set_timesteps(teacher_steps)  # which says where it ends
@@ -99,15 +98,6 @@ def fitting(
 def _ticks(watch: Watch | None, work: int) -> Callable[[], None]:
     done = count(1)
     return lambda: watch(min(next(done), work), work) if watch is not None else None
-
-
-def _calls(prompts: Sequence[str], seed: int, batch: int, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for start in range(0, len(prompts), batch):
-        texts = list(prompts[start : start + batch])
-        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(texts))]
-        found.append({**call, "prompt": texts, "generator": generators})
-    return found
 
 
 def _inside(anatomy: Anatomy, depth: float) -> Joint:

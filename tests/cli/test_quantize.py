@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import tiny
 
@@ -38,6 +39,16 @@ def test_ranges_alone(cli, model: str) -> None:
     assert made.code == 0
 
 
+def test_ranges_of_pictures_that_are_drawn_over_with_noise_in_them(cli, model: str) -> None:
+    Image.new("RGB", (64, 64), "gray").save("gray.png")
+    over = ("--image", "gray.png", "--strength", 0.7, *FEW)
+    for name, more in (("clean", ()), ("noisy", ("--corrupt",)), ("again", ("--corrupt",))):
+        done = cli("quantize", "-m", model, "-o", f"{name}.safetensors", *over, *more)
+        assert (done.code, done.files) == (0, [f"{name}.safetensors"]), done.err
+    clean, noisy, again = (Path(f"{name}.safetensors").read_bytes() for name in ("clean", "noisy", "again"))
+    assert clean != noisy == again
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -49,6 +60,10 @@ def test_ranges_alone(cli, model: str) -> None:
         (("-o", "x", "--set", "quant.prune=3"), "between 0 and 1"),
         (("-o", "x", "--set", "quant.prune=0.1", "--prompts", 0), "give prompts"),
         (("-o", "x", "--set", "quant.prune=no.json"), "does not exist"),
+        (("-o", "x", "--set", "quant.protect=0.3"), "protect = 0.3 needs prune"),
+        (("-o", "x", "--corrupt"), "corrupt mixes noise into the pictures"),
+        (("-o", "x", "--corrupt", "--prompts", 0), "draws nothing"),
+        (("-o", "x", "--strength", 0.5), "it goes with --image"),
     ],
 )
 def test_refused(cli, model: str, arguments: tuple, said: str) -> None:

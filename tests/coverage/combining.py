@@ -24,7 +24,7 @@ from fastdiff.pipelines.families import anatomies
 from fastdiff.pipelines.solving.plan import SolverPlan
 from fastdiff.registry import names, registry
 from tests import tiny
-from tests.laws.rows import ROWS, SCHEMES, STEPS, plain, used
+from tests.laws.rows import ROWS, SCHEMES, STEPS, used
 from tests.near import FLOOR, apart, rounding
 from tests.state import differences, snapshot
 
@@ -32,6 +32,13 @@ PIPELINES = {"pixart": "DiT", "sd15": "UNet", "wan": "video"}
 # Backends of diffusers' dispatcher that run everywhere; each of the others is tried by one real call when it is asked
 # for, whatever else is on.
 ATTENTION = ("native", "_native_math")
+# Sparse attention, with blocks that leave something out of so few tokens.
+SPARSE: dict[str, dict[str, Any]] = {
+    "sparge": {"keep": 0.3, "interval": 2, "block": 4, "min_tokens": 1},
+    "radial": {"decay": 0.1, "block": 2, "min_tokens": 1},
+}
+# Of videos the first frames that are no neighbours.
+CALLS: dict[str, dict[str, Any]] = {"wan": {"num_frames": 9}}
 WORKS = "works"
 LATE = 1  # steps at the start in which no parallel method uses anything old
 RAN = ("scheduler.", "pipe._num_timesteps")  # what runs of two and more ranks, and of graphs, leave as plain ones do
@@ -72,7 +79,8 @@ def factors() -> dict[str, tuple[str, ...]]:
     """Each lever's values, without `off`."""
     known = names()
     scopes = get_args(Compile.model_fields["scope"].annotation)
-    found = {kind: tuple(known[kind]) for kind in METHOD_KINDS} | {"attention": ATTENTION, "compile": scopes}
+    found = {kind: tuple(known[kind]) for kind in METHOD_KINDS}
+    found |= {"attention": (*ATTENTION, *SPARSE), "compile": scopes}
     return {kind: found[kind] for kind in LEVERS}
 
 
@@ -128,7 +136,7 @@ def settings(asked: Combination) -> dict[str, Any]:
         "parallel": _shared,
         "quant": lambda scheme: SCHEMES[scheme](asked.pipeline) | {"speed": "smallest"},
         "solver": lambda method: {"method": method, "plan": _plan(asked.pipeline)},
-        "attention": lambda backend: {"backend": backend},
+        "attention": lambda way: {"sparse": way, **SPARSE[way]} if way in SPARSE else {"backend": way},
         "compile": lambda scope: {"enabled": True, "scope": scope, "backend": "eager"},
     }
     return {kind: made[kind](value) for kind, value in asked.levers.items()}
@@ -153,6 +161,17 @@ def _plan(name: str) -> SolverPlan:
 
 
 # the laws
+
+
+def drawn(pipe: Any, name: str, **more: Any) -> Tensor:
+    """Latents of the standard call."""
+    return tiny.run(pipe, name, steps=STEPS, **CALLS.get(name, {}), **more)
+
+
+@cache
+def plain(name: str) -> Tensor:
+    """What plain diffusers makes of it."""
+    return drawn(tiny.make(name), name)
 
 
 class Broken(Exception):
@@ -184,10 +203,10 @@ class Trials:
         before = snapshot(pipe)
         try:
             with fastdiff.accelerate(pipe, **self.settings(asked)) as handle:
-                first = tiny.run(pipe, asked.pipeline, steps=STEPS)
+                first = drawn(pipe, asked.pipeline)
                 self._reported(asked, handle, first)
                 if again:
-                    second = tiny.run(pipe, asked.pipeline, steps=STEPS)
+                    second = drawn(pipe, asked.pipeline)
                     assert torch.equal(second, first), "a second call differs from the first"
                 if breaks:
                     self._broken(asked, pipe, first)
@@ -206,6 +225,9 @@ class Trials:
         assert report.steps == STEPS, f"{report.steps} steps"
         if asked.cache != OFF:
             assert report.cached + report.partly > 0, f"the cache left nothing out: {report}"
+        if asked.attention in SPARSE:
+            (told,) = report.attention.values()
+            assert told["sparse"] > 0 and told["density"] < 1, f"no blocks were left out: {told}"
         if asked.parallel != OFF:
             assert len(report.ranks) == 2 and report.bytes_sent > 0, f"nothing was sent: {report}"
         assert not [note for note in report.notes if "different latents" in note], report.notes
@@ -220,25 +242,24 @@ class Trials:
                 raise Broken
 
         try:
-            tiny.run(pipe, asked.pipeline, steps=STEPS, seed=7, **tiny.at_each_step(asked.pipeline, fail))
+            drawn(pipe, asked.pipeline, seed=7, **tiny.at_each_step(asked.pipeline, fail))
         except Broken:
             pass
         else:
             raise AssertionError("an exception in a callback was swallowed")
-        again = tiny.run(pipe, asked.pipeline, steps=STEPS)
+        again = drawn(pipe, asked.pipeline)
         assert torch.equal(again, first), "a call after an exception differs from the first"
 
     def _restored(self, asked: Combination, pipe: Any, before: dict[str, Any]) -> None:
-        assert torch.equal(tiny.run(pipe, asked.pipeline, steps=STEPS), plain(asked.pipeline)), (
-            "restored, but not plain"
-        )
+        assert torch.equal(drawn(pipe, asked.pipeline), plain(asked.pipeline)), "restored, but not plain"
         ran = RAN if asked.compile != OFF or asked.parallel != OFF else ()
         left = [text for text in differences(before, snapshot(pipe)) if not text.startswith(ran)]
         assert left == [], f"left behind: {left}"
 
     def _compared(self, asked: Combination, found: Tensor, again: bool) -> None:
         """With what the same gives without one lever: neutral settings and exact methods change nothing, others do."""
-        kept = ["attention", "compile", *(["parallel"] if asked.parallel != OFF and exact(asked.parallel) else [])]
+        kept = ["compile", *(["parallel"] if asked.parallel != OFF and exact(asked.parallel) else [])]
+        kept += ["attention"] if asked.attention not in SPARSE else []
         if asked.levers.keys() & set(kept):
             far, bound = apart(found, self.latents(asked.without(*kept))), self._bound(asked, asked.without(*kept))
             assert far <= bound, f"{far:.1e} from the same on one device and as it is, where rounding makes {bound:.1e}"
@@ -268,7 +289,7 @@ class Trials:
             return plain(asked.pipeline)
         pipe = tiny.make(asked.pipeline)
         with fastdiff.accelerate(pipe, **self.settings(asked)) as handle:
-            found = tiny.run(pipe, asked.pipeline, steps=STEPS)
+            found = drawn(pipe, asked.pipeline)
             self.computed[asked] = handle.report.computed
         return found
 
@@ -276,9 +297,9 @@ class Trials:
 def _rounded(name: str) -> float:
     """What another batch size does to a plain picture."""
     texts = {"prompt": ["a red cat"] * 2, "negative_prompt": ["bad"] * 2}
-    alone = tiny.run(tiny.make(name), name, steps=STEPS)
+    alone = drawn(tiny.make(name), name)
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
-    both = tiny.run(tiny.make(name), name, steps=STEPS, **texts, generator=generator)
+    both = drawn(tiny.make(name), name, **texts, generator=generator)
     return max(rounding(both[:1], alone), FLOOR)
 
 

@@ -75,12 +75,16 @@ def agreed(one: dict[str, str], other: dict[str, str]) -> dict[str, str]:
     return said
 
 
-def part(trials: Trials, name: str, on_ranks: bool) -> Iterator[tuple[str, str]]:
+def part(trials: Trials, name: str, on_ranks: bool, new: bool = False) -> Iterator[tuple[str, str]]:
     """A pipeline's part of the table that runs on one rank, or on two: each value, and each two that work alone. What
-    works alone elsewhere is known of the committed table."""
-    known = dict(outcomes())
-    for label, said in judged(trials, [one for one in singles(name) if shared(one) is on_ranks]):
+    works alone elsewhere is known of the committed table. new: without what that has."""
+    known, left_out = dict(outcomes()), frozenset(outcomes() if new else ())
+
+    def asked(found: Iterable[Combination]) -> list[Combination]:
+        return [one for one in found if shared(one) is on_ranks and one.label not in left_out]
+
+    for label, said in judged(trials, asked(singles(name))):
         known[label] = said
         yield label, said
-    both = [one for one in pairs(name, known) if shared(one) is on_ranks]
+    both = asked(pairs(name, known))
     yield from judged(trials, both, again=not on_ranks, breaks=False)  # rows hold them to the rest

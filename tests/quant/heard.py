@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastdiff.pipelines.hearing import hear_each, planned
@@ -21,6 +22,9 @@ def plan_bits(pipe: Any, method: Mixed, prompts: list[str], **how: Any) -> Mixed
     return method.model_copy(update={"plan": plan(pipe, method, prompts, **how)})
 
 
-def plan_pruning(pipe: Any, prompts: list[str], *, max_error: float, rank: int = 0, **how: Any) -> Any:
+def plan_pruning(
+    pipe: Any, prompts: list[str], *, max_error: float, rank: int = 0, protect: float = 0.0, **how: Any
+) -> Any:
     """What may be removed within a relative squared error."""
-    return planned(hear_each(pipe, prompts, **how), lambda calls: prune(calls, max_error=max_error, rank=rank))
+    made = partial(prune, max_error=max_error, rank=rank, protect=protect)
+    return planned(hear_each(pipe, prompts, **how), made)

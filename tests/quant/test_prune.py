@@ -17,9 +17,10 @@ from fastdiff.pipelines.quantize import quantize
 from fastdiff.pipelines.quantized_files import save
 from fastdiff.pipelines.quantized_parts import load_components
 from fastdiff.quant.calls import Calls, swapped
-from fastdiff.quant.components import components
+from fastdiff.quant.components import components, roots
 from fastdiff.quant.prune import Map, PruneOption, PrunePlan, Removal, Removed
-from fastdiff.quant.pruning import _Fit, _forms, _repaired
+from fastdiff.quant.pruning import _Fit, _forms, _repaired, within
+from fastdiff.quant.standing import standing
 from tests import tiny
 from tests.quant.heard import hear, plan_pruning
 from tests.state import differences, snapshot
@@ -99,6 +100,33 @@ def test_the_gate_holds_and_more_is_removed_where_more_is_allowed():
     assert not any(a != b and a.startswith(f"{b}.") for a in paths for b in paths), "nothing is inside what is gone"
     costs = {row.component: row for row in loose.measured}
     assert all(row.cost >= row.error for row in costs.values()), "the position prior only raises the cost"
+
+
+@pytest.mark.parametrize(("name", "first"), [("sd15", "down_blocks.0."), ("flux", "transformer_blocks.0")])
+def test_the_first_blocks_of_each_stack_are_protected(name, first):
+    """Whatever they cost: all else may go, and what they hold is measured all the same."""
+    pipe, call = tiny.make(name), {"batch": 2, "moments": 2, **arguments(name)}
+    plan = plan_pruning(pipe, PROMPTS, max_error=1e9, protect=0.5, **call)
+    assert plan.protected[0].startswith(first) and plan.removed and len(plan.protected) == len(set(plan.protected))
+    assert not [r.path for r in plan.removed if within(r.path, plan.protected)]
+    paths = [path for path, _ in roots(anatomies(pipe)[0])]
+    stacks = {"flux": ("transformer_blocks.", "single_transformer_blocks.")}.get(name, ("",))
+    for stack in stacks:
+        own = [path for path in paths if path.startswith(stack)]
+        assert [path for path in own if path in plan.protected] == own[: round(len(own) / 2)]
+    everything = plan_pruning(pipe, PROMPTS, max_error=1e9, **call)
+    assert everything.protected == () and everything.parameters > plan.parameters
+    assert everything.measured == plan.measured
+    assert PrunePlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@pytest.mark.parametrize("prune", [None, "plan"])
+def test_protecting_without_planning_is_refused(prune):
+    prune = PrunePlan(denoiser="any") if prune else None
+    with pytest.raises(BadConfig, match=r"protect = 0\.3 needs prune"):
+        fastdiff.Config(quant={"method": "w8a16", "protect": 0.3, "prune": prune})
+    with pytest.raises(BadConfig, match=r"protect"):
+        fastdiff.Config(quant={"method": "w8a16", "protect": 1.0, "prune": 0.1})
 
 
 @pytest.mark.parametrize("shape", [(64, 5, 6), (16, 6, 4, 4)])
@@ -205,7 +233,7 @@ def test_pruned_and_quantized_together(tmp_path):
 def test_a_number_plans_and_removes_in_one_go():
     pipe = tiny.make("sd3")
     silence(pipe, "transformer_blocks.2.ff")
-    config = {"quant": {"method": "w4a16", "prune": 3e-5}}
+    config = {"quant": {"method": "w4a16", "prune": 3e-5, "protect": 0.4}}
     with pytest.raises(BadConfig, match="planned on prompts"):
         fastdiff.accelerate(pipe, config)
     with pytest.raises(BadConfig, match="give prompts"):
@@ -213,3 +241,5 @@ def test_a_number_plans_and_removes_in_one_go():
     report = quantize(pipe, config, PROMPTS, batch=2, **arguments("sd3"))
     assert isinstance(pipe.transformer.transformer_blocks[2].ff, Removed)
     assert any("removes transformer_blocks.2.ff" in note for note in report.notes)
+    state = standing(pipe.transformer)
+    assert state and state.method["prune"]["protected"] == ["transformer_blocks.0", "transformer_blocks.1"]

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff.config import Config
 from fastdiff.errors import BadConfig, BadModel, UnsupportedModel
-from fastdiff.pipelines.conditions import corrupted
+from fastdiff.pipelines.conditions import calls_of, corrupted
 from fastdiff.pipelines.families import anatomies
+from fastdiff.pipelines.inputs import fitting
 from fastdiff.pipelines.ranges import calibrate_ranges
 from fastdiff.quant.calibration import Calibration
 from fastdiff.quant.halves import halves
@@ -167,3 +168,34 @@ def test_corrupted_conditions():
     noisy = [np.asarray(image).std() > 0 for image in found["image"]]
     assert any(noisy) and not all(noisy)  # one level of the table is no noise
     assert all(image.size == (8, 8) and image.mode == "RGB" for image in found["image"])
+
+
+def test_each_prompt_has_its_own_picture_and_each_call_its_own_noise():
+    grays = [Image.fromarray(np.full((8, 8, 3), 40 * k, np.uint8)) for k in range(5)]
+    call = {"image": grays, "strength": 0.6}
+    clean = calls_of(list("abcde"), 3, 2, call)
+    assert [one["prompt"] for one in clean] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [one["image"] for one in clean] == [grays[:2], grays[2:4], grays[4:]]
+    assert [g.initial_seed() for one in clean for g in one["generator"]] == [3, 4, 5, 6, 7]
+    noisy = calls_of(list("abcde"), 3, 2, call | {"corrupt": True})
+    assert all("corrupt" not in one and one["strength"] == 0.6 for one in noisy)
+    alike = calls_of(list("abcde"), 3, 1, {"image": [grays[2]] * 5, "corrupt": True})
+    assert len({one["image"][0].tobytes() for one in alike}) > 2
+    assert calls_of(list("ab"), 0, 2, {"image": grays})[0]["image"] is grays, "of one call, which takes all of them"
+    with pytest.raises(BadConfig, match="corrupt mixes noise into the pictures"):
+        calls_of(["a"], 0, 1, {"strength": 0.6, "corrupt": True})
+
+
+def test_noise_in_what_is_drawn_over_widens_ranges():
+    """Of img2img, whose condition is its picture: the latents that it begins from hold the noise."""
+    pipe = fitting(tiny.make(SMALL), ("image",))
+    call = {k: v for k, v in CALL.items() if k not in ("height", "width")} | {"strength": 0.5}
+    call["image"] = [Image.fromarray(np.full((64, 64, 3), 128, np.uint8))] * 6
+    method, texts = Config(quant=FEW).quant, ["a cat"] * 6
+    clean, noisy = (calibrate_ranges(pipe, method, texts, batch=2, **call, **more) for more in ({}, {"corrupt": True}))
+    apart = [
+        name
+        for name, ranges in clean.of("unet").items()
+        if not torch.equal(ranges["low"], noisy.of("unet")[name]["low"])
+    ]
+    assert len(apart) > len(clean.of("unet")) / 2

@@ -192,6 +192,12 @@ def test_levers_that_do_not_go_with_it_are_refused(levers, error, says):
 def test_models_whose_text_nobody_told_of_are_refused():
     with pytest.raises(UnsupportedModel, match="radial goes by the frames"):
         fastdiff.accelerate(tiny.make("sd15"), attention={"sparse": "radial"})
+    pipe = tiny.make("pixart")
+    with (
+        fastdiff.accelerate(pipe, attention={"sparse": "radial", "min_tokens": 1}),
+        pytest.raises(UnsupportedModel, match="these are a picture's latents; take sparge"),
+    ):
+        tiny.run(pipe, "pixart", steps=STEPS)
     from tests import language
 
     with pytest.raises(UnsupportedModel, match="which tokens of a llada2 are the text's is not described"):
