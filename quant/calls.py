@@ -43,7 +43,7 @@ class Calls:
                     return forward(*args, **kwargs)
                 self.given.append(copied((args, kwargs)))  # before the model may write into them
                 output = forward(*args, **kwargs)
-                self.truth.append(_first(output).detach().clone())
+                self.truth.append(first(output).detach().clone())
                 self.when.append((step.run.number, step.index))
                 return output
 
@@ -77,7 +77,7 @@ class Calls:
         """What the denoiser gives now, call by call."""
         for args, kwargs in self.given:
             args, kwargs = copied((args, kwargs))
-            yield _first(self.anatomy.denoiser(*args, **kwargs))
+            yield first(self.anatomy.denoiser(*args, **kwargs))
 
     def error(self) -> float:
         """Mean over the calls of |output - truth|^2 / |truth|^2; not finite where an output is not."""
@@ -111,5 +111,6 @@ def copied(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
+    """What a denoiser gives, out of what it is wrapped in."""
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
