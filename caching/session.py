@@ -356,7 +356,9 @@ class Session:
 
     def _serve(self, number: int, region: Region, memory: Memory) -> Any:
         if memory.ready is None:
-            self.recorder.skipped(predicted=any(self._extrapolates(number, own) for own in memory.parts or [memory]))
+            parts = memory.parts or [memory]
+            made = [own.factors for own in parts if own.skipping]
+            self.recorder.skipped(predicted=any(self._extrapolates(number, own) for own in parts), forecasts=made)
         return self._joined(number, region, memory, [])
 
     def _served(self, number: int, memory: Memory, entries: Sequence[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ class Recorder:
         self._moments: Moments | None = None
         self._loops: dict[str, str] = {}  # what the loops of the present call did before this one, by scheduler
         self._skipped = self._predicted = self._elsewhere = False
+        self.forecasts: list[Sequence[float]] = []  # of the present call: factors of values that others were made of
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
         clock.on_return.append(self._return)
@@ -27,8 +28,14 @@ class Recorder:
         clock.on_note.append(self.note)
         clock.said = lambda: f"{self.report.cached} saved" if self.report.cached else ""
 
-    def skipped(self, *, predicted: bool = False) -> None:
+    def skipped(self, *, predicted: bool = False, forecasts: Sequence[Sequence[float]] = ()) -> None:
         self._skipped, self._predicted = True, self._predicted or predicted
+        self.forecasts += forecasts
+
+    @property
+    def skipping(self) -> bool:
+        """Whether something was left out of the present call."""
+        return self._skipped
 
     def pictures(self, branch: int, computed: Sequence[int], count: int) -> None:
         """Which of the pictures of a batch the present call of a branch computes; until the first they were alike."""
@@ -38,6 +45,7 @@ class Recorder:
     def again(self) -> None:
         """The present call is made again in full."""
         self._skipped = self._predicted = False
+        self.forecasts = []
 
     def elsewhere(self) -> None:
         """The present call of the denoiser is made by another rank."""
@@ -58,6 +66,7 @@ class Recorder:
 
     def _call(self, step: Step) -> None:
         self._skipped = self._predicted = self._elsewhere = False
+        self.forecasts = []
 
     def _return(self, step: Step) -> None:
         row = self.report.branches.setdefault(step.branch, [])

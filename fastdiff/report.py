@@ -26,7 +26,8 @@ class RunReport:
     what the host took to launch it; `cache_mb` the most that a cache held; `verified` how many steps a guard checked,
     found failed, and computed for it; `pictures`, by branch, in how many steps each picture of a batch was computed,
     where that was decided for each; `attention`, by denoiser, how many calls were block-sparse, the mean share of
-    blocks that these computed, and how many were dense and why.
+    blocks that these computed, and how many were dense and why; `noise`, of a cached and quantized run, what part of
+    the change that forecasts make is noise of quantization ("share"), and by how much they amplify it in squares.
     """
 
     total: int = 0
@@ -39,6 +40,7 @@ class RunReport:
     verified: dict[str, int] = field(default_factory=dict)
     pictures: dict[int, list[int]] = field(default_factory=dict)
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[Any] = field(default_factory=list)
@@ -105,6 +107,7 @@ class RunReport:
             "cache_mb": round(self.cache_mb, 3),
             "pictures": {names[b]: counts for b, counts in self.pictures.items()},
             "attention": dict(self.attention),
+            "noise": {name: round(value, 4) for name, value in self.noise.items()},
             "bytes_sent": self.bytes_sent,
             "verified": dict(self.verified),
             "ranks": list(self.ranks),

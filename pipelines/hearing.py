@@ -39,6 +39,7 @@ def hear_each(
             calls.listen(lambda: handle.clock.now, patches)
         put(handle, found)
         with handle:
+            handle.clock.on_output += [calls.solved for calls in heard.values()]
             draw_all(handle, prompts, seed, batch, watch, call)
     finally:
         patches.restore()

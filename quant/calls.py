@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -18,6 +18,7 @@ from fastdiff.errors import BadModel
 from fastdiff.patch import PatchSet
 
 Call = tuple[tuple, dict[str, Any]]
+Mark = tuple[int, int]  # number of a run, index of a step
 
 
 class Calls:
@@ -30,7 +31,8 @@ class Calls:
         self.anatomy, self.moments = anatomy, moments
         self.given: list[Call] = []
         self.truth: list[Tensor] = []
-        self.when: list[tuple[int, int]] = []  # number of the run, index of the step
+        self.when: list[Mark] = []
+        self.shares: dict[Mark, tuple[int, int, list[float]]] = {}  # rows, channels and factors of what guidance mixes
 
     def listen(self, now: Callable[[], Step | None], patches: PatchSet) -> None:
         """Keep calls from now on; `now` tells the step, `patches` takes the ear off again."""
@@ -43,7 +45,7 @@ class Calls:
                     return forward(*args, **kwargs)
                 self.given.append(copied((args, kwargs)))  # before the model may write into them
                 output = forward(*args, **kwargs)
-                self.truth.append(_first(output).detach().clone())
+                self.truth.append(first(output).detach().clone())
                 self.when.append((step.run.number, step.index))
                 return output
 
@@ -61,6 +63,7 @@ class Calls:
             part.given.append(self.given[k])
             part.truth.append(self.truth[k])
             part.when.append(self.when[k])
+        part.shares = self.shares
         return part
 
     def halves(self) -> tuple[Calls, Calls]:
@@ -77,14 +80,55 @@ class Calls:
         """What the denoiser gives now, call by call."""
         for args, kwargs in self.given:
             args, kwargs = copied((args, kwargs))
-            yield _first(self.anatomy.denoiser(*args, **kwargs))
+            yield first(self.anatomy.denoiser(*args, **kwargs))
 
-    def error(self) -> float:
-        """Mean over the calls of |output - truth|^2 / |truth|^2; not finite where an output is not."""
-        found = [relative(now, truth) for now, truth in zip(self.outputs(), self.truth, strict=True)]
+    def solved(self, index: int, output: Any) -> None:
+        """What the solver is given at a step: tells what guidance makes of the outputs of the step's calls."""
+        mark = self.when[-1] if self.when else None
+        if mark is None or mark[1] != index or not isinstance(output, Tensor) or output.ndim < 2:
+            return
+        outputs = [truth for truth, own in zip(self.truth, self.when, strict=True) if own == mark]
+        rows, channels = len(output), output.shape[1]
+        parts = [part[:, :channels] for own in outputs for part in own.split(rows)]
+        if (factors := fitted(parts, output.detach())) is not None:
+            self.shares[mark] = rows, channels, factors
+
+    def error(self, guided: bool = False) -> float:
+        """Mean over the calls of |output - truth|^2 / |truth|^2; not finite where an output is not.
+
+        guided: of what guidance makes of the outputs of a step, where that is known and all of its calls are here.
+        """
+        pairs = self._guided() if guided else zip(self.outputs(), self.truth, strict=True)
+        found = [relative(now, truth) for now, truth in pairs]
         if not found:
             raise BadModel("calibration heard no call of the denoiser")
         return sum(found) / len(found)
+
+    def _guided(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the solver would be given now, and what it was given, step by step."""
+        outputs = list(self.outputs())
+        for mark in dict.fromkeys(self.when):
+            own = [k for k, other in enumerate(self.when) if other == mark]
+            rows, channels, factors = self.shares.get(mark, (0, 0, []))
+            split = [[p for k in own for p in of[k].split(rows or len(of[k]))] for of in (outputs, self.truth)]
+            if len(factors) == len(split[0]):
+                split = [[blended([p[:, :channels] for p in parts], factors)] for parts in split]
+            yield from zip(*split, strict=True)
+
+
+def fitted(parts: Sequence[Tensor], given: Tensor) -> list[float] | None:
+    """Least-squares factors with which the parts make what is given, e_u + s (e_c - e_u) say; None if they do not."""
+    if any(part.shape != given.shape for part in parts):
+        return None
+    columns = torch.stack([wide(part).flatten() for part in (*parts, given)])
+    dots = (columns @ columns.mT).cpu()
+    factors = torch.linalg.lstsq(dots[:-1, :-1], dots[:-1, -1:]).solution.flatten().tolist()
+    left = relative(blended(parts, factors), given)
+    return factors if left < 0.1 else None
+
+
+def blended(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    return torch.stack([factor * wide(part) for part, factor in zip(parts, factors, strict=True)]).sum(0)
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -111,5 +155,6 @@ def copied(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
+    """What a denoiser gives, out of what it is wrapped in."""
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))

@@ -56,10 +56,11 @@ def sensitivities(
     calls: Calls, layers: Mapping[str, Found], choices: tuple[Choice, ...], group: int, rounding: Rounding,
     watch: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[Choice, float]]:  # fmt: skip
-    """Relative squared error of the denoiser's output with one layer quantized, by layer and bits.
+    """Relative squared error of the denoiser's guided output with one layer quantized, by layer and bits.
 
-    Each is a mean over `calls`, made again with that weight in the layer's place; only one rounded weight is held at a
-    time. Raises BadModel, naming the layer, where an output is not finite.
+    What both halves of guidance err by is mixed as they are, which may cancel or multiply it. Each error is a mean over
+    the steps of `calls`, made again with that weight in the layer's place; only one rounded weight is held at a time.
+    Raises BadModel, naming the layer, where an output is not finite.
     """
     require(calls.anatomy.denoiser, calls.anatomy.component)
     table: dict[str, dict[Choice, float]] = {}
@@ -67,7 +68,7 @@ def sensitivities(
         table[name] = {}
         for bits in choices:
             with weights({found.layer: rounded(found.layer, bits, group, rounding)}):
-                error = calls.error()
+                error = calls.error(guided=True)
             if not math.isfinite(error):
                 raise BadModel(f"with {name} in {said(bits)} the denoiser's output is not finite; add it to quant.skip")
             table[name][bits] = error
@@ -81,7 +82,7 @@ def together(
 ) -> float:  # fmt: skip
     """Relative squared error of the output with all layers quantized as told: what the linear model predicts."""
     with weights({found.layer: rounded(found.layer, bits[name], group, rounding) for name, found in layers.items()}):
-        return calls.error()
+        return calls.error(guided=True)
 
 
 @contextmanager

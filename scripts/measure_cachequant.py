@@ -40,6 +40,7 @@ from fastdiff.pipelines.hearing import hear_each
 from fastdiff.pipelines.planning import plan
 from fastdiff.pipelines.quantize import quantize
 from fastdiff.quant.base import KEPT
+from fastdiff.quant.layer import QLayer
 from fastdiff.quant.pruning import prune as removable
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import FORMAT
@@ -245,8 +246,13 @@ def _rounded(study: Study, name: str, options: dict[str, Any]) -> tuple[str, Con
 def size_of(study: Study, config: Config) -> int:
     """Bytes of the denoiser's weights as they are stored."""
     with fastdiff.accelerate(study.pipe, config):
-        held = {id(t): t for t in study.denoiser.state_dict().values()}
-        return sum(t.numel() * t.element_size() for t in held.values())
+        total = 0  # not of the state_dict, in which quantized layers are the float ones
+        for part in study.denoiser.modules():
+            gone = part._non_persistent_buffers_set
+            buffers = [t for name, t in part.named_buffers(recurse=False) if name not in gone]
+            own = [*part.parameters(recurse=False), *buffers]
+            total += part.nbytes if isinstance(part, QLayer) else sum(t.nbytes for t in own)
+        return total
 
 
 STUDIES: dict[str, Callable[[Study, int], Rows]] = {

@@ -26,7 +26,7 @@ _HINT = "fastdiff quantize -o PLAN.json --set quant.method=mixed makes one"
 
 
 class BitPlan(Settings):
-    """Bits of each layer, and the table they were chosen from: relative squared output error by layer and bits."""
+    """Bits of each layer, and the table they were chosen from: relative squared error of the guided output."""
 
     version: Literal[1] = 1
     denoiser: str = Field(max_length=200, description="class and configuration of the model that was measured")
@@ -57,13 +57,14 @@ class Mixed(QuantMethod):
     The least memory within `target_error`. Only the denoiser's layers are chosen from.
 
     Formula: choose the bits b_l of each layer l that make sum e_l(b_l) least while sum bytes_l(b_l) stays within the
-    budget, e_l(b) being the relative squared error of the denoiser's output with layer l alone in b bits.
+    budget, e_l(b) being the relative squared error of the denoiser's output, after guidance, with layer l alone in b
+    bits.
     """
 
     method: Literal["mixed"] = "mixed"
     budget_mb: float | None = Field(None, gt=0, description="of each denoiser's weights, in MB of 10^6 bytes")
     target_error: float | None = Field(
-        None, gt=0, lt=1, description="relative error of the denoiser's output, as the linear model predicts it"
+        None, gt=0, lt=1, description="relative error of the guided output, as the linear model predicts it"
     )
     choices: tuple[Bits, ...] = Field(
         (4, 5, 8, 16), min_length=1,

@@ -11,6 +11,7 @@ import fastdiff
 from fastdiff.caching.plan import LARGEST
 from fastdiff.errors import BackendUnavailable, BadConfig, BadModel
 from fastdiff.quant.build import layers_of
+from fastdiff.quant.calls import relative
 from fastdiff.quant.schemes.mixed import BitPlan, Mixed
 from fastdiff.quant.sensitivity import rounded, sensitivities, stored, together, weights
 from tests import tiny
@@ -41,10 +42,28 @@ def test_the_table_is_what_one_rounded_layer_does_to_the_output(sd3):
     layer = layers[name].layer
     before = layer.weight
     with weights({layer: rounded(layer, 4, 64, "mse")}):
-        assert calls.error() == pytest.approx(table[name][4])
+        assert calls.error(guided=True) == pytest.approx(table[name][4])
         assert torch.unique(layer.weight.flatten(1)[0]).numel() <= 16
     assert layer.weight is before
     assert calls.error() == 0
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_halves_are_weighed_by_what_guidance_makes_of_them(name):
+    """One batch of two halves, and two calls: the factors are those of guidance, the error that of the mixture."""
+    calls = hear(tiny.make(name), PROMPTS, batch=2, moments=2, **{**arguments(name), "guidance_scale": 5.0})
+    wanted = [5.0, -4.0] if name == "wan" else [-4.0, 5.0]
+    assert [factors for *_, factors in calls.shares.values()] == [pytest.approx(wanted, abs=1e-3)] * 2
+    last = [layer for layer in calls.anatomy.denoiser.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    with weights({last: 1.1 * last.weight.detach()}):
+        found, rows, outputs = calls.error(guided=True), calls.error(), list(calls.outputs())
+    errors = []
+    for step in range(2):
+        told = outputs, calls.truth
+        pairs = [of[2 * step : 2 * step + 2] if name == "wan" else of[step].chunk(2) for of in told]
+        now, truth = (wanted[0] * one + wanted[1] * other for one, other in pairs)
+        errors.append(relative(now, truth))
+    assert found == pytest.approx(sum(errors) / 2, rel=1e-3) != pytest.approx(rows, rel=1e-3)
 
 
 def test_errors_sum_up(sd3):
