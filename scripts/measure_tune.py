@@ -1,7 +1,9 @@
 """Whether `fastdiff tune` keeps its word: each try looks for settings of a target, which are then drawn for captions
 and noises that the search never saw.
 
-python scripts/measure_tune.py -o benchmarks/tune.json    about 40 minutes; goes on after the tries that the file holds
+python scripts/measure_tune.py -o benchmarks/tune.json    about an hour; goes on after the tries that the file holds
+python scripts/measure_tune.py -o benchmarks/tune.json --model shapes-dit
+The second makes those of one model, while another process makes those of the other.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import fastdiff
 from fastdiff.bench import Settings, prompts_for
 from fastdiff.bench.measure import draw
 from fastdiff.bench.metrics import psnr
-from fastdiff.bench.row import command, environment
+from fastdiff.bench.row import environment
 from fastdiff.bench.tune import Goal, Tried, Tuning
 from fastdiff.pipelines.solving.schedulers import solver
 
@@ -37,6 +39,7 @@ BATCH = 8
 
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")],
+    model: Annotated[str | None, typer.Option(help="tries of this one alone")] = None,
     states: Annotated[Path, typer.Option(help="folder for what the searches fitted")] = Path("build/tune"),
     budget_minutes: Annotated[float, typer.Option(help="for the fits of one search")] = 5,
     prompts: Annotated[int, typer.Option(help="captions that a search measures on")] = 12,
@@ -45,26 +48,32 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     states.mkdir(parents=True, exist_ok=True)
-    known = json.loads(output.read_text(encoding="utf-8"))["tries"] if output.exists() else []
-    done = {(one["model"], one["seed"], one["target"]) for one in known}
-    for model, seed, target in TRIES:
-        if (model, seed, target) in done:
+    for name, seed, target in TRIES:
+        if model not in (None, name) or any(
+            (one["model"], one["seed"], one["target"]) == (name, seed, target) for one in tries(output)
+        ):
             continue
-        pipe = fastdiff.load(model)
+        pipe = fastdiff.load(name)
         pipe.set_progress_bar_config(disable=True)
-        search = searching(pipe, states / f"{model}-{seed}.json", target, seed, budget_minutes, prompts, fit)
+        search = searching(pipe, states / f"{name}-{seed}.json", target, seed, budget_minutes, prompts, fit)
         measured, chosen = search.search()
-        told = {"model": model, "seed": seed, "target": target}
+        told: dict[str, Any] = {"model": name, "seed": seed, "target": target, "chosen": None}
         if chosen:
             told |= judged(pipe, search, chosen, judges, seed) | single(search, measured)
-        known.append({"chosen": None} | told)
-        print(known[-1], flush=True)
+        known = [*tries(output), told]
+        print(told, flush=True)
         found = {
             "reached": sum(one.get("unseen", 0) >= one["target"] for one in known), "of": len(known), "tries": known,
             "prompts": prompts, "fit": fit, "judges": judges, "budget_minutes": budget_minutes,
-            "converged": f"DPM++ 2M, {FINE} steps", "command": command(), "environment": environment(pipe),
+            "converged": f"DPM++ 2M, {FINE} steps", "command": f"python scripts/measure_tune.py -o {output}",
+            "environment": environment(pipe),
         }  # fmt: skip
         output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def tries(output: Path) -> list[dict[str, Any]]:
+    """What the file holds by now."""
+    return json.loads(output.read_text(encoding="utf-8"))["tries"] if output.exists() else []
 
 
 def searching(
