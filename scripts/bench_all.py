@@ -44,6 +44,7 @@ WHOLE = {
         f"python scripts/measure_quant.py quality --model shapes-dit --captions 4 --fit 4 {CLIPPED}",
     ],
     "quant-clock": ["python scripts/measure_quant_clock.py"],
+    "quant-corrupt": [f"python scripts/measure_corrupt.py --model {model}" for model in MODELS],
     "quant-quality": [f"python scripts/measure_quant.py quality --model {model}" for model in MODELS],
     "solver-transfer-unet": ["python scripts/measure_transfer.py shapes-unet -o benchmarks/solver-transfer-unet.json"],
     "tune": ["python scripts/measure_tune.py -o benchmarks/tune.json"],

@@ -282,14 +282,17 @@ def main(
     target = to or FOLDER / FILES[study]
     work = Study(model, steps, captions, batch, fit)
     for name, config, extra in STUDIES[study](work, interval):
-        row = work.row(name, config, extra)
-        row["command"] = command()
-        row["environment"] = environment(work.pipe)
-        known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
-        rows = [r for r in known if (r["model"], r["name"]) != (model, name)] + [row]
-        text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
-        output.write(target, lambda part, text=text: part.write_text(text, encoding="utf-8"))
-        print(json.dumps({k: v for k, v in row.items() if k not in ("command", "environment")}), flush=True)
+        keep(target, work.row(name, config, extra), work.pipe)
+
+
+def keep(target: Path, row: dict[str, Any], pipe: Any) -> None:
+    """Print a row, and write it in the place of an older one of the same model and name."""
+    print(json.dumps(row), flush=True)
+    row |= {"command": command(), "environment": environment(pipe)}
+    known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else []
+    rows = [r for r in known if (r["model"], r["name"]) != (row["model"], row["name"])] + [row]
+    text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+    output.write(target, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

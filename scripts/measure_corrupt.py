@@ -56,6 +56,7 @@ def main(
     captions: Annotated[int, typer.Option(min=1, help="held-out captions, a picture each")] = 32,
     fit: Annotated[int, typer.Option(min=2, help="training scenes to calibrate on")] = 16,
     strength: Annotated[float, typer.Option(help="how much is drawn over")] = 0.6,
+    variance: Annotated[list[float] | None, typer.Option(help="only these levels of noise")] = None,
 ) -> None:
     """Measure, print and write all rows of a model."""
     torch.set_num_threads(1)
@@ -72,15 +73,15 @@ def main(
         calibrate_ranges(pipe, Config(quant=STATIC).quant, texts, batch=8, **call, **shown, **more).save(ranges)
         configs[f"w8a8, {name}"] = Config(quant=STATIC | {"ranges": str(ranges)})
     configs["w8a8, ranges at each call"] = Config(quant=STATIC)
-    for variance in (0.0, *VARIANCES[1::2]):
+    for level in variance or (0.0, *VARIANCES[1::2]):
         truth = None
         for name, config in configs.items():
             with fastdiff.accelerate(pipe, config):
-                images = drawn(pipe, asked, variance, call)
+                images = drawn(pipe, asked, level, call)
             truth = images if truth is None else truth
             marks = [checker.mark(image, scene) for image, scene in zip(to_bytes(images), asked, strict=True)]
             near = metrics.psnr(images, truth)
-            row = {"model": model, "name": f"{name}, variance {variance:g}", "variance": variance, "captions": captions}
+            row = {"model": model, "name": f"{name}, variance {level:g}", "variance": level, "captions": captions}
             row |= {"steps": STEPS[model], "strength": strength, "psnr": round(float(near.mean()), 2)}
             row |= {"psnr_least": round(float(near.min()), 2)}
             row["prompt_accuracy"] = round(checker.summary(marks)["prompt_accuracy"], 4)

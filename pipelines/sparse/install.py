@@ -93,9 +93,7 @@ class Sparse:
 
     def _start(self, run: Run | None = None) -> None:
         if run is not None and self._how.sparse == "radial" and len(run.shape) == 3:
-            raise UnsupportedModel(
-                "radial goes by the frames of a video, and these are a picture's latents; take sparge"
-            )
+            raise UnsupportedModel("radial goes by the frames of a video; take sparge for a picture's latents")
         self._kept: dict[Any, tuple[int, Tensor, Tensor]] = {}  # step of the choice, the choice, its density
         self._dense: Counter[str] = Counter()
         self._sparse, self._density = 0, torch.zeros(())

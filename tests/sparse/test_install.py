@@ -195,7 +195,7 @@ def test_models_whose_text_nobody_told_of_are_refused():
     pipe = tiny.make("pixart")
     with (
         fastdiff.accelerate(pipe, attention={"sparse": "radial", "min_tokens": 1}),
-        pytest.raises(UnsupportedModel, match="these are a picture's latents; take sparge"),
+        pytest.raises(UnsupportedModel, match="radial goes by the frames of a video; take sparge"),
     ):
         tiny.run(pipe, "pixart", steps=STEPS)
     from tests import language
