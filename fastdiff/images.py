@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from .errors import FastdiffError
 from .method import Settings
+from .reading import reading
 
 CHUNK = "fastdiff"
 MAX_CHUNK = 1 << 20  # characters; a real one has a few thousand
@@ -165,15 +166,8 @@ def parse(text: str, path: Path) -> Replay:
 
 def chunk(path: Path) -> str:
     """The settings in a PNG, as text."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(CHUNK)
-    except FileNotFoundError:
-        raise FastdiffError(f"{str(path)!r} does not exist") from None
-    except Image.UnidentifiedImageError:
-        raise FastdiffError(f"{str(path)!r} is not a PNG file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FastdiffError(f"{str(path)!r} cannot be read: {error}") from None
+    with reading(path, "PNG") as image:
+        text = image.info.get(CHUNK)
     if not isinstance(text, str):
         raise FastdiffError(f"{str(path)!r} carries no fastdiff settings; it was not made by fastdiff, or was stripped")
     if len(text) > MAX_CHUNK:

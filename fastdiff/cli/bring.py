@@ -27,6 +27,9 @@ Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode large picture
 Images = Annotated[list[str] | None, typer.Option("--image", help="A picture to draw from; repeatable.")]
 Mask = Annotated[str | None, typer.Option(help="White where the picture is to be drawn anew.")]
 Strength = Annotated[float | None, typer.Option(help="How much of --image is drawn over, 0 to 1.")]
+Corrupt = Annotated[
+    bool, typer.Option("--corrupt", help="Mix noise into the pictures to draw from, to bear worse ones (Q-GESCO).")
+]
 Control = Annotated[
     str | None,
     typer.Option(metavar="[MODEL:]PICTURE", help="Edges, depths or a pose to follow, and a ControlNet to add."),

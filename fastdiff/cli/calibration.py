@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .bring import Images, Strength
+from .bring import Corrupt, Images, Strength
 from .gathered import gathered
 from .options import ConfigFile, FirstSeed, ModelName, Preset, PromptLines, Sets, StepCount
 
@@ -23,9 +23,6 @@ SchedulerName = Annotated[
     str | None, typer.Option(help="ddim, dpm++, unipc, euler or flowmatch. Default: the model's own.")
 ]
 PerCall = Annotated[int, typer.Option(min=1, help="Images a call.")]
-Corrupt = Annotated[
-    bool, typer.Option("--corrupt", help="Mix noise into the pictures to draw from, to bear worse ones (Q-GESCO).")
-]
 
 
 @dataclass(frozen=True)
@@ -92,34 +89,17 @@ class Calibration:
         """How the pipeline is called for these prompts, with the calibration's seed and batch. Raises BadConfig."""
         from fastdiff.errors import BadConfig
         from fastdiff.pipelines.loading import call_defaults
+        from fastdiff.studio import pictures
 
         usual = call_defaults(pipe)
         asked = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
-        for name, value in asked.items():
-            if value is not None and name not in usual:
-                raise BadConfig(f"{type(pipe).__name__} takes no {name}; leave it out")
         given = {name: value for name, value in asked.items() if value is not None}
+        if foreign := sorted(given.keys() - usual.keys()):
+            raise BadConfig(f"{type(pipe).__name__} takes no {foreign[0]}; leave it out")
         if self.image or self.strength is not None:
-            given |= self._drawn_over(pipe, texts)
-        if self.corrupt:
-            given["corrupt"] = True
+            given |= pictures.for_each(pipe, texts, self.image, self.strength)
+        given |= {"corrupt": True} if self.corrupt else {}
         return usual | given | {"seed": self.seed, "batch": self.batch}
-
-    def _drawn_over(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
-        """Of pipelines that draw over a picture one for each prompt, by turns; others take all in each call."""
-        from fastdiff.images import Sampling
-        from fastdiff.pipelines.inputs import roles
-        from fastdiff.studio import pictures
-
-        job = Sampling(prompt=texts[0], image=self.image or None, strength=self.strength)
-        each, one = "strength" in roles(pipe), job.model_copy(update={"image": job.image and job.image[:1]})
-        pictures.check(pipe, one if each else job, "picture")
-        found = {name: value for name, value in pictures.arguments(pipe, job).items() if name != "output_type"}
-        held = found.get("image")
-        if each and held is not None:
-            held = held if isinstance(held, list) else [held]
-            found["image"] = [held[k % len(held)] for k in range(len(texts))]
-        return found
 
     def texts(self, pipe: Any, count: int) -> Sequence[str]:
         from fastdiff.bench import prompts_for

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from fastdiff.errors import BadConfig, FastdiffError
+from fastdiff.errors import BadConfig
 from fastdiff.images import Sampling
 from fastdiff.pipelines.families import denoisers
 from fastdiff.pipelines.inputs import needed, roles
 from fastdiff.pipelines.loading import call_defaults
+from fastdiff.reading import reading
 
 _FPS = {"Wan": 16, "CogVideoX": 8, "AnimateDiff": 8, "Hunyuan": 15, "Mochi": 30, "TextToVideo": 8, "SkyReels": 24}
 _LENGTHS = {"num_frames", "video_length", "frames"}
@@ -119,6 +120,20 @@ def arguments(pipe: Any, job: Sampling) -> dict[str, Any]:
     return found
 
 
+def for_each(pipe: Any, texts: Sequence[str], image: list[str] | None, strength: float | None) -> dict[str, Any]:
+    """The arguments that draw these prompts from pictures: one for each prompt, by turns, where a pipeline draws over
+    them; others take all in each call. Raises as `check` does."""
+    job = Sampling(prompt=texts[0], image=image or None, strength=strength)
+    each, one = "strength" in roles(pipe), job.model_copy(update={"image": job.image and job.image[:1]})
+    check(pipe, one if each else job, "picture")
+    found = {name: value for name, value in arguments(pipe, job).items() if name != "output_type"}
+    held = found.get("image")
+    if each and held is not None:
+        held = held if isinstance(held, list) else [held]
+        found["image"] = [held[k % len(held)] for k in range(len(texts))]
+    return found
+
+
 def _size(pipe: Any, job: Sampling, picture: Image.Image) -> tuple[int, int]:
     """What was asked for; else the picture's own proportions, with no more pixels than the model draws of itself."""
     step = multiple(pipe)
@@ -141,12 +156,5 @@ def usual_sides(pipe: Any) -> tuple[int, int] | None:
 
 def opened(path: str, mode: str = "RGB") -> Image.Image:
     """A picture upright, in the mode that diffusers wants. Raises FastdiffError for what is none."""
-    try:
-        with Image.open(Path(path).expanduser()) as picture:
-            return ImageOps.exif_transpose(picture).convert(mode)
-    except FileNotFoundError:
-        raise FastdiffError(f"picture {path!r} does not exist") from None
-    except Image.UnidentifiedImageError:
-        raise FastdiffError(f"{path!r} is no picture that can be read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FastdiffError(f"picture {path!r} cannot be read: {error}") from None
+    with reading(Path(path).expanduser()) as picture:
+        return ImageOps.exif_transpose(picture).convert(mode)

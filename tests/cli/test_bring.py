@@ -126,8 +126,8 @@ def test_a_controlnet(cli, model: str, photo: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "no picture": (["--image", "none.png"], 1, "picture 'none.png' does not exist"),
-    "a text": (["--image", "a.txt"], 1, "'a.txt' is no picture"),
+    "no picture": (["--image", "none.png"], 1, "'none.png' does not exist"),
+    "a text": (["--image", "a.txt"], 1, "'a.txt' is not a picture"),
     "a mask alone": (["--mask", "photo.png"], 2, "--mask photo.png says where a picture is drawn anew"),
     "strength alone": (["--strength", "0.5"], 2, "StableDiffusionPipeline takes no strength; it goes with --image"),
     "no step": (["--image", "photo.png", "--strength", "0.2", "--steps", "4"], 2, "strength 0.2 of 4 steps draws none"),

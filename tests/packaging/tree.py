@@ -13,7 +13,7 @@ HOMES = {  # directory in the tree -> directory in an installed copy
     "pipelines": "fastdiff/pipelines",
 }
 ROOMS = ("caching", "parallel", "quant")
-FRONT_DOORS = ("bench", "cli", "demo", "images", "jobs", "media", "serve", "studio", "__main__")  # in fastdiff/
+FRONT_DOORS = ("bench", "cli", "demo", "images", "jobs", "media", "reading", "serve", "studio", "__main__")
 
 
 def files(directory: str, pattern: str = "*") -> list[Path]:
