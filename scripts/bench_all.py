@@ -46,6 +46,10 @@ WHOLE = {
     "quant-clock": ["python scripts/measure_quant_clock.py"],
     "quant-corrupt": [f"python scripts/measure_corrupt.py --model {model}" for model in MODELS],
     "quant-quality": [f"python scripts/measure_quant.py quality --model {model}" for model in MODELS],
+    "shapes-dit-calibrators": [
+        "fastdiff bench -m shapes-dit --config benchmarks/configs/shapes-dit --config benchmarks/configs/solver "
+        "--peer DBCache --threads 1 --prompts 32 --rounds 5 --json benchmarks/shapes-dit-calibrators.json --overwrite"
+    ],
     "solver-transfer-unet": ["python scripts/measure_transfer.py shapes-unet -o benchmarks/solver-transfer-unet.json"],
     "tune": ["python scripts/measure_tune.py -o benchmarks/tune.json"],
 }

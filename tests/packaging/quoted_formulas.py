@@ -19,6 +19,7 @@ SETTINGS = {
     "mixed-precision.md": {"2.2"},
     "parallel.md": {"30"},
     "pruning.md": {"0.0001", "0.001", "0"},
+    "rivals.md": {"0.16", "0.3", "0.5"},
     "solvers.md": {"1.2"},
     "sparse-attention.md": {"0.25"},
 }
@@ -301,6 +302,23 @@ def qwen_image() -> Iterator[Phrase]:
     yield from memory("Qwen-Image", OWN + rest, "text_encoder", 80, 24, 8)
 
 
+def rivals() -> Iterator[Phrase]:
+    def near(name: str) -> tuple[float, float]:
+        found = row("shapes-dit-calibrators", name=name)
+        return found["psnr"], found["psnr_converged"]
+
+    for told, rule in (
+        ("by threshold 0.16 | 12 to 13", "F1B0 0.16"), ("by threshold 0.3 | 8 to 9", "F1B0 0.3"),
+        ("by threshold 0.5, as documented | 10", "F1B0 0.5 W8 MC6"), ("mask slow | 18", "SCM slow"),
+        ("mask medium | 15", "SCM medium"), ("mask fast | 11", "SCM fast"), ("mask ultra | 8", "SCM ultra"),
+        ("mask fast, dynamic | 11 to 12", "SCM fast dynamic"), ("mask ultra, dynamic | 11", "SCM ultra dynamic"),
+    ):  # fmt: skip
+        found = (near(f"DBCache {rule}{more}") for more in ("", " + TaylorSeer", " + DMD", " + FoCa"))
+        yield f"| {told} | #, # | #, # | #, # | #, # |", tuple(value for pair in found for value in pair)
+    for name in ("dp-16-stack", "dp-10", "fitted-10", "fitted-8"):
+        yield f"`{name}` #, #", near(name)
+
+
 def server() -> Iterator[Phrase]:
     found = read("serve")["servers"]
     ways = [found[way] for way in ("as they came", "in turns")]
@@ -334,7 +352,7 @@ PAGES: dict[str, Callable[[], Iterator[Phrase]]] = {
     "README.md": readme, "caching.md": caching, "language-models.md": language_models,
     "methods-and-papers.md": methods_and_papers, "own-models.md": own_models, "parallel.md": parallel,
     "pruning.md": pruning, "quantization.md": quantization, "sdxl.md": sdxl, "flux.md": flux, "wan.md": wan,
-    "qwen-image.md": qwen_image, "server.md": server,
+    "qwen-image.md": qwen_image, "rivals.md": rivals, "server.md": server,
     "sparse-attention.md": sparse_attention,
     "troubleshooting.md": troubleshooting,
 }  # fmt: skip
