@@ -45,6 +45,7 @@ WHOLE = {
     ],
     "quant-clock": ["python scripts/measure_quant_clock.py"],
     "quant-corrupt": [f"python scripts/measure_corrupt.py --model {model}" for model in MODELS],
+    "quant-distil": [f"python scripts/distil_pruned.py --model {model}" for model in MODELS],
     "quant-quality": [f"python scripts/measure_quant.py quality --model {model}" for model in MODELS],
     "solver-transfer-unet": ["python scripts/measure_transfer.py shapes-unet -o benchmarks/solver-transfer-unet.json"],
     "tune": ["python scripts/measure_tune.py -o benchmarks/tune.json"],
