@@ -30,7 +30,8 @@ STATE = ROOT / "build/bench_all"
 MODELS = ("shapes-unet", "shapes-dit")
 CLIPPED = (
     "--only float --only 'w8a8 static' --only 'w8a8 static, percentile 99.99' --only 'w8a8 static, percentile 99.999' "
-    "--only 'w8a8 static, smooth percentile' --steps 25 --file benchmarks/quant-clipping.json"
+    "--only 'w8a8 static, smooth percentile' --only 'w4a8 static' --only 'w4a8 static, smooth percentile' --steps 25 "
+    "--file benchmarks/quant-clipping.json"
 )
 # Files whose last command made some of their rows, wrote elsewhere, or is not recorded.
 WHOLE = {
