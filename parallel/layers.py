@@ -1,7 +1,8 @@
 """Rules for layers that look beyond their own rows: convolutions and group normalization.
 
 Source: DistriFusion, https://arxiv.org/abs/2402.19481, section 4. Unlike the authors' code the statistics are those of
-nn.GroupNorm (biased, in float32), weighted by the rows of each rank, and halos go to neighbours only.
+nn.GroupNorm (biased, in float32), weighted by the rows of each rank, and halos go to neighbours only. Where every step
+waits, the halo of a convolution that follows a normalization travels with the statistics: one message less to wait for.
 """
 
 from __future__ import annotations
@@ -17,20 +18,31 @@ from torch import Tensor, nn
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 
+from .codec import raw
 from .split import Split
 
 
 def split_layers(split: Split, root: nn.Module, patches: PatchSet) -> None:
     """Patch every convolution and group normalization of a model. Raises UnsupportedModel, with the reason."""
+    followed = _followed(root)
     for name, module in root.named_modules():
         if not split.once(module, "layer"):
             continue
         if isinstance(module, nn.GroupNorm):
-            _group_norm(split, name, module, patches)
+            _group_norm(split, name, module, followed.get(id(module)), patches)
         elif _is_conv(module):
             _check(name, module)
             if module.kernel_size[-2] > 1:
                 _conv(split, name, module, patches)
+
+
+def _followed(root: nn.Module) -> dict[int, tuple[Any, str]]:
+    """Of normalizations whose output one convolution alone reads, behind functions of single numbers: where that is."""
+    places = [(root, "conv_norm_out", "conv_out")]
+    for module in root.modules():
+        if getattr(module, "upsample", root) is None and getattr(module, "downsample", root) is None:
+            places += [(module, f"norm{k}", f"conv{k}") for k in (1, 2)]
+    return {id(getattr(m, norm)): (m, conv) for m, norm, conv in places if hasattr(m, norm) and hasattr(m, conv)}
 
 
 def _is_conv(module: Any) -> bool:
@@ -80,8 +92,12 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
             x = input
             if not split.active:
                 return forward(x, *args, **kwargs)
-            more = above + (padding if split.neighbour(1) is None else below)
-            whole = talk(_rows(x, x.shape[-2] + more), x)
+            if split.bordered is conv:
+                split.bordered = None
+                whole = F.pad(x, (0, 0, int(split.neighbour(-1) is None), int(split.neighbour(1) is None)))
+            else:
+                more = above + (padding if split.neighbour(1) is None else below)
+                whole = talk(_rows(x, x.shape[-2] + more), x)
             old = conv.padding
             object.__setattr__(conv, "padding", (*old[:-2], 0, old[-1]))
             try:
@@ -98,8 +114,28 @@ def _rows(x: Tensor, count: int) -> tuple[int, ...]:
     return (*x.shape[:-2], count, x.shape[-1])
 
 
-def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) -> None:
+def _group_norm(
+    split: Split, name: str, norm: nn.GroupNorm, place: tuple[Any, str] | None, patches: PatchSet
+) -> None:  # fmt: skip
     exchange = split.exchange(name, "norm")
+
+    def follows() -> Any:
+        """The convolution whose halo travels with the statistics, if any."""
+        if place is None or split.bus.opaque is not None or not split.method.fresh(split.method.warmup_steps + 1):
+            return None
+        conv = getattr(*place)
+        alike = _is_conv(conv) and (conv.kernel_size[-2], conv.stride[-2], conv.dilation[-2], conv.padding[-2])
+        return conv if alike == (3, 1, 1, 1) else None
+
+    def bordered(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance over all ranks, and `x` with a row of each neighbour."""
+        up, down, size, row = split.neighbour(-1), split.neighbour(1), own.nbytes, _rows(x, 1)
+        rows = {up: raw(x[..., :1, :]), down: raw(x[..., -1:, :])}
+        sends = {peer: torch.cat([raw(own), *([rows[peer]] if peer in rows else [])]) for peer in split.peers}
+        got = split.swap(exchange, sends, {peer: (len(sent),) for peer, sent in sends.items()}, torch.uint8)
+        others = [told[:size].clone().view(own.dtype).view(own.shape) for told in got.values()]
+        above, below = ([got[k][size:].clone().view(x.dtype).view(row)] if k is not None else [] for k in (up, down))
+        return *_whole(own, others, None), torch.cat([*above, x, *below], -2)
 
     def told(shape: Sequence[int], own: Tensor) -> Tensor:
         got = split.swap(exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype)
@@ -121,9 +157,13 @@ def _group_norm(split: Split, name: str, norm: nn.GroupNorm, patches: PatchSet) 
             mean, variance = _moments(wide, norm.num_groups)
             # where rows differ, a rank counts as much as its pixels
             own = torch.stack([mean, variance, torch.full_like(mean, pixels)])
-            whole = talk((2, *own.shape[1:]), own)
+            if (conv := follows()) is not None:
+                mean, variance, x = bordered(x, own)
+                split.bordered, wide, pixels = conv, x.to(wide.dtype), x[0, 0].numel()
+            else:
+                mean, variance = talk((2, *own.shape[1:]), own)
             # with its statistics given, each channel of each image is normalized in one pass
-            mean, variance = (v.repeat_interleave(channels // norm.num_groups, 1).flatten() for v in whole)
+            mean, variance = (v.repeat_interleave(channels // norm.num_groups, 1).flatten() for v in (mean, variance))
             scale, shift = (None if p is None else p.to(wide.dtype).repeat(batch) for p in (norm.weight, norm.bias))
             flat = (wide if x.is_cpu else x).reshape(1, batch * channels, pixels)  # GPUs widen as they go
             y = F.batch_norm(flat, mean, variance, scale, shift, eps=norm.eps)

@@ -34,6 +34,7 @@ class Split:
         self.ranks = bus.topology.group("patch")
         self.place = bus.topology.place("patch")
         self.active, self.fresh = False, True
+        self.bordered: nn.Module | None = None  # whose input, which comes next, has rows of the neighbours
         self.step: Step | None = None
         self.parts: list[tuple[int, int]] = []
         self.width = 1  # columns of the latents, or tokens in a row
@@ -119,7 +120,7 @@ class Split:
         self.active = True
 
     def leave(self) -> None:
-        self.active = False
+        self.active, self.bordered = False, None
 
     def flush(self) -> None:
         """A call ends: what is left in bundles leaves."""

@@ -38,7 +38,8 @@ WHOLE = {
     "parallel-codecs": ["python scripts/trial_codecs.py"],
     "parallel-turns": [
         "benchmarks/overlap.sh scripts/measure_turns.py",
-        "benchmarks/overlap.sh scripts/measure_turns.py --model shapes-unet --size 320 --images 1 --method patch",
+        "benchmarks/overlap.sh scripts/measure_turns.py --model shapes-unet --size 320 --images 1 --method patch "
+        "--share 1.0 --share 0.05",
     ],
     "quant-clipping": [
         f"python scripts/measure_quant.py quality --model shapes-unet --captions 16 --fit 8 {CLIPPED}",
