@@ -221,7 +221,7 @@ class Tuning:
             for first in range(len(self._goals), count, settings.batch):
                 places = range(first, min(first + settings.batch, count))
                 texts, seeds = [self.prompts.texts[k] for k in places], [settings.seed + k for k in places]
-                self._goals += draw(self.pipe, texts, seeds, steps, settings.guidance_scale)
+                self._goals.extend(draw(self.pipe, texts, seeds, steps, settings.guidance_scale))
         finally:
             self.pipe.scheduler = own
         return np.stack(self._goals[:count])
