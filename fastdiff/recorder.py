@@ -18,7 +18,7 @@ class Recorder:
         self.report = RunReport()
         self._moments: Moments | None = None
         self._loops: dict[str, str] = {}  # what the loops of the present call did before this one, by scheduler
-        self._skipped = self._predicted = self._elsewhere = False
+        self.skipping = self._predicted = self._elsewhere = False
         self.forecasts: list[Sequence[float]] = []  # of the present call: factors of values that others were made of
         clock.on_start.append(self._start)
         clock.on_call.append(self._call)
@@ -29,13 +29,8 @@ class Recorder:
         clock.said = lambda: f"{self.report.cached} saved" if self.report.cached else ""
 
     def skipped(self, *, predicted: bool = False, forecasts: Sequence[Sequence[float]] = ()) -> None:
-        self._skipped, self._predicted = True, self._predicted or predicted
+        self.skipping, self._predicted = True, self._predicted or predicted
         self.forecasts += forecasts
-
-    @property
-    def skipping(self) -> bool:
-        """Whether something was left out of the present call."""
-        return self._skipped
 
     def pictures(self, branch: int, computed: Sequence[int], count: int) -> None:
         """Which of the pictures of a batch the present call of a branch computes; until the first they were alike."""
@@ -44,7 +39,7 @@ class Recorder:
 
     def again(self) -> None:
         """The present call is made again in full."""
-        self._skipped = self._predicted = False
+        self.skipping = self._predicted = False
         self.forecasts = []
 
     def elsewhere(self) -> None:
@@ -65,14 +60,14 @@ class Recorder:
         self._moments = Moments(run.device)
 
     def _call(self, step: Step) -> None:
-        self._skipped = self._predicted = self._elsewhere = False
+        self.skipping = self._predicted = self._elsewhere = False
         self.forecasts = []
 
     def _return(self, step: Step) -> None:
         row = self.report.branches.setdefault(step.branch, [])
         row.extend([ABSENT] * (step.index + 1 - len(row)))
         if row[step.index] != COMPUTED and not self._elsewhere:  # of two denoisers in one step, computing wins
-            row[step.index] = CACHED if self._skipped else COMPUTED
+            row[step.index] = CACHED if self.skipping else COMPUTED
         if self._predicted:
             self.report.predicted.add(step.index)
 

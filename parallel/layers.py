@@ -18,38 +18,22 @@ from torch import Tensor, nn
 from fastdiff.errors import UnsupportedModel
 from fastdiff.patch import PatchSet
 
-from .codec import raw
+from .borders import bordered, followed, follower, is_conv, rows
 from .split import Split
 
 
 def split_layers(split: Split, root: nn.Module, patches: PatchSet) -> None:
     """Patch every convolution and group normalization of a model. Raises UnsupportedModel, with the reason."""
-    followed = _followed(root)
+    after = followed(root)
     for name, module in root.named_modules():
         if not split.once(module, "layer"):
             continue
         if isinstance(module, nn.GroupNorm):
-            _group_norm(split, name, module, followed.get(id(module)), patches)
-        elif _is_conv(module):
+            _group_norm(split, name, module, after.get(id(module)), patches)
+        elif is_conv(module):
             _check(name, module)
             if module.kernel_size[-2] > 1:
                 _conv(split, name, module, patches)
-
-
-def _followed(root: nn.Module) -> dict[int, tuple[Any, str]]:
-    """Of normalizations whose output one convolution alone reads, behind functions of single numbers: where that is."""
-    places = [(root, "conv_norm_out", "conv_out")]
-    for module in root.modules():
-        if getattr(module, "upsample", root) is None and getattr(module, "downsample", root) is None:
-            places += [(module, f"norm{k}", f"conv{k}") for k in (1, 2)]
-    return {id(getattr(m, norm)): (m, conv) for m, norm, conv in places if hasattr(m, norm) and hasattr(m, conv)}
-
-
-def _is_conv(module: Any) -> bool:
-    """A convolution, quantized or not; peft's wrapper holds one and is none itself."""
-    return all(hasattr(module, part) for part in ("kernel_size", "stride", "dilation", "padding")) and not hasattr(
-        module, "base_layer"
-    ) and isinstance(module.kernel_size, tuple) and len(module.kernel_size) >= 2  # fmt: skip
 
 
 def _check(name: str, conv: Any) -> None:
@@ -67,7 +51,7 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
     )
     above, below = padding, max(0, dilation * (size - 1) + 1 - stride - padding)
 
-    def bordered(shape: Sequence[int], x: Tensor) -> Tensor:
+    def halo(shape: Sequence[int], x: Tensor) -> Tensor:
         up, down = split.neighbour(-1), split.neighbour(1)
         if x.shape[-2] < max(above, below):
             raise UnsupportedModel(f"{name} needs {max(above, below)} rows of each neighbour; patches are smaller")
@@ -75,16 +59,16 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
         shapes: dict[int, tuple[int, ...]] = {}
         if up is not None:
             sends |= {up: x[..., :below, :]} if below else {}
-            shapes |= {up: _rows(x, above)} if above else {}
+            shapes |= {up: rows(x, above)} if above else {}
         if down is not None:
             sends |= {down: x[..., x.shape[-2] - above :, :]} if above else {}
-            shapes |= {down: _rows(x, below)} if below else {}
+            shapes |= {down: rows(x, below)} if below else {}
         got = split.swap(exchange, sends, shapes, x.dtype)
-        top = got.get(up) if up is not None else x.new_zeros(_rows(x, above))
-        bottom = got.get(down) if down is not None else x.new_zeros(_rows(x, padding))
+        top = got.get(up) if up is not None else x.new_zeros(rows(x, above))
+        bottom = got.get(down) if down is not None else x.new_zeros(rows(x, padding))
         return torch.cat([part for part in (top, x, bottom) if part is not None], -2)
 
-    talk = split.hidden(bordered)
+    talk = split.hidden(halo)
 
     def wrapper(forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
@@ -97,7 +81,7 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
                 whole = F.pad(x, (0, 0, int(split.neighbour(-1) is None), int(split.neighbour(1) is None)))
             else:
                 more = above + (padding if split.neighbour(1) is None else below)
-                whole = talk(_rows(x, x.shape[-2] + more), x)
+                whole = talk(rows(x, x.shape[-2] + more), x)
             old = conv.padding
             object.__setattr__(conv, "padding", (*old[:-2], 0, old[-1]))
             try:
@@ -110,32 +94,10 @@ def _conv(split: Split, name: str, conv: Any, patches: PatchSet) -> None:
     patches.wrap_forward(conv, wrapper)
 
 
-def _rows(x: Tensor, count: int) -> tuple[int, ...]:
-    return (*x.shape[:-2], count, x.shape[-1])
-
-
 def _group_norm(
     split: Split, name: str, norm: nn.GroupNorm, place: tuple[Any, str] | None, patches: PatchSet
 ) -> None:  # fmt: skip
     exchange = split.exchange(name, "norm")
-
-    def follows() -> Any:
-        """The convolution whose halo travels with the statistics, if any."""
-        if place is None or split.bus.opaque is not None or not split.method.fresh(split.method.warmup_steps + 1):
-            return None
-        conv = getattr(*place)
-        alike = _is_conv(conv) and (conv.kernel_size[-2], conv.stride[-2], conv.dilation[-2], conv.padding[-2])
-        return conv if alike == (3, 1, 1, 1) else None
-
-    def bordered(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance over all ranks, and `x` with a row of each neighbour."""
-        up, down, size, row = split.neighbour(-1), split.neighbour(1), own.nbytes, _rows(x, 1)
-        rows = {up: raw(x[..., :1, :]), down: raw(x[..., -1:, :])}
-        sends = {peer: torch.cat([raw(own), *([rows[peer]] if peer in rows else [])]) for peer in split.peers}
-        got = split.swap(exchange, sends, {peer: (len(sent),) for peer, sent in sends.items()}, torch.uint8)
-        others = [told[:size].clone().view(own.dtype).view(own.shape) for told in got.values()]
-        above, below = ([got[k][size:].clone().view(x.dtype).view(row)] if k is not None else [] for k in (up, down))
-        return *_whole(own, others, None), torch.cat([*above, x, *below], -2)
 
     def told(shape: Sequence[int], own: Tensor) -> Tensor:
         got = split.swap(exchange, dict.fromkeys(split.peers, own), dict.fromkeys(split.peers, own.shape), own.dtype)
@@ -157,8 +119,9 @@ def _group_norm(
             mean, variance = _moments(wide, norm.num_groups)
             # where rows differ, a rank counts as much as its pixels
             own = torch.stack([mean, variance, torch.full_like(mean, pixels)])
-            if (conv := follows()) is not None:
-                mean, variance, x = bordered(x, own)
+            if (conv := follower(split, place)) is not None:
+                others, x = bordered(split, exchange, x, own)
+                mean, variance = _whole(own, others, None)
                 split.bordered, wide, pixels = conv, x.to(wide.dtype), x[0, 0].numel()
             else:
                 mean, variance = talk((2, *own.shape[1:]), own)

@@ -16,6 +16,7 @@ from fastdiff.errors import UnsupportedModel
 from . import REGISTRY
 from .base import ParallelMethod
 from .codec import Codec
+from .elapsed import elapsed
 from .mesh import Topology
 from .prediction import Prediction
 from .rehearsal import Call, Part, Rehearsed, rehearse
@@ -86,10 +87,10 @@ def plan(one: Rehearsed, tried: Sequence[Trial], site: Site) -> Plan:
 
 def halves(calls: Sequence[Call]) -> bool:
     """Whether a step has two halves of guidance: two calls, or a batch of two for one picture."""
-    return len(calls) == 2 or (len(calls) == 1 and _batch(calls) == 2)
+    return len(calls) == 2 or (len(calls) == 1 and batch(calls) == 2)
 
 
-def _batch(calls: Sequence[Call]) -> int:
+def batch(calls: Sequence[Call]) -> int:
     args, kwargs = calls[0]
     return len(next(leaf for leaf in (*args, *kwargs.values()) if getattr(leaf, "ndim", 0) > 1))
 
@@ -100,20 +101,6 @@ def candidates(devices: int, guided: bool, codec: Codec = "raw") -> Iterator[Par
         cfg = 2 if guided and devices % 2 == 0 and (devices > 2 or name == "cfg") else 1
         if name != "cfg" or (devices == 2 and guided):  # on more devices cfg is patch with cfg = 2
             yield REGISTRY[name](method=name, devices=devices, cfg=cfg, codec=codec)
-
-
-def by_turns(
-    anatomy: Anatomy, calls: Sequence[Call], devices: int, one: Rehearsed, tried: Sequence[Trial]
-) -> list[Trial]:
-    """What was tried, again with heads in groups and halves of the batch that take turns, where a method has that."""
-    played = [trial for trial in tried if trial.played]
-    groups = [t.method.model_copy(update={"groups": 2}) for t in played if hasattr(t.method, "groups")]
-    grouped = [attempt(anatomy, calls, method, devices, one) for method in groups]
-    halved = [
-        replace(trial, method=trial.method.model_copy(update={"halves": True})) for trial in (*played, *grouped)
-        if hasattr(trial.method, "halves") and _batch(calls) >= 2 * trial.mesh.cfg
-    ]  # fmt: skip
-    return grouped + halved
 
 
 def attempt(anatomy: Anatomy, calls: Sequence[Call], method: ParallelMethod, devices: int, one: Rehearsed) -> Trial:
@@ -159,7 +146,8 @@ def _cost(method: ParallelMethod, mesh: Topology, rank: Rehearsed, one: Rehearse
         return (part.seconds if site.one_step is None else own) * method.stretch(mesh.patch, fresh)
 
     def synchronous(part: Part) -> float:
-        return part.elapsed(computing(part), site.link, site.latency, 1 + getattr(method, "halves", False))
+        parts = 1 + getattr(method, "halves", False)
+        return elapsed(part.events, part.flops, computing(part), site.link, site.latency, parts)
 
     def displaced(part: Part) -> float:
         output = part.exchanges["output"] * site.latency + part.bytes_of(True) / site.link

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from fastdiff.timing import Moments
 
 from .base import ParallelMethod
 from .bus import Bus, Pending, Traffic
+from .elapsed import Event
 from .mesh import Topology
 from .methods.cfg import split_guidance
 from .partial import attend_part
@@ -34,8 +35,6 @@ from .tokens import split_tokens
 from .unet import split_unet
 
 _STEPS = 10_000  # more than any rehearsal plays
-# operations since the event before, the number of an exchange, and its bytes, or None where it is waited for
-Event: TypeAlias = tuple[int, int, int | None]
 Call = tuple[tuple, dict[str, Any]]  # the arguments of one call of the denoiser
 
 
@@ -53,29 +52,6 @@ class Part:
     def bytes_of(self, output: bool) -> int:
         """Bytes of the output, which is always waited for, or of everything else."""
         return sum(size for kind, size in self.sent.items() if (kind == "output") is output)
-
-    def elapsed(self, computing: float, link: float, latency: float, parts: int = 1) -> float:
-        """Seconds of a step with so many of computing. What leaves travels while the rank computes, one behind the
-        other, until it is waited for; of several `parts` of the batch the next one computes then."""
-        pace, now, free = computing / max(1, self.flops) / parts, 0.0, 0.0
-
-        def turns() -> Iterator[None]:
-            nonlocal now, free
-            there: dict[int, float] = {}
-            for work, number, size in self.events:
-                now += work * pace
-                if size is not None:
-                    free = max(free, now) + size / parts / link
-                    there[number] = free + latency
-                else:
-                    yield
-                    now = max(now, there[number])
-
-        left = [turns() for _ in range(parts)]
-        while left:
-            left = [part for part in left if next(part, self) is None]
-        rest = computing - sum(work for work, *_ in self.events) * pace * parts
-        return max(now + rest, free)
 
 
 @dataclass(frozen=True)
@@ -196,8 +172,7 @@ class _Player:
         self.bus.begin()
         before = tally.flops
         self.step(index)
-        told = self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tuple(self.bus.events)
-        return Part(*told)
+        return Part(self.bus.traffic.sent, self.bus.exchanges, 0.0, tally.flops - before, tuple(self.bus.events))
 
     def seconds(self, indices: Sequence[int]) -> float:
         """The least of some steps: what else the machine does only adds."""

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastdiff.anatomy import Anatomy
 from fastdiff.clock import Run, Step, StepClock
+from fastdiff.errors import UnsupportedModel
 
 from .bus import Bus
 from .exchange import Bundle, Exchange
@@ -87,6 +88,11 @@ class Split:
         whole: bool = True,
     ) -> dict[int, Tensor]:  # fmt: skip
         """`whole`: whether all that a rank has is shown, or a part; the same on all ranks."""
+        if self.bordered is not None:  # rows of the neighbours are still among our own
+            raise UnsupportedModel(
+                f"{type(self.bordered).__name__} does not read what the normalization before it gives; "
+                "parallel.method = distrifusion with many warmup_steps computes the same"
+            )
         alike = (self.shape, dtype, whole)
         last = self.method.last(self.step.run.total) if self.step is not None else None
         fresh = self.fresh if exchange.waits is None else exchange.waits

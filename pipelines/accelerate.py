@@ -20,7 +20,6 @@ from fastdiff.config import Resolved, Source, layers_of, resolve
 from fastdiff.errors import BadConfig, FastdiffError, UnsupportedModel
 from fastdiff.parallel.portions import require_shard
 from fastdiff.patch import PatchSet, current_forward
-from fastdiff.quant.layer import QLayer
 from fastdiff.recorder import Recorder
 from fastdiff.report import RunReport
 from fastdiff.version import __version__
@@ -32,7 +31,7 @@ from .compile import check_cache, compile_blocks, compile_denoiser
 from .families import Anatomy, anatomies
 from .language import clock_of, with_verifier
 from .loading import embedded_name
-from .noise import Noise
+from .noise import watch_noise
 from .quantizing import Quantized, follow_standing, installed
 from .solving.install import install as install_solver
 from .sparse.install import install_sparse
@@ -175,17 +174,12 @@ class Accelerated:
             compile_denoiser(anatomy, config.compile, patches)
         if session is not None:
             session.attach_denoiser(patches)
-            self._watch_noise(session, patches)
+            alone = crew is None and not config.compile.enabled
+            watch_noise(session, patches, alone and anatomy.component in self._cached)
         if crew is not None:
             crew.outermost(anatomy, patches)
         self.clock.watch(anatomy.denoiser, anatomy.component, patches)
         patches.refuse_copies(anatomy.denoiser)
-
-    def _watch_noise(self, session: Session, patches: PatchSet) -> None:
-        alone = self.crew is None and not self.config.compile.enabled and not session.method.language
-        quantized = any(isinstance(part, QLayer) for part in session.anatomy.denoiser.modules())
-        if alone and quantized and session.anatomy.component in self._cached:
-            Noise(session, patches)
 
     def _meet(self, found: list[Anatomy]) -> Crew | None:
         """The other ranks of a parallel run, who must have the same model and config."""

@@ -112,6 +112,13 @@ class Noise:
                 )
 
 
+def watch_noise(session: Session, patches: PatchSet, cached: bool) -> None:
+    """Attach it to a denoiser that has quantized layers, if its outputs are `cached` and nothing else is in between."""
+    quantized = any(isinstance(part, QLayer) for part in session.anatomy.denoiser.modules())
+    if cached and quantized and not session.method.language:
+        Noise(session, patches)
+
+
 def energy(value: Tensor) -> Tensor:
     return wide(value).square().sum()
 

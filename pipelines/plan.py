@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from fastdiff.anatomy import Anatomy
 from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.parallel.codec import Codec
-from fastdiff.parallel.planner import Plan, Site, alone, by_turns, plan, trials
+from fastdiff.parallel.planner import Plan, Site, alone, plan, trials
 from fastdiff.parallel.rehearsal import Call
 from fastdiff.parallel.sharing import Blocks
+from fastdiff.parallel.trying import by_turns
 from fastdiff.patch import PatchSet
 from fastdiff.weights import nbytes
 

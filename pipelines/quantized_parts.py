@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import init_empty_weights
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastdiff.errors import BadModel
@@ -24,6 +23,7 @@ from fastdiff.quant.recipe import Recipe
 from fastdiff.quant.standing import Standing, standing
 
 from .quantizing import print_of
+from .stored import places, tensors_of
 
 INDEX = "fastdiff_quant.json"
 # of a component: what the names of its tensors begin with, and what is done when they are in their places
@@ -82,14 +82,14 @@ def _component(
     present = Present(times={key: {name: float(ms) for name, ms in row.items()} for key, row in told if row})
     layers, done = dict(described["layers"]), set[str]()
     for begin, then in (*cut(folder.name, module), ("", lambda: None)):
-        tensors = _tensors(folder, begin, done)
+        tensors = tensors_of(folder, begin, done)
         for name in [name for name in layers if f"{name}.".startswith(begin)]:
             own = {k.rpartition(".")[2]: tensors.pop(k) for k in [k for k in tensors if k.rpartition(".")[0] == name]}
             parent, _, child = name.rpartition(".")
             layer = _layer(folder, name, module.get_submodule(name), Recipe(**layers.pop(name)), own, present)
             layer.dtype = type_of(f"{name}.weight", module, dtype)
             module.get_submodule(parent)._modules[child] = layer
-        if foreign := sorted(tensors.keys() - _places(module).keys()):
+        if foreign := sorted(tensors.keys() - places(module).keys()):
             raise BadModel(f"{str(folder)!r} holds tensors that are not the model's: {', '.join(foreign[:3])}")
         floats = {k: t.to(type_of(k, module, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
         module.load_state_dict(floats, strict=False, assign=True)
@@ -97,26 +97,10 @@ def _component(
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
-    if missing := sorted(k for k, t in _places(module).items() if t.is_meta):
+    if missing := sorted(k for k, t in places(module).items() if t.is_meta):
         raise BadModel(f"{str(folder)!r} lacks tensors of the model: {', '.join(missing[:3])}; fetch it again")
     Standing(described["method"], present, origin).attach(module)
     return module.eval().requires_grad_(False)
-
-
-def _tensors(folder: Path, begin: str, done: set[str]) -> dict[str, Tensor]:
-    """Those whose names begin so, and are not `done`. A view would keep the whole file mapped."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(begin) and name not in done]  # noqa: SIM118
-            found |= {name: opened.get_tensor(name).clone() for name in names}
-    done.update(found)
-    return found
-
-
-def _places(module: nn.Module) -> dict[str, Tensor]:
-    """What a file may hold; the state would make the integers of packed layers."""
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def pruned(module: nn.Module, method: Mapping[str, Any]) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
+from torch import Tensor, nn
 
 _WEIGHTS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's file
 _VARIANT = re.compile(r"^\w+?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors$")
@@ -54,3 +55,19 @@ def _files(folder: Path, kind: str | None) -> list[Path]:
             if single.is_file():
                 return [single]
     return []
+
+
+def tensors_of(folder: Path, begin: str, done: set[str]) -> dict[str, Tensor]:
+    """Those whose names begin so, and are not `done`. A view would keep the whole file mapped."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(begin) and name not in done]  # noqa: SIM118
+            found |= {name: opened.get_tensor(name).clone() for name in names}
+    done.update(found)
+    return found
+
+
+def places(module: nn.Module) -> dict[str, Tensor]:
+    """What a file may hold; the state would make the integers of packed layers."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -17,8 +17,9 @@ from fastdiff.clock import Step
 from fastdiff.errors import BadModel
 from fastdiff.patch import PatchSet
 
+from .guided import Guidance, Mark
+
 Call = tuple[tuple, dict[str, Any]]
-Mark = tuple[int, int]  # number of a run, index of a step
 
 
 class Calls:
@@ -32,7 +33,7 @@ class Calls:
         self.given: list[Call] = []
         self.truth: list[Tensor] = []
         self.when: list[Mark] = []
-        self.shares: dict[Mark, tuple[int, int, list[float]]] = {}  # rows, channels and factors of what guidance mixes
+        self.guidance = Guidance()
 
     def listen(self, now: Callable[[], Step | None], patches: PatchSet) -> None:
         """Keep calls from now on; `now` tells the step, `patches` takes the ear off again."""
@@ -63,7 +64,7 @@ class Calls:
             part.given.append(self.given[k])
             part.truth.append(self.truth[k])
             part.when.append(self.when[k])
-        part.shares = self.shares
+        part.guidance = self.guidance
         return part
 
     def halves(self) -> tuple[Calls, Calls]:
@@ -82,53 +83,24 @@ class Calls:
             args, kwargs = copied((args, kwargs))
             yield first(self.anatomy.denoiser(*args, **kwargs))
 
-    def solved(self, index: int, output: Any) -> None:
-        """What the solver is given at a step: tells what guidance makes of the outputs of the step's calls."""
-        mark = self.when[-1] if self.when else None
-        if mark is None or mark[1] != index or not isinstance(output, Tensor) or output.ndim < 2:
-            return
-        outputs = [truth for truth, own in zip(self.truth, self.when, strict=True) if own == mark]
-        rows, channels = len(output), output.shape[1]
-        parts = [part[:, :channels] for own in outputs for part in own.split(rows)]
-        if (factors := fitted(parts, output.detach())) is not None:
-            self.shares[mark] = rows, channels, factors
+    def solved(self, index: int, given: Any) -> None:
+        """What the solver is given at a step."""
+        if self.when and self.when[-1][1] == index:
+            mark = self.when[-1]
+            outputs = [truth for truth, own in zip(self.truth, self.when, strict=True) if own == mark]
+            self.guidance.solved(mark, outputs, given)
 
     def error(self, guided: bool = False) -> float:
         """Mean over the calls of |output - truth|^2 / |truth|^2; not finite where an output is not.
 
         guided: of what guidance makes of the outputs of a step, where that is known and all of its calls are here.
         """
-        pairs = self._guided() if guided else zip(self.outputs(), self.truth, strict=True)
+        plain = zip(self.outputs(), self.truth, strict=True)
+        pairs = self.guidance.pairs(self.when, [*self.outputs()], self.truth) if guided else plain
         found = [relative(now, truth) for now, truth in pairs]
         if not found:
             raise BadModel("calibration heard no call of the denoiser")
         return sum(found) / len(found)
-
-    def _guided(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the solver would be given now, and what it was given, step by step."""
-        outputs = list(self.outputs())
-        for mark in dict.fromkeys(self.when):
-            own = [k for k, other in enumerate(self.when) if other == mark]
-            rows, channels, factors = self.shares.get(mark, (0, 0, []))
-            split = [[p for k in own for p in of[k].split(rows or len(of[k]))] for of in (outputs, self.truth)]
-            if len(factors) == len(split[0]):
-                split = [[blended([p[:, :channels] for p in parts], factors)] for parts in split]
-            yield from zip(*split, strict=True)
-
-
-def fitted(parts: Sequence[Tensor], given: Tensor) -> list[float] | None:
-    """Least-squares factors with which the parts make what is given, e_u + s (e_c - e_u) say; None if they do not."""
-    if any(part.shape != given.shape for part in parts):
-        return None
-    columns = torch.stack([wide(part).flatten() for part in (*parts, given)])
-    dots = (columns @ columns.mT).cpu()
-    factors = torch.linalg.lstsq(dots[:-1, :-1], dots[:-1, -1:]).solution.flatten().tolist()
-    left = relative(blended(parts, factors), given)
-    return factors if left < 0.1 else None
-
-
-def blended(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    return torch.stack([factor * wide(part) for part, factor in zip(parts, factors, strict=True)]).sum(0)
 
 
 def relative(value: Tensor, truth: Tensor) -> float:

@@ -32,8 +32,13 @@ WAITING = {
     "fastdiff/cli/waiting.py", "parallel/codec.py", "parallel/displaced.py", "parallel/methods/distrifusion.py",
     "parallel/methods/pcpp.py", "parallel/probing.py", "parallel/waiting.py", "pipelines/freshness.py",
 }  # fmt: skip
-# Halves of a batch that take turns: two call stacks, and the methods that may have them.
-TURNS = {"parallel/halves.py", "parallel/turns.py"}
+# Halves of a batch that take turns: two call stacks, and the methods that may have them; how long such a step takes;
+# and borders that travel with statistics.
+TURNS = {f"parallel/{name}.py" for name in ("borders", "elapsed", "halves", "trying", "turns")}
+# What a cache cannot do where ranks share a step out.
+TOGETHER = {"pipelines/together.py"}
+# What quantization errs by: under a cache, after guidance, and with noise in what is drawn over.
+NOISE = {"pipelines/conditions.py", "pipelines/noise.py", "quant/guided.py"}
 # A gate with a slope of its own, a guard that runs a block, and objectives of plans, one of which draws pictures.
 SLOPED = {"caching/measured.py", "caching/methods/dicache.py", "caching/objectives.py", "caching/speca.py"}
 # The one file that touches the environment: it hands OpenMP its settings, which nothing of ours reads.
@@ -83,7 +88,7 @@ APART = {
     "sparse": SPARSE, "written": WRITTEN,
     "learned": LEARNED, "sloped": SLOPED, "waiting": WAITING,
     "bring": BRING, "devices": DEVICES, "loading": LOADING, "pictures": PICTURES, "serving": SERVING, "switch": SWITCH,
-    "turns": TURNS,
+    "noise": NOISE, "together": TOGETHER, "turns": TURNS,
 }  # fmt: skip
 
 
@@ -91,16 +96,18 @@ APART = {
     ("part", "most"),
     [
         ("levers and core", 16_000),
-        ("solver", 2_250),
-        ("devices", 1_510),
-        ("loading", 600),
+        ("solver", 2_280),
+        ("devices", 1_520),
+        ("loading", 655),
         ("predictors", 470),
         ("front", 7_000),
         ("bring", 1_780),
         ("serving", 930),
         ("pictures", 250),
         ("switch", 170),
-        ("turns", 180),
+        ("turns", 290),
+        ("noise", 260),
+        ("together", 60),
         ("learned", 480),
         ("waiting", 565),
         ("sloped", 345),

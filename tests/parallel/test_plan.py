@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 import fastdiff
 from fastdiff.errors import BadConfig
 from fastdiff.parallel import REGISTRY
-from fastdiff.parallel.planner import Site, alone, attempt, by_turns, candidates, halves, plan, trials
+from fastdiff.parallel.elapsed import elapsed
+from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, plan, trials
 from fastdiff.parallel.rehearsal import Part, Rehearsed, rehearse
 from fastdiff.parallel.sharing import Blocks
+from fastdiff.parallel.trying import by_turns
 from fastdiff.pipelines.families import FAMILIES, recognise
 from fastdiff.pipelines.plan import observe, plan_parallel
 from fastdiff.weights import nbytes
@@ -279,7 +281,7 @@ def test_turns_are_predicted_in_the_order_in_which_they_were_measured(row: dict[
         part = rehearse(anatomy, calls, asks, asks.topology(2, 0)).fresh
         assert part.sent.total() == pytest.approx(told[way]["bytes"], rel=0.01)
         parts, computing = 1 + (way in ("halves", "both")), told["whole"]["computed_seconds"]
-        seconds[way] = part.elapsed(computing, row["bytes_per_second"], 1e-4, parts)
+        seconds[way] = elapsed(part.events, part.flops, computing, row["bytes_per_second"], 1e-4, parts)
     found = [seconds[way] for way in sorted(told, key=lambda way: told[way]["waited_seconds"])]
     assert all(a < b * 1.001 for a, b in pairwise(found)) and found[0] < found[-1]
 

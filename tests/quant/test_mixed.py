@@ -53,7 +53,7 @@ def test_halves_are_weighed_by_what_guidance_makes_of_them(name):
     """One batch of two halves, and two calls: the factors are those of guidance, the error that of the mixture."""
     calls = hear(tiny.make(name), PROMPTS, batch=2, moments=2, **{**arguments(name), "guidance_scale": 5.0})
     wanted = [5.0, -4.0] if name == "wan" else [-4.0, 5.0]
-    assert [factors for *_, factors in calls.shares.values()] == [pytest.approx(wanted, abs=1e-3)] * 2
+    assert [factors for *_, factors in calls.guidance.shares.values()] == [pytest.approx(wanted, abs=1e-3)] * 2
     last = [layer for layer in calls.anatomy.denoiser.modules() if isinstance(layer, torch.nn.Linear)][-1]
     with weights({last: 1.1 * last.weight.detach()}):
         found, rows, outputs = calls.error(guided=True), calls.error(), list(calls.outputs())
