@@ -47,7 +47,7 @@ WHOLE = {
     ],
     "quant-clock": ["python scripts/measure_quant_clock.py"],
     "quant-corrupt": [f"python scripts/measure_corrupt.py --model {model}" for model in MODELS],
-    "quant-distil": [f"python scripts/distil_pruned.py --model {model}" for model in MODELS],
+    "quant-distil": ["python scripts/distil_pruned.py --model shapes-unet --steps 400 --captions 32"],
     "quant-quality": [f"python scripts/measure_quant.py quality --model {model}" for model in MODELS],
     "shapes-dit-calibrators": [
         "fastdiff bench -m shapes-dit --config benchmarks/configs/shapes-dit --config benchmarks/configs/solver "

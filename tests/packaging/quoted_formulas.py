@@ -18,7 +18,7 @@ SETTINGS = {
     "methods-and-papers.md": {"0.06", "0.12", "0.3", "0.5", "0.1", "0.03", "7.5", "30"},
     "mixed-precision.md": {"2.2"},
     "parallel.md": {"30"},
-    "pruning.md": {"0.0001", "0.001", "0"},
+    "pruning.md": {"0.0001", "0.001", "0", "0.2"},
     "rivals.md": {"0.16", "0.3", "0.5"},
     "solvers.md": {"1.2"},
     "sparse-attention.md": {"0.25"},
@@ -110,6 +110,9 @@ def methods_and_papers() -> Iterator[Phrase]:
     yield "# above `w4a16` on the UNet, # below on the transformer", (gains[0], -gains[1])
     low_rank = row("quant-quality", model="shapes-unet", name="w4a16 low rank 8")["ratio"]
     yield "dB, 1/# of the bytes", (low_rank,)
+    full, taught = (row("quant-distil", name=name) for name in ("float", "taught + w4a16"))
+    pairs = [one[key] for key in ("denoiser_mb", "prompt_accuracy") for one in (taught, full)]
+    yield "With distillation and 4 bits # of # MB, prompt accuracy # of #", tuple(pairs)
     pruned = [row("quant-prune", model=model, name="prune 0.0001 rank 0 + w8a16") for model in MODELS]
     yield "# and # % of the parameters gone", tuple(100 * one["parameters_removed"] for one in pruned)
     yield "built and measured: # to # dB by itself", fed_layers()
@@ -222,6 +225,8 @@ def pruning() -> Iterator[Phrase]:
         for bits in ("w8a16", "w4a16")
     }
     yield "costs # to # dB next to 8-bit weights and # to # dB next to 4-bit", (*cost["w8a16"], *cost["w4a16"])
+    alike, taught = (row("quant-distil", name=name)["psnr"] for name in ("taught, all alike", "taught"))
+    yield "learning with all weights: # dB less", (alike - taught,)
 
 
 def quantization() -> Iterator[Phrase]:
