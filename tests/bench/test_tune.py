@@ -120,6 +120,21 @@ def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     assert last.name == "baseline" and 0 < last.mean < 100, "the plain picture is not the converged one"
 
 
+def test_converged_pictures_are_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_FINE", 3)
+    made, asked = search(make("sd3"), tmp_path / "x.json", Goal("psnr", 1.0), []), []
+
+    def seen(pipe, texts, seeds, steps, guidance):
+        asked.append((texts, seeds, steps))
+        return draw(pipe, texts, seeds, steps, guidance)
+
+    monkeypatch.setattr(tune, "draw", seen)
+    scheduler = made.pipe.scheduler
+    first, more = made._fine(1), made._fine(3)
+    assert [(len(texts), steps) for texts, _, steps in asked] == [(1, 3), (2, 3)] and made.pipe.scheduler is scheduler
+    assert more.shape == (3, *first.shape[1:]) and (more[:1] == first).all() and not (more[0] == more[1]).all()
+
+
 def test_what_is_chosen_is_judged_on_captions_that_the_search_never_saw(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("measure_tune", ROOT / "scripts/measure_tune.py")
     script = importlib.util.module_from_spec(spec)
