@@ -90,7 +90,7 @@ class Split:
         """`whole`: whether all that a rank has is shown, or a part; the same on all ranks."""
         if self.bordered is not None:  # rows of the neighbours are still among our own
             raise UnsupportedModel(
-                f"{type(self.bordered).__name__} does not read what the normalization before it gives; "
+                f"a {type(self.bordered).__name__} does not read what the normalization before it gives; "
                 "parallel.method = distrifusion with many warmup_steps computes the same"
             )
         alike = (self.shape, dtype, whole)

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fastdiff
-from fastdiff.errors import BadConfig
+from fastdiff.errors import BadConfig, UnsupportedModel
 from fastdiff.parallel import REGISTRY
 from fastdiff.parallel.elapsed import elapsed
 from fastdiff.parallel.planner import Site, alone, attempt, candidates, halves, plan, trials
@@ -195,6 +195,16 @@ def test_halos_travel_with_statistics_where_every_step_waits() -> None:
     assert waits.sent.total() == apart.sent.total() and waits.exchanges["norm"] == apart.exchanges["norm"]
     blocks = sum(hasattr(module, "conv_shortcut") for module in anatomy.denoiser.modules())
     assert apart.exchanges["halo"] - waits.exchanges["halo"] == 2 * blocks + 1
+
+
+def test_a_border_that_is_not_read_is_refused() -> None:
+    """A block of which the first convolution is left out: what travelled for it would stand in the picture."""
+    anatomy, calls, _ = observe(tiny.make("sd15"), 128)
+    block = anatomy.denoiser.mid_block.resnets[0]
+    block.forward = lambda x, *_args: block.norm2(block.norm1(x))
+    asks = method("patch")
+    with pytest.raises(UnsupportedModel, match="a Conv2d does not read what the normalization before it gives"):
+        rehearse(anatomy, calls, asks, asks.topology(2, 0))
 
 
 def test_two_calls_are_two_halves() -> None:
