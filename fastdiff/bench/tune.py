@@ -142,9 +142,9 @@ class Tuning:
                 f"nothing was drawn: no solver of fewer than {self.settings.steps} steps was fitted in "
                 f"{self.minutes:g} minutes; give more of either"
             )
-        return self._verified([one.name for one in self.goal.nearest(drawn, len(self.prompts))], ends)
+        return self._verified([one.name for one in self.goal.nearest(drawn, len(self.prompts))])
 
-    def _verified(self, names: Sequence[str], ends: float) -> tuple[list[Tried], Tried | None]:
+    def _verified(self, names: Sequence[str]) -> tuple[list[Tried], Tried | None]:
         """Draws the most promising for every prompt, and others after them as long as none keeps what it promised; then
         the choice with what it can be combined with."""
         found, chosen = dict[str, Tried](), None
@@ -152,7 +152,7 @@ class Tuning:
             found |= self._drawn(names[start : start + _FINALISTS])
             if chosen := self._best(found):
                 break
-        if chosen and time.monotonic() < ends:
+        if chosen:
             own = self.configs[chosen.name]
             besides = {f"{chosen.name} {name}": own.model_copy(update=_levers(more)) for name, more in _BESIDES.items()}
             self.configs |= besides
