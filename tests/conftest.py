@@ -24,13 +24,12 @@ settings.load_profile("patient")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """Two workers more than there are processors: with one more, a quarter of the processors' time was left over while
-    tests waited for ranks, a browser and servers."""
+    """One worker more than there are processors, as tests wait for ranks and a browser; two more gained nothing."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     from fastdiff.threads import processor_quota, processors
 
-    return math.ceil(min(processors(), processor_quota() or processors())) + 2
+    return math.ceil(min(processors(), processor_quota() or processors())) + 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
