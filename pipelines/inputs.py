@@ -17,6 +17,7 @@ from diffusers.pipelines import auto_pipeline
 
 from fastdiff.errors import BadModel, UnsupportedModel
 
+from .parts import MAIN
 from .sources import DTYPE, first_line
 
 KINDS = ("image", "mask", "control")
@@ -85,7 +86,7 @@ def _controlnet(model: str, pipe: Any) -> ModelMixin:
 
 def _check_shared(name: str, control: Any, pipe: Any) -> None:
     """What a ControlNet was made for shows in sizes that it has in common with the denoiser that it steers."""
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    denoiser = next((part for name in MAIN if (part := getattr(pipe, name, None)) is not None), None)
     pairs = {size: (control.config.get(size), getattr(denoiser, "config", {}).get(size)) for size in _SHARED}
     if edges := control.config.get("conditioning_embedding_out_channels"):  # each but the first halves the picture
         pairs["scale of pictures to latents"] = (2 ** (len(edges) - 1), getattr(pipe, "vae_scale_factor", None))
