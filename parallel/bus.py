@@ -34,6 +34,7 @@ from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
 ASKED = 4711  # tag of a message that nobody expects: only a peer that is gone refuses it
+NEVER = 4712  # tag of a message that nobody sends
 SMALL = 8  # messages of halos and statistics that travel as one; the first waits for the last to be there
 
 
@@ -126,7 +127,7 @@ class Bus:
             self._group(name)
 
     def _watched(self) -> Watch:
-        return Watch(self.timeout, self._gone, lambda: _close("device", self._groups.get("device")))
+        return Watch(self.timeout, self._gone, lambda: self._close("device", self._groups.get("device")))
 
     def post(
         self, kind: str, layer: str, sends: dict[int, Tensor], sizes: dict[int, Any], later: bool = False
@@ -310,7 +311,22 @@ class Bus:
         self._sending, self._leaving, self._asked = ([], []), [[], []], []
         groups, self._groups = self._groups, {}
         for name, group in groups.items():
-            _close(name, group)
+            self._close(name, group)
+
+    def _close(self, name: str, group: Any) -> None:
+        """NCCL's must not be destroyed: that waits for what a lost peer will never send. Gloo's connections live as
+        long as anything knows one of their messages (an error that is kept and its frames, old values on their way), but
+        one wait that is too long ends them all."""
+        if name == "device":
+            with suppress(Exception):  # it is broken already
+                dist.distributed_c10d._abort_process_group(group)
+            return
+        for peer in {*range(self.topology.size)} - {self.topology.rank}:
+            with suppress(Exception):
+                never = dist.irecv(torch.empty(1, dtype=torch.uint8), peer, group=group, tag=NEVER)
+                never.wait(datetime.timedelta(milliseconds=1))
+        with suppress(Exception):
+            dist.destroy_process_group(group)
 
     def _limit(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=self.timeout)
@@ -332,10 +348,3 @@ class Bus:
             f"{who} {did}: rank {self.topology.rank} waited {waited:.1f} s (parallel.timeout = {self.timeout:g}) "
             f"for {layer} {when}"
         )
-
-
-def _close(name: str, group: Any) -> None:
-    """NCCL's must not be destroyed: that waits for what a lost peer will never send."""
-    close = dist.distributed_c10d._abort_process_group if name == "device" else dist.destroy_process_group
-    with suppress(Exception):  # it is broken already
-        close(group)

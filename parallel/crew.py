@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -142,7 +141,7 @@ class Crew:
                 return output
             except PeerLost as error:
                 self._lost(error)
-                return forward(*args, **kwargs)
+            return forward(*args, **kwargs)  # once the error is gone, which holds what was made until then
 
         return together
 
@@ -177,8 +176,6 @@ class Crew:
 
     def _lost(self, error: PeerLost) -> None:
         """Raises, or makes this rank go on alone; the others learn of it in both cases."""
-        for one in filter(None, (error, error.__cause__)):  # if kept, messages in its frames hold connections open
-            traceback.clear_frames(one.__traceback__)
         self.bus.abort()
         if self.method.on_peer_loss == "raise":
             raise error

@@ -123,24 +123,43 @@ def killed_with_a_prompt_of_its_own(rank: int, ranks: int) -> list[Any]:
     return _lost(rank, 0, "flux", signal.SIGKILL, **more)
 
 
-def told_by_one_that_was_told(rank: int, ranks: int) -> list[Any]:
+def _told(rank: int, late: int | None = None, name: str = "sd15", step: int = 1, **parallel: Any) -> list[Any]:
     """Rank 0 raises; the others of its half and of its place know by it, the last one by them: though they keep the
-    error, and nobody collects garbage, their connections are closed."""
-    pipe, kept = pipeline("sd15"), list[BaseException]()
+    error, and nobody collects garbage, their connections are closed. One that comes late finds that its messages
+    cannot even leave, while the last one waits."""
+    pipe, kept = pipeline(name), list[BaseException]()
 
-    def fails(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-        if step == 1 and rank == 0:
+    def fails(pipe: Any, index: int, timestep: Any, kwargs: dict) -> dict:
+        if index == step and rank == 0:
             raise KeyError("a mistake in a callback")
+        if index == step and rank == late:
+            time.sleep(0.5)
         return kwargs
 
     gc.disable()
-    with fastdiff.accelerate(pipe, parallel={"method": "patch", "cfg": 2, "timeout": 8}):
+    with fastdiff.accelerate(pipe, parallel={"cfg": 2, "timeout": 20, **parallel}):
         try:
-            latents(pipe, "sd15", 4, callback_on_step_end=fails)
+            latents(pipe, name, 5, callback_on_step_end=fails)
         except (KeyError, PeerLost) as error:
             kept.append(error)
         torch.distributed.barrier()
     return [str(error) for error in kept]
+
+
+def told_by_one_that_was_told(rank: int, ranks: int) -> list[Any]:
+    return _told(rank, method="patch")
+
+
+def told_by_one_that_was_late(rank: int, ranks: int) -> list[Any]:
+    return _told(rank, 1, method="patch")
+
+
+def told_while_old_values_travel(rank: int, ranks: int) -> list[Any]:
+    return _told(rank, 1, step=3, method="distrifusion", warmup_steps=1)
+
+
+def told_while_heads_travel(rank: int, ranks: int) -> list[Any]:
+    return _told(rank, 1, "sd3", method="ulysses")
 
 
 def asked_whether_it_lives(rank: int, ranks: int) -> list[Any]:

@@ -18,6 +18,9 @@ GOES_ON = (
     "killed_half_goes_on", "killed_first_half_goes_on", "stopped_half_goes_on", "killed_cycle_goes_on",
     "killed_before_first_latents_go_on", "killed_first_with_the_only_half_goes_on", "killed_idle_half_goes_on",
 )  # fmt: skip
+TOLD = (
+    "told_by_one_that_was_told", "told_by_one_that_was_late", "told_while_old_values_travel", "told_while_heads_travel",
+)  # fmt: skip
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def said() -> dict[str, list[Any]]:
     pairs = (*GOES_ON, "asked_whether_it_lives", "killed_with_a_prompt_of_its_own")
     groups = [((name,), count) for name, (count, _) in RAISES.items()] + [((name,), 2) for name in pairs]
-    groups.append((("told_by_one_that_was_told",), 4))
+    groups += [((name,), 4) for name in TOLD]
     return {name: one[name] for one in start("tests.parallel.failing", groups) for name in one}
 
 
@@ -63,8 +66,9 @@ def test_who_drew_the_picture_of_one_that_is_lost_says_that_it_cannot_finish_it(
     assert text.endswith("cannot finish rank 0's picture: give all ranks the same prompts and seed"), text
 
 
-def test_who_waits_for_one_that_lost_another_is_told_at_once() -> None:
-    (first, *others) = said()["told_by_one_that_was_told"]
+@pytest.mark.parametrize("name", TOLD)
+def test_who_waits_for_one_that_lost_another_is_told_at_once(name: str) -> None:
+    (first, *others) = said()[name]
     assert first == ["'a mistake in a callback'"]
     for one in others:
         assert len(one) == 1 and "broke off or died" in one[0], others
