@@ -315,8 +315,8 @@ class Bus:
 
     def _close(self, name: str, group: Any) -> None:
         """NCCL's must not be destroyed: that waits for what a lost peer will never send. Gloo's connections live as
-        long as anything knows one of their messages (an error that is kept and its frames, old values on their way), but
-        one wait that is too long ends them all."""
+        long as anything knows one of their messages (an error that is kept and its frames, old values on their way),
+        but one wait that is too long ends them all."""
         if name == "device":
             with suppress(Exception):  # it is broken already
                 dist.distributed_c10d._abort_process_group(group)
