@@ -31,6 +31,7 @@ from tests.device.cards import DEVICE, Card, OnCard, Stuck, WrongDevice
 
 Box: TypeAlias = tuple[int, int, int, int]  # a group's number, who sends, who gets it, a tag
 PATIENCE = 900.0  # seconds after which a test is given up, however busy the machine
+SOON = 0.1  # seconds: a shorter wait ends at once, a longer one when its sender is lost, however busy the machine
 TICK = 2.0  # seconds that pass for whoever looks at the clock while a GPU stands
 
 
@@ -329,7 +330,11 @@ class World:
                     raise RuntimeError(f"Timed out waiting {seconds} s")
                 if why is not None:
                     raise RuntimeError(f"Connection closed by peer: rank {sender} {why}")
-                self.pause(0.2)
+                self.pause(min(seconds, 0.2))
+                if seconds < SOON:  # a wait that ended without a letter ends all connections of its group
+                    self.left.add((self.rank, group.number))
+                    self.lock.notify_all()
+                    raise RuntimeError(f"Timed out waiting {seconds} s")
             return self.boxes[key][number]
 
     def post(self, group: Group, peer: int, tensor: Tensor, tag: int) -> None:
