@@ -323,7 +323,7 @@ class Bus:
             return
         for peer in {*range(self.topology.size)} - {self.topology.rank}:
             with suppress(Exception):
-                never = dist.irecv(torch.empty(1, dtype=torch.uint8), peer, group=group, tag=NEVER)
+                never: Any = dist.irecv(torch.empty(1, dtype=torch.uint8), peer, group=group, tag=NEVER)
                 never.wait(datetime.timedelta(milliseconds=1))
         with suppress(Exception):
             dist.destroy_process_group(group)
