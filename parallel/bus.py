@@ -33,8 +33,7 @@ from .turns import Turns
 from .watch import Watch
 
 FAR = 3600.0  # seconds, at least, after which NCCL's watchdog stops waiting: it counts from when work is queued
-ASKED = 4711  # tag of a message that nobody expects: only a peer that is gone refuses it
-NEVER = 4712  # tag of a message that nobody sends
+ASKED, NEVER = 4711, 4712  # tags of a message that nobody expects (only a peer that is gone refuses it), or sends
 SMALL = 8  # messages of halos and statistics that travel as one; the first waits for the last to be there
 
 
@@ -309,24 +308,19 @@ class Bus:
         self._watch.stop()
         self._watch, self.broken = self._watched(), self.broken + 1
         self._sending, self._leaving, self._asked = ([], []), [[], []], []
-        groups, self._groups = self._groups, {}
-        for name, group in groups.items():
-            self._close(name, group)
+        while self._groups:
+            self._close(*self._groups.popitem())
 
     def _close(self, name: str, group: Any) -> None:
-        """NCCL's must not be destroyed: that waits for what a lost peer will never send. Gloo's connections live as
-        long as anything knows one of their messages (an error that is kept and its frames, old values on their way),
-        but one wait that is too long ends them all."""
-        if name == "device":
+        """NCCL's must not be destroyed: that waits for what a lost peer will never send. Gloo's connections live while
+        anything knows one of their messages (an error's frames, values on their way); a wait too long ends them all."""
+        for peer in {*range(self.topology.size)} - {self.topology.rank} if name != "device" else ():
             with suppress(Exception):  # it is broken already
-                dist.distributed_c10d._abort_process_group(group)
-            return
-        for peer in {*range(self.topology.size)} - {self.topology.rank}:
-            with suppress(Exception):
-                never: Any = dist.irecv(torch.empty(1, dtype=torch.uint8), peer, group=group, tag=NEVER)
-                never.wait(datetime.timedelta(milliseconds=1))
+                word: Any = dist.irecv(torch.empty(1, dtype=torch.uint8), peer, group=group, tag=NEVER)
+                word.wait(datetime.timedelta(milliseconds=1))
+        close = dist.distributed_c10d._abort_process_group if name == "device" else dist.destroy_process_group
         with suppress(Exception):
-            dist.destroy_process_group(group)
+            close(group)
 
     def _limit(self) -> datetime.timedelta:
         return datetime.timedelta(seconds=self.timeout)

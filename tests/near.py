@@ -21,9 +21,3 @@ def apart(one: Tensor, other: Tensor) -> float:
 def rounding(one: Tensor, other: Tensor) -> float:
     """What two results may be apart of which `one` and `other` are the controls, made by plain diffusers."""
     return max(MARGIN * apart(one, other), FLOOR)
-
-
-def flips(quantized: Tensor, plain: Tensor) -> float:
-    """What two quantized results may be apart: a rounding moves a value to the next level here and there, which is a
-    small part of what quantization changes everywhere."""
-    return 0.1 * apart(quantized, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from functools import cache
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastdiff.caching.session import Session
 from tests import tiny
 from tests.laws.rows import CROSS, ONCE, ONE_A_KIND, ROWS, SCHEMES, STEPS, SUPPORTED, accelerate, each
-from tests.near import apart, flips, rounding
+from tests.near import apart, rounding
 
 TWO_CALLS = [(row, name) for row, name in SUPPORTED if name in tiny.TWO_CALLS]
 
@@ -80,8 +81,9 @@ STATIC_ON_PIXART = (
 
 @cache
 def drawn(name: str, row: str, *prompts: str) -> Tensor:
-    """Pictures of prompts in one call; of plain diffusers without a row."""
-    pipe = tiny.make(name)
+    """Pictures of prompts in one call, in float64: in float32 the roundings of another batch move a value to the next
+    level of a scheme here and there. Of plain diffusers without a row."""
+    pipe = copy.deepcopy(tiny.make(name)).to(torch.float64)  # text encoders are others' too
     if row:
         accelerate(pipe, row)
     seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
@@ -107,8 +109,8 @@ def test_one_prompt_of_a_batch_does_not_change_the_other(name, row):
     assert beside <= apart(of("", *others)[:1], of("", *both)[:1])
     assert apart(of(row, *others)[1:], of(row, *both)[1:]) > 0.01
     alone, plain = of(row, *cat), of("", *cat)
-    bound = rounding(of("", *both)[:1], plain) if row in ROWS else flips(alone, plain)
-    assert apart(of(row, *both)[:1], alone) < bound
+    assert apart(alone, plain) > 1e-4
+    assert apart(of(row, *both)[:1], alone) < rounding(of("", *both)[:1], plain)
 
 
 # where tgate drops guidance and finds no cross-attention, it remembers nothing but the present step's output; switch
