@@ -101,12 +101,14 @@ def test_spectrum_without_a_ridge_is_lagranges_polynomial_where_it_has_as_many_c
 
 
 @given(many, st.floats(0.1, 3))
-def test_spectrum_with_an_infinite_ridge_is_the_least_squares_line(steps, ahead):
+def test_spectrum_becomes_the_least_squares_line_as_its_ridge_grows(steps, ahead):
     anchors, at = grid_of(steps, ahead)
     mean = math.fsum(anchors) / len(anchors)
     spread = math.fsum((x - mean) ** 2 for x in anchors)
     line = [1 / len(anchors) + (at - mean) * (x - mean) / spread for x in anchors]
-    assert np.allclose(spectrum(at, anchors, ridge=1e12), line, rtol=0, atol=1e-9)
+    # what is left of the higher terms goes down with the ridge; how large they are, far from the anchors, has no bound
+    apart, nearer = (np.abs(np.subtract(spectrum(at, anchors, ridge=ridge), line)).max() for ridge in (1e6, 1e9))
+    assert nearer <= 1.01e-3 * apart + 1e-11 * np.abs(line).max()
 
 
 @given(many, st.floats(0.1, 3), st.sampled_from([-1.0, -1000.0, 0.01]), st.floats(-50, 50))
