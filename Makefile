@@ -23,6 +23,8 @@ test: lint
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --hypothesis-profile searching tests/laws/test_predictors.py tests/caching/test_schedule.py \
+		tests/caching/test_objectives.py
 
 # The tests as other processors would run them. ROWS="default two-threads" runs these rows alone.
 test-machines: .venv/.installed-dev

@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, settings
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
-# a machine that is busy may stop for a second anywhere
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# a machine that is busy may stop for a second anywhere; new examples are looked for in `make test-slow`
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patient", patient, derandomize=True, database=None)
+settings.register_profile("searching", patient, max_examples=2000)
 settings.load_profile("patient")
 
 

@@ -106,9 +106,9 @@ def test_spectrum_becomes_the_least_squares_line_as_its_ridge_grows(steps, ahead
     mean = math.fsum(anchors) / len(anchors)
     spread = math.fsum((x - mean) ** 2 for x in anchors)
     line = [1 / len(anchors) + (at - mean) * (x - mean) / spread for x in anchors]
-    # what is left of the higher terms goes down with the ridge; how large they are, far from the anchors, has no bound
+    # what is left of the higher terms goes down as the ridge goes up; where anchors lie close together it is large
     apart, nearer = (np.abs(np.subtract(spectrum(at, anchors, ridge=ridge), line)).max() for ridge in (1e6, 1e9))
-    assert nearer <= 1.01e-3 * apart + 1e-11 * np.abs(line).max()
+    assert nearer <= 1.01e-3 * apart + 1e-9 * np.abs(line).max()
 
 
 @given(many, st.floats(0.1, 3), st.sampled_from([-1.0, -1000.0, 0.01]), st.floats(-50, 50))
