@@ -151,6 +151,8 @@ def trials() -> Iterator[Phrase]:
 
 def parallel() -> Iterator[Phrase]:
     yield from trials()
+    held = (max(quarter) for quarter in zip(*read("soak-parallel")["rss_mb"], strict=True))
+    yield "held # MB in its first quarter and # MB in its last", tuple(held)
     for one in read("parallel-freshness")["rows"]:
         if "waiting_layers" in one:
             layers = f"| {one['waiting_layers']} of {one['all_layers']} | # of # | # |"
