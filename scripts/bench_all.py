@@ -36,6 +36,7 @@ CLIPPED = (
 # Files whose last command made some of their rows, wrote elsewhere, or is not recorded.
 WHOLE = {
     "parallel-codecs": ["python scripts/trial_codecs.py"],
+    "parallel-codecs-4": ["python scripts/trial_codecs.py --ranks 4 -o benchmarks/parallel-codecs-4.json"],
     "parallel-turns": [
         "benchmarks/overlap.sh scripts/measure_turns.py",
         "benchmarks/overlap.sh scripts/measure_turns.py --model shapes-unet --size 320 --images 1 --method patch "

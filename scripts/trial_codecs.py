@@ -138,13 +138,13 @@ def rivals(model: str, ranks: int, count: int, file: Path, reference: Path) -> N
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Embedded models; both by default.")] = None,
-    ranks: Annotated[list[int] | None, typer.Option(help="Numbers of processes; 2 and 4 by default.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Numbers of processes; 2 by default.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out captions, in one call.")] = 4,
     file: Annotated[Path, typer.Option("--output", "-o", help="Where the rows are, and go.")] = OUTPUT,
 ) -> None:
     """Measure what the file does not hold yet."""
     torch.set_num_threads(1)
-    for number, name in product(ranks or (2, 4), model or ("shapes-unet", "shapes-dit")):
+    for number, name in product(ranks or (2,), model or ("shapes-unet", "shapes-dit")):
         rows = [row for row in wanted(name, number) if not known(file, row)]
         with tempfile.TemporaryDirectory() as folder:
             reference = Path(folder) / "plain.npy"
