@@ -6,14 +6,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-from diffusers import (
-    AutoModel,
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
-    ModelMixin,
-)
-from diffusers.pipelines import auto_pipeline
+import diffusers
 
 from fastdiff.errors import BadModel, UnsupportedModel
 
@@ -52,8 +45,9 @@ def fitting(pipe: Any, inputs: Collection[str], controlnet: str | None = None) -
     model = None if controlnet is None else _controlnet(controlnet, pipe)
     if model is None and wanted <= roles(pipe).keys():
         return pipe
-    auto: Any = AutoPipelineForInpainting if "mask" in wanted else AutoPipelineForImage2Image
-    auto = auto if wanted & {"image", "mask"} else AutoPipelineForText2Image
+    # named here and no earlier: these come with every pipeline that diffusers has, a second for each command
+    auto: Any = diffusers.AutoPipelineForInpainting if "mask" in wanted else diffusers.AutoPipelineForImage2Image
+    auto = auto if wanted & {"image", "mask"} else diffusers.AutoPipelineForText2Image
     kind, added = type(pipe).__name__, {} if model is None else {"controlnet": model}
     found = None
     try:
@@ -69,15 +63,16 @@ def fitting(pipe: Any, inputs: Collection[str], controlnet: str | None = None) -
 
 def _moving(pipe: Any) -> Any:
     """The pipeline that makes a video of a picture with the components of one that makes it of a text."""
-    texts = getattr(auto_pipeline, "AUTO_TEXT2VIDEO_PIPELINES_MAPPING", {})
-    pictures = getattr(auto_pipeline, "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING", {})
+    known: Any = diffusers.pipelines.auto_pipeline
+    texts = getattr(known, "AUTO_TEXT2VIDEO_PIPELINES_MAPPING", {})
+    pictures = getattr(known, "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING", {})
     kind = next((pictures.get(name) for name, known in texts.items() if known is type(pipe)), None)
     return None if kind is None else kind.from_pipe(pipe, **{DTYPE: pipe.dtype})
 
 
-def _controlnet(model: str, pipe: Any) -> ModelMixin:
+def _controlnet(model: str, pipe: Any) -> diffusers.ModelMixin:
     try:
-        found = AutoModel.from_pretrained(model, use_safetensors=True, **{DTYPE: pipe.dtype})
+        found = diffusers.AutoModel.from_pretrained(model, use_safetensors=True, **{DTYPE: pipe.dtype})
     except Exception as error:
         raise BadModel(f"control model {model!r} cannot be loaded: {first_line(error)}") from error
     _check_shared(model, found, pipe)

@@ -176,7 +176,8 @@ class Tuning:
         # first a rough plan of each number, then as many good ones as there is time for
         names = {f"solver {n}": (n, 0, 0) for n in EVALUATIONS} | {f"solver {n} moved": (n, 2, 1) for n in EVALUATIONS}
         wanted = {k: v for k, v in names.items() if v[0] < settings.steps and k not in self.configs}
-        half = time.monotonic() + (ends - time.monotonic()) / 2
+        # plans of cached steps have what is left
+        half = ends if self.goal.to == "converged" else ends - (ends - time.monotonic()) / 2
         if wanted:
             self.say(f"drawing {len(self.texts)} pictures with the teacher of the solvers")
             with fitting(self.pipe, Config(), self.texts, **call) as found:
@@ -189,7 +190,7 @@ class Tuning:
         for share in SHARES if self.goal.to == "plain" else ():
             steps = round(share * settings.steps)
             for inside, site in SITES.items():
-                if (name := f"dp {steps}{inside}") not in self.configs and time.monotonic() < half:
+                if (name := f"dp {steps}{inside}") not in self.configs and time.monotonic() < ends:
                     self.say(f"planning {steps} of {settings.steps} steps{inside}")
                     asked = Config(cache={"method": "dp", "computed_steps": steps, "site": site, "ridge": _RIDGE})
                     yield name, calibrate(self.pipe, asked, self.texts[:8], **call)

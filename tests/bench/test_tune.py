@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +72,26 @@ def test_where_the_most_promising_do_not_keep_it_the_next_are_drawn(tmp_path, mo
     assert chosen.name == "solver 5 compiled" and found.configs[chosen.name].compile.enabled
     assert sorted(one.name for one in every) == sorted({"baseline", *asked}), "each once"
     assert len(said) == 3
+
+
+@pytest.mark.parametrize(("to", "solvers", "plans"), [("converged", 6, 0), ("plain", 3, 2)])
+def test_caches_have_what_solvers_leave_and_half_the_time_at_least(tmp_path, monkeypatch, to, solvers, plans):
+    """Five minutes, in which each plan takes one."""
+    now = [0]
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: 60 * now[0]))
+
+    def fitted(*args, **kwargs):
+        now[0] += 1
+        return SimpleNamespace(summary=str)
+
+    monkeypatch.setattr(tune, "fitting", lambda *args, **call: nullcontext(SimpleNamespace(plan=fitted)))
+    monkeypatch.setattr(tune, "calibrate", fitted)
+    monkeypatch.setattr(tune, "Config", dict)
+    found = search(None, tmp_path / "x.json", Goal("psnr", 40, to), [])
+    found.settings = found.settings.model_copy(update={"steps": 50})
+    for name, config in found._candidates(ends=5 * 60):
+        found.configs[name] = config
+    assert [sum(name.startswith(kind) for name in found.configs) for kind in ("solver", "dp")] == [solvers, plans]
 
 
 def search(pipe, file, goal, said):
