@@ -2,8 +2,8 @@
 and noises that the search never saw.
 
 python scripts/measure_tune.py -o benchmarks/tune.json    about an hour; goes on after the tries that the file holds
-python scripts/measure_tune.py -o benchmarks/tune.json --model shapes-dit
-The second makes those of one model, while another process makes those of the other.
+python scripts/measure_tune.py -o benchmarks/tune.json --model shapes-unet --seed 3
+The second makes some of them, while another process makes others.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ BATCH = 8
 def main(
     output: Annotated[Path, typer.Option("-o", "--output")],
     model: Annotated[str | None, typer.Option(help="tries of this one alone")] = None,
+    only: Annotated[int | None, typer.Option("--seed", help="tries of this seed alone")] = None,
     states: Annotated[Path, typer.Option(help="folder for what the searches fitted")] = Path("build/tune"),
     budget_minutes: Annotated[float, typer.Option(help="for the fits of one search")] = 5,
     prompts: Annotated[int, typer.Option(help="captions that a search measures on")] = 12,
@@ -49,9 +50,8 @@ def main(
     torch.set_num_threads(1)
     states.mkdir(parents=True, exist_ok=True)
     for name, seed, target in TRIES:
-        if model not in (None, name) or any(
-            (one["model"], one["seed"], one["target"]) == (name, seed, target) for one in tries(output)
-        ):
+        known = [(one["model"], one["seed"], one["target"]) for one in tries(output)]
+        if model not in (None, name) or only not in (None, seed) or (name, seed, target) in known:
             continue
         pipe = fastdiff.load(name)
         pipe.set_progress_bar_config(disable=True)
@@ -60,10 +60,10 @@ def main(
         told: dict[str, Any] = {"model": name, "seed": seed, "target": target, "chosen": None}
         if chosen:
             told |= judged(pipe, search, chosen, judges, seed) | single(search, measured)
-        known = [*tries(output), told]
+        every = [*tries(output), told]
         print(told, flush=True)
         found = {
-            "reached": sum(one.get("unseen", 0) >= one["target"] for one in known), "of": len(known), "tries": known,
+            "reached": sum(one.get("unseen", 0) >= one["target"] for one in every), "of": len(every), "tries": every,
             "prompts": prompts, "fit": fit, "judges": judges, "budget_minutes": budget_minutes,
             "converged": f"DPM++ 2M, {FINE} steps", "command": f"python scripts/measure_tune.py -o {output}",
             "environment": environment(pipe),
