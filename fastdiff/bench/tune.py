@@ -39,7 +39,7 @@ _SCREENED = 4  # prompts that all candidates are drawn for
 _SCREENING = 3  # timed calls of each of them
 _FINALISTS = 4  # candidates that are drawn for all prompts
 _ORDER = 4  # of the fitted solvers
-_SURE = 1.64  # standard errors of a mean that lie between it and the target: other prompts keep it 19 times of 20
+_SURE = 1.64  # standard deviations that 19 of 20 values lie above
 Say = Callable[[str], None]
 
 
@@ -52,13 +52,13 @@ class Goal:
     to: Literal["converged", "plain"] = "converged"
 
     def met(self, tried: Tried) -> bool:
-        """A quality is met if its mean is above it by `_SURE` standard errors: other prompts are to keep it, too."""
+        """A quality is met if as many other prompts keep it 19 times of 20: their mean errs, too."""
         return self.miss(tried, len(tried.decibels)) <= 0
 
     def miss(self, tried: Tried, prompts: int) -> float:
         """By how much the goal is missed, in its unit, if what is measured were that of so many prompts."""
         if self.kind == "psnr":
-            return self.value - tried.mean + _SURE * float(np.std(tried.decibels)) / prompts**0.5
+            return self.value - tried.mean + tried.spread() * (2 / prompts) ** 0.5
         return self.value - tried.speedup if self.kind == "speedup" else tried.seconds - self.value
 
     def best(self, found: Sequence[Tried]) -> Tried | None:
@@ -86,6 +86,12 @@ class Tried:
     @property
     def mean(self) -> float:
         return float(np.mean(self.decibels))
+
+    def spread(self) -> float:
+        """How far below the mean 19 of 20 prompts stay at most, if they were distributed normally: Student's quantile,
+        by the first term of its expansion (Abramowitz and Stegun 26.7.5), since the deviation errs, too."""
+        free = len(self.decibels) - 1
+        return (_SURE + (_SURE**3 + _SURE) / (4 * free)) * float(np.std(self.decibels, ddof=1)) if free else 0.0
 
     def kept(self, least: float) -> float:
         """The share of prompts at or above some decibels."""

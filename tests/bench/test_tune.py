@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import fastdiff
@@ -49,7 +50,18 @@ def test_a_quality_is_met_with_a_margin_for_other_prompts():
     assert Tried("x", 1, 1, [39.0, 40.0, 41.0, 42.0]).kept(40) == 0.75
     uneven = tried("quick but uneven", 9.0, 41.0), Tried("slow", 1, 1, [38.0, 46.0])
     assert [goal.nearest(uneven, prompts)[0].name for prompts in (1, 100)] == ["quick but uneven"] * 2
-    assert goal.miss(uneven[1], 1) > 0 > goal.miss(uneven[1], 100), "more prompts leave less to chance"
+    assert goal.miss(uneven[1], 1) > 0 > goal.miss(uneven[1], 1000), "more prompts leave less to chance"
+
+
+def test_what_just_met_it_is_kept_by_as_many_other_prompts_19_times_of_20():
+    drawn = np.random.default_rng(0).normal(40, 7, (20_000, 2, 12))
+    kept = []
+    for seen, others in drawn:
+        found = Tried("x", 1, 1, seen.tolist())
+        met = found.mean - found.spread() * (2 / 12) ** 0.5  # the highest quality that it meets
+        assert abs(Goal("psnr", met).miss(found, 12)) < 1e-9
+        kept.append(others.mean() >= met)
+    assert 0.94 < np.mean(kept) < 0.96
 
 
 def test_where_the_most_promising_do_not_keep_it_the_next_are_drawn(tmp_path, monkeypatch):
