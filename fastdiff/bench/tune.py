@@ -58,7 +58,7 @@ class Goal:
     def miss(self, tried: Tried, prompts: int) -> float:
         """By how much the goal is missed, in its unit, if what is measured were that of so many prompts."""
         if self.kind == "psnr":
-            return self.value - tried.mean + tried.spread() * (2 / prompts) ** 0.5
+            return self.value - tried.mean + tried.spread(prompts) * (2 / prompts) ** 0.5
         return self.value - tried.speedup if self.kind == "speedup" else tried.seconds - self.value
 
     def best(self, found: Sequence[Tried]) -> Tried | None:
@@ -87,11 +87,11 @@ class Tried:
     def mean(self) -> float:
         return float(np.mean(self.decibels))
 
-    def spread(self) -> float:
-        """How far below the mean 19 of 20 prompts stay at most, if they were distributed normally: Student's quantile,
-        by the first term of its expansion (Abramowitz and Stegun 26.7.5), since the deviation errs, too."""
-        free = len(self.decibels) - 1
-        return (_SURE + (_SURE**3 + _SURE) / (4 * free)) * float(np.std(self.decibels, ddof=1)) if free else 0.0
+    def spread(self, prompts: int) -> float:
+        """How far below their mean 19 of 20 prompts stay at most, if they are distributed normally, and so many tell the
+        deviation: Student's quantile, by the first term of its expansion (Abramowitz and Stegun 26.7.5)."""
+        free, seen = max(prompts - 1, 1), len(self.decibels)
+        return (_SURE + (_SURE**3 + _SURE) / (4 * free)) * float(np.std(self.decibels, ddof=min(1, seen - 1)))
 
     def kept(self, least: float) -> float:
         """The share of prompts at or above some decibels."""

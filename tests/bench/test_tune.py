@@ -58,7 +58,7 @@ def test_what_just_met_it_is_kept_by_as_many_other_prompts_19_times_of_20():
     kept = []
     for seen, others in drawn:
         found = Tried("x", 1, 1, seen.tolist())
-        met = found.mean - found.spread() * (2 / 12) ** 0.5  # the highest quality that it meets
+        met = found.mean - found.spread(12) * (2 / 12) ** 0.5  # the highest quality that it meets
         assert abs(Goal("psnr", met).miss(found, 12)) < 1e-9
         kept.append(others.mean() >= met)
     assert 0.94 < np.mean(kept) < 0.96
