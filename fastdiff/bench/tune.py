@@ -63,15 +63,16 @@ class Goal:
 
     def best(self, found: Sequence[Tried]) -> Tried | None:
         """Of what meets the goal, the fastest, or that of the best quality; None if nothing does."""
-        good = [one for one in found if self.met(one)]
-        return max(good, key=lambda one: one.speedup if self.kind == "psnr" else one.mean, default=None)
+        return max(filter(self.met, found), key=self._worth, default=None)
+
+    def _worth(self, tried: Tried) -> float:
+        return tried.speedup if self.kind == "psnr" else tried.mean
 
     def nearest(self, found: Sequence[Tried], prompts: int = 1) -> list[Tried]:
         """All, the most promising first: those that should meet the goal on so many prompts, the best of them first,
         then what misses least."""
-        missed = {one.name: self.miss(one, prompts) for one in found}
-        best = sorted(found, key=lambda one: -(one.speedup if self.kind == "psnr" else one.mean))
-        return sorted(best, key=lambda one: max(missed[one.name], 0))
+        best = sorted(found, key=self._worth, reverse=True)
+        return sorted(best, key=lambda one: max(self.miss(one, prompts), 0))
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,13 @@ class Tried:
         return float(np.mean(self.decibels))
 
     def spread(self, prompts: int) -> float:
-        """How far below their mean 19 of 20 prompts stay at most, if they are distributed normally, and so many tell the
-        deviation: Student's quantile, by the first term of its expansion (Abramowitz and Stegun 26.7.5)."""
-        free, seen = max(prompts - 1, 1), len(self.decibels)
-        return (_SURE + (_SURE**3 + _SURE) / (4 * free)) * float(np.std(self.decibels, ddof=min(1, seen - 1)))
+        """How far below their mean 19 of 20 prompts stay at most, where so many tell it (Abramowitz, Stegun 26.7.5)."""
+        student = _SURE + (_SURE**3 + _SURE) / (4 * max(prompts - 1, 1))
+        return student * float(np.std(self.decibels, ddof=len(self.decibels) > 1))
 
     def kept(self, least: float) -> float:
         """The share of prompts at or above some decibels."""
         return float(np.mean(np.asarray(self.decibels) >= least))
-
-
-def _levers(more: dict[str, Any]) -> dict[str, Any]:
-    """Validated sections of a config."""
-    whole = Config(**more)
-    return {lever: getattr(whole, lever) for lever in more}
 
 
 class Pictures(Observer):
@@ -159,8 +153,8 @@ class Tuning:
             if chosen := self._best(found):
                 break
         if chosen:
-            own = self.configs[chosen.name]
-            besides = {f"{chosen.name} {name}": own.model_copy(update=_levers(more)) for name, more in _BESIDES.items()}
+            own = self.configs[chosen.name].model_dump(mode="json")
+            besides = {f"{chosen.name} {name}": Config(**own | more) for name, more in _BESIDES.items()}
             self.configs |= besides
             found |= self._drawn([chosen.name, *besides])  # all in one run, so that their times can be compared
             chosen = self._best(found)
@@ -182,8 +176,7 @@ class Tuning:
         # first a rough plan of each number, then as many good ones as there is time for
         names = {f"solver {n}": (n, 0, 0) for n in EVALUATIONS} | {f"solver {n} moved": (n, 2, 1) for n in EVALUATIONS}
         wanted = {k: v for k, v in names.items() if v[0] < settings.steps and k not in self.configs}
-        # plans of cached steps have what is left
-        half = ends if self.goal.to == "converged" else ends - (ends - time.monotonic()) / 2
+        half = ends - (self.goal.to == "plain") * (ends - time.monotonic()) / 2  # plans of caches have the rest
         if wanted:
             self.say(f"drawing {len(self.texts)} pictures with the teacher of the solvers")
             with fitting(self.pipe, Config(), self.texts, **call) as found:
