@@ -70,8 +70,8 @@ def afresh() -> int:
 def draw(pipe: Any, **more: Any) -> float:
     """Seconds of a step."""
     began = time.perf_counter()
-    arguments = tiny.arguments("flux", STEPS) | {"true_cfg_scale": 1.0, "negative_prompt": None}
-    pipe(**arguments, **more)
+    arguments = tiny.arguments("flux", STEPS) | {"true_cfg_scale": 1.0, "negative_prompt": None} | more
+    pipe(**arguments)
     return (time.perf_counter() - began) / STEPS
 
 

@@ -1,6 +1,6 @@
 """Unequal ranks: seconds of a step with even shares, and with shares by measured speed.
 
-Rank 1 of two is made half as fast: behind each block it sleeps as long as the block took. Weights are random.
+Rank 1 of two is made half as fast: behind each block it sleeps as long as the block computed. Weights are random.
 
     python scripts/measure_shares.py [--json benchmarks/parallel-shares.json]
 """
@@ -30,11 +30,11 @@ METHODS = ("patch", "ring", "ulysses")
 
 
 def slow(pipe: Any) -> None:
-    """Every block takes twice its time."""
+    """Every block takes its own time once more; what it waits for the other rank is none of it."""
     for block in units(anatomies(pipe)[0]):
         began: list[float] = []
-        block.register_forward_pre_hook(lambda *_, began=began: began.append(time.perf_counter()))
-        block.register_forward_hook(lambda *_, began=began: time.sleep(time.perf_counter() - began.pop()))
+        block.register_forward_pre_hook(lambda *_, began=began: began.append(time.thread_time()))
+        block.register_forward_hook(lambda *_, began=began: time.sleep(time.thread_time() - began.pop()))
 
 
 def together(folder: Path) -> None:
