@@ -100,6 +100,7 @@ def methods_and_papers() -> Iterator[Phrase]:
     yield "and # by reuse #:", (reuse["computed_by_picture"], reuse["psnr"]["mean"])
     yield "on which `patch` waits # times its computing", (waits("1"),)
     yield "at as many bytes rank 4 is # dB farther", (codec("shapes-dit", "bits2") - codec("shapes-dit", "rank4"),)
+    yield "one of two ranks at half speed: # to # times as fast as even shares", (min(shares()), max(shares()))
     large = read("quant-speed")["models"][0]["contenders"]
     dynamic = [psnr("quant-quality", model, "w8a8 dynamic") for model in MODELS]
     yield "at each call #, # dB; static", tuple(dynamic)
@@ -152,6 +153,7 @@ def parallel() -> Iterator[Phrase]:
     yield from trials()
     held = (max(quarter) for quarter in zip(*read("soak-parallel")["rss_mb"], strict=True))
     yield "held # MB in its first quarter and # MB in its last", tuple(held)
+    yield "a step is # times as fast as with even shares under `patch`, # under `ring`, # under `ulysses`", shares()
     for one in read("parallel-freshness")["rows"]:
         if "waiting_layers" in one:
             layers = f"| {one['waiting_layers']} of {one['all_layers']} | # of # | # |"
@@ -195,6 +197,10 @@ def parallel() -> Iterator[Phrase]:
         near = [row("parallel-quality", model="shapes-unet", ranks=2, name=name)["psnr"]] if name else []
         told = f"| {method} | # | {' | '.join(['#x, waits # ms'] * 4)} | {'#' if name else 'exact'} |"
         yield told, (links[0]["bytes"] / 1e3, *cells, *near)
+
+
+def shares() -> tuple[float, ...]:
+    return tuple(read("parallel-shares")[f"faster_{method}"] for method in ("patch", "ring", "ulysses"))
 
 
 def codecs() -> Iterator[Phrase]:
