@@ -124,7 +124,7 @@ def _toml(config: Config, output: Path) -> list[str]:
     whole = config.model_dump(mode="json")
     for lever, table in config.model_dump(mode="json", exclude_defaults=True).items():
         lines.append(f"[{lever}]")
-        for key in dict.fromkeys(["method", *table]):
+        for key in (key for key in whole[lever] if key == "method" or key in table):
             value = whole[lever][key]
             if isinstance(value, dict):
                 beside, text = output.with_name(f"{output.stem}-{lever}.json"), json.dumps(value, indent=2)

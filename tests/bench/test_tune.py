@@ -145,7 +145,8 @@ def test_a_search_goes_on_where_it_ended(first, monkeypatch):
     again = search(made.pipe, made.file, Goal("psnr", 1.0, "plain"), said)
     again._resume()
     assert said[0].startswith("going on with") and again.screened == made.screened
-    assert {name for name in again.configs if "w8a8" not in name} == {n for n in made.configs if "w8a8" not in n}
+    besides = ("w8a8", "compiled")  # are made of the choice, and not kept
+    assert {*again.configs} == {name for name in made.configs if not name.endswith(besides)}
     other = search(made.pipe, made.file, Goal("psnr", 1.0, "converged"), said)
     with pytest.raises(BadConfig, match="of another search"):
         other._resume()
@@ -199,6 +200,15 @@ def test_a_broken_state_is_refused_in_words(first, tmp_path, text):
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(BadConfig, match="cannot be gone on with"):
         search(first[0].pipe, file, Goal("psnr", 1.0, "plain"), [])._resume()
+
+
+def test_a_lever_without_methods_is_written_too(tmp_path):
+    from fastdiff.cli.tune import _toml
+
+    config = Config(compile={"enabled": True}, quant={"method": "w8a8"})
+    (tmp_path / "x.toml").write_text("\n".join(_toml(config, tmp_path / "x.toml")), encoding="utf-8")
+    [(_, table)] = layers_of(tmp_path / "x.toml")
+    assert fastdiff.Config(**table) == config
 
 
 @pytest.mark.slow
