@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS)
 SOURCES := pyproject.toml requirements/constraints.txt
 # Where it must not write what it compiled (as in many containers), each of hundreds of processes compiles all of torch
-# that it imports: 20 s instead of 9. Empty is unset to Python.
+# that it imports. Empty is unset to Python.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: image test test-slow test-machines gpu-kit install lint types bench readme docs wheel

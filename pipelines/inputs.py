@@ -45,7 +45,7 @@ def fitting(pipe: Any, inputs: Collection[str], controlnet: str | None = None) -
     model = None if controlnet is None else _controlnet(controlnet, pipe)
     if model is None and wanted <= roles(pipe).keys():
         return pipe
-    # named here and no earlier: these come with every pipeline that diffusers has, a second for each command
+    # named here and no earlier: these come with every pipeline that diffusers has
     auto: Any = diffusers.AutoPipelineForInpainting if "mask" in wanted else diffusers.AutoPipelineForImage2Image
     auto = auto if wanted & {"image", "mask"} else diffusers.AutoPipelineForText2Image
     kind, added = type(pipe).__name__, {} if model is None else {"controlnet": model}
